@@ -1,0 +1,1 @@
+"""A laboratory for making language models shallower and thinner without retraining them."""
