@@ -1,0 +1,140 @@
+"""Tiny random causal language models of many families, by name: `build(name)` gives a seeded float32 model in eval mode.
+
+Six layers (five for the hybrids), hidden size 32, vocabulary 128. Where a family mixes kinds of layers (windows, rotary or
+not, dense or sparse), the mix is irregular enough that a wrongly renumbered list changes the logits or the weights.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+WINDOWED = {"sliding_window": 5, "layer_types": MIXED}
+GPT = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"],
+    "num_hidden_layers": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+GROUPED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+}
+
+# name -> (model type, fields of its configuration)
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
+    "qwen3": ("qwen3", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "gemma3_text": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 8}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", WINDOWED),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1]}),
+    "granite": ("granite", {"residual_multiplier": 0.5}),
+    "stablelm": ("stablelm", {}),
+    "cohere2": ("cohere2", WINDOWED),
+    "exaone4": ("exaone4", WINDOWED),
+    "gpt_oss": ("gpt_oss", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe_mlp_only": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1, 4]}),
+    "qwen3_moe_step_2": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}),
+    "qwen3_next": ("qwen3_next", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]}),
+    "qwen3_5_text": ("qwen3_5_text", LINEAR),
+    "deepseek_v3": ("deepseek_v3", {**GROUPED, **LATENT, "num_key_value_heads": 4}),
+    "glm4_moe": ("glm4_moe", GROUPED),
+    "llama4_text": (
+        "llama4_text",
+        {
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 1, 1, 0, 1],
+            "attention_chunk_size": 8,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+    "gpt2": ("gpt2", {**GPT, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            **GPT,
+            "hidden_size": 32,
+            "num_layers": 6,
+            "num_heads": 4,
+            "window_size": 5,
+            "attention_types": [[["global", "local", "local"], 2]],
+            "max_position_embeddings": 64,
+        },
+    ),
+    "falcon": ("falcon", {**GPT, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}),
+    "bloom": ("bloom", {**GPT, "hidden_size": 32, "n_layer": 6, "n_head": 4}),
+    "mpt": ("mpt", {**GPT, "d_model": 32, "n_layers": 6, "n_heads": 4, "max_seq_len": 64}),
+    "lfm2": ("lfm2", {"full_attn_idxs": [1, 4], "block_multiple_of": 8}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 16,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 2,
+            "moe_layer_end_index": 4,
+        },
+    ),
+}
+
+
+def build(name: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """The model `name`, its configuration changed by `changes`."""
+    model_type, fields = ARCHITECTURES[name]
+    return build_type(model_type, seed=seed, **{**fields, **changes})
+
+
+def build_type(model_type: str, seed: int = 0, **fields) -> PreTrainedModel:
+    """A tiny random model of any `model_type` that AutoModelForCausalLM knows."""
+    if "n_embd" in fields or "d_model" in fields or set(GPT) <= set(fields):
+        base = {}
+    else:
+        base = SMALL
+    config = AutoConfig.for_model(model_type, **{**base, **fields})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norm weights, biases and routing corrections start as constants: make each layer's its own, and the
+                # matrices large enough that every layer matters to the logits.
+                spread = 0.05 if parameter.ndim == 1 else 0.1
+                parameter.add_(torch.randn_like(parameter) * spread)
+    return model.eval()
