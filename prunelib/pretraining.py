@@ -1,0 +1,337 @@
+"""Train the embedded reference models: small, deep decoders that behave like large ones when layers are removed.
+
+Three steps, each a sub-command of ``python -m prunelib.pretraining``:
+
+1. ``tokenizer``: byte-level BPE over the training text, saved with every reference model;
+2. ``tokens``: the training and held-out text as flat arrays of token ids;
+3. ``train``: one model of `REFERENCES` with the Hugging Face Trainer, resumable from its last checkpoint;
+
+Sizes, data and steps in `REFERENCES` were fixed before any pruning result was seen, and are not tuned afterwards.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from prunelib.provenance import record, write_json
+
+END = "<|endoftext|>"
+VOCABULARY = 4096
+WINDOW = 512  # tokens of one training window; also the models' longest context
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference model: its Hugging Face configuration and its training budget.
+
+    Attributes:
+        model_type: the Hugging Face model type.
+        config: fields of its configuration class.
+        tokens: training tokens in all.
+        pydocs_share: fraction of the training windows drawn from docstrings, the rest is general English.
+        batch: windows of `WINDOW` tokens in one optimiser step.
+        learning_rate: peak of the cosine schedule, reached after ``warmup`` steps.
+    """
+
+    model_type: str
+    config: dict
+    tokens: int = 400_000_000
+    pydocs_share: float = 0.25
+    batch: int = 128
+    learning_rate: float = 2e-3
+    warmup: int = 300
+    weight_decay: float = 0.1
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.batch * WINDOW))
+
+
+REFERENCES = {
+    "llama32": Reference(
+        "llama",
+        {
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "neox24": Reference(
+        "gpt_neox",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 4,
+            "tie_word_embeddings": False,
+            "use_parallel_residual": True,
+        },
+    ),
+}
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Texts of a file: JSON lines with a ``text`` (only ``split: train`` where lines name a split), or plain text
+    whose documents are separated by a line ``<|endoftext|>``. Either may be xz-compressed.
+    """
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        if ".jsonl" in path.suffixes:
+            for line in lines:
+                record = json.loads(line)
+                if record.get("split", "train") == "train":
+                    yield record["text"]
+            return
+        document: list[str] = []
+        for line in lines:
+            if line.rstrip("\n") == END:
+                if document:
+                    yield "".join(document).strip("\n")
+                document = []
+            else:
+                document.append(line)
+        if document:
+            yield "".join(document).strip("\n")
+
+
+def train_tokenizer(files: list[Path], folder: Path, *, characters: int = 60_000_000) -> None:
+    """Byte-level BPE of `VOCABULARY` entries from at most ``characters`` of each file, saved as a fast tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def texts() -> Iterator[str]:
+        for path in files:
+            left = characters
+            for text in read_documents(path):
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    break
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        # Single digits and runs of spaces as tokens of their own: indented docstrings would otherwise eat the vocabulary.
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=WINDOW)
+    fast.save_pretrained(folder)
+
+
+def tokenize(path: Path, tokenizer, *, batch: int = 256) -> np.ndarray:
+    """All documents of a file as one uint16 array, each preceded by the end-of-text token."""
+    pieces: list[np.ndarray] = []
+
+    def flush(texts: list[str]) -> None:
+        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+            pieces.append(np.array([tokenizer.bos_token_id, *encoding.ids], dtype=np.uint16))
+
+    texts: list[str] = []
+    for text in read_documents(path):
+        texts.append(text)
+        if len(texts) == batch:
+            flush(texts)
+            texts = []
+    flush(texts)
+    if not pieces:
+        raise ValueError(f"{path} holds no document")
+    return np.concatenate(pieces)
+
+
+def window_starts(tokens: int, windows: int, rng: np.random.Generator) -> np.ndarray:
+    """Start offsets of ``windows`` training windows: whole passes over the text, each shifted and shuffled anew."""
+    if tokens < 2 * WINDOW:
+        raise ValueError(f"{tokens} tokens of text are too few: at least {2 * WINDOW} are needed")
+    starts: list[np.ndarray] = []
+    found = 0
+    while found < windows:
+        starts.append(rng.permutation(np.arange(rng.integers(WINDOW), tokens - WINDOW, WINDOW)))
+        found += len(starts[-1])
+    return np.concatenate(starts)[:windows]
+
+
+class Windows(Dataset):
+    """Training windows, mixed from several token arrays in the stated shares; item i is a pure function of (seed, i)."""
+
+    def __init__(self, sources: list[np.ndarray], shares: list[float], windows: int, seed: int):
+        rng = np.random.default_rng(seed)
+        counts = [round(windows * share) for share in shares[:-1]]
+        counts.append(windows - sum(counts))
+        pairs = [
+            np.stack([np.full(count, i), window_starts(len(source), count, rng)], axis=1)
+            for i, (source, count) in enumerate(zip(sources, counts, strict=True))
+        ]
+        self.sources = sources
+        self.order = rng.permutation(np.concatenate(pairs))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, start = self.order[index]
+        ids = torch.from_numpy(self.sources[source][start : start + WINDOW].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def build_model(reference: Reference, tokenizer):
+    """A freshly initialised model of one reference configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        reference.model_type,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=WINDOW,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **reference.config,
+    )
+    torch.manual_seed(reference.seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def train(
+    name: str,
+    reference: Reference,
+    tokenizer,
+    arrays: dict[str, np.ndarray],
+    work: Path,
+    folder: Path,
+    *,
+    compiled: bool = True,
+) -> None:
+    """Train one reference model and save it in bfloat16 with its log; resumes from the last checkpoint in ``work``.
+
+    Args:
+        arrays: token arrays ``english``, ``pydocs`` for training, ``english_held_out``, ``pydocs_held_out`` for the loss reported.
+        work: folder of checkpoints (large; not kept). folder: where the finished model goes.
+    """
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    data = Windows(
+        [arrays["english"], arrays["pydocs"]],
+        [1 - reference.pydocs_share, reference.pydocs_share],
+        reference.steps * reference.batch,
+        reference.seed,
+    )
+    held_out = {key: Windows([arrays[f"{key}_held_out"]], [1.0], 256, 1) for key in ("english", "pydocs")}
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=reference.steps,
+        per_device_train_batch_size=reference.batch,
+        per_device_eval_batch_size=reference.batch,
+        learning_rate=reference.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=reference.warmup,
+        weight_decay=reference.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=on_gpu,
+        tf32=on_gpu or None,
+        torch_compile=compiled and on_gpu,
+        dataloader_num_workers=4 if on_gpu else 0,
+        dataloader_drop_last=True,
+        eval_strategy="steps",
+        eval_steps=max(1, reference.steps // 12),
+        save_strategy="steps",
+        save_steps=max(1, reference.steps // 6),
+        save_total_limit=1,
+        logging_steps=max(1, reference.steps // 120),
+        seed=reference.seed,
+        report_to="none",
+        disable_tqdm=on_gpu,
+    )
+    trainer = Trainer(model=build_model(reference, tokenizer), args=arguments, train_dataset=data, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(torch.bfloat16)
+    # The losses of the card are those of the saved weights, so they are measured again after rounding to bfloat16.
+    final = {key: mean_loss(model, windows) for key, windows in held_out.items()}
+    model.config.use_cache = True  # the Trainer turns it off
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(
+        folder / "training.json",
+        {
+            "name": name,
+            "reference": asdict(reference)
+            | {"steps": reference.steps, "tokens_seen": reference.steps * reference.batch * WINDOW},
+            "window": WINDOW,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": {key: len(array) for key, array in sorted(arrays.items())},
+            "held_out_nats_per_token": final,
+            "provenance": record(
+                data={key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in sorted(arrays.items())},
+                device="cuda" if on_gpu else "cpu",
+            ),
+            "log": trainer.state.log_history,
+        },
+    )
+
+
+@torch.inference_mode()
+def mean_loss(model, windows: Windows, *, batch: int = 64) -> float:
+    """Mean next-token loss in nats over all windows."""
+    model.eval()
+    total = 0.0
+    for start in range(0, len(windows), batch):
+        ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + batch, len(windows)))]).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return total / (len(windows) * (WINDOW - 1))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m prunelib.pretraining", description=__doc__.split("\n")[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    one = steps.add_parser("tokenizer", help="train the tokenizer")
+    one.add_argument("--files", nargs="+", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
+    two = steps.add_parser("tokens", help="turn one text file into token ids")
+    two.add_argument("--file", type=Path, required=True)
+    two.add_argument("--tokenizer", type=Path, required=True)
+    two.add_argument("--out", type=Path, required=True)
+    three = steps.add_parser("train", help="train one reference model")
+    three.add_argument("--name", choices=REFERENCES, required=True)
+    three.add_argument("--tokenizer", type=Path, required=True)
+    three.add_argument("--tokens", type=Path, required=True, help="folder of english.npy, pydocs.npy and the held-out arrays")
+    three.add_argument("--work", type=Path, required=True)
+    three.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(argv)
+    if options.step == "tokenizer":
+        train_tokenizer(options.files, options.out)
+        return 0
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    if options.step == "tokens":
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(options.out, tokenize(options.file, tokenizer))
+    else:
+        keys = ("english", "pydocs", "english_held_out", "pydocs_held_out")
+        arrays = {key: np.load(options.tokens / f"{key}.npy") for key in keys}
+        train(options.name, REFERENCES[options.name], tokenizer, arrays, options.work, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
