@@ -1,0 +1,180 @@
+"""From `LayerStats` to the importance of every layer: higher = keep. Numpy only, no model.
+
+`CRITERIA` maps names to `Criterion` objects, each called with statistics and its own options. One more takes a function
+of the statistics and the decorator `criterion`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from prunelib.statistics import SUBSETS, LayerStats
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named rule for the importance of layers, called as ``criterion(stats, **options)``.
+
+    title: label in plots. source: where the rule was published. protect_first, protect_last: how many layers at either end
+    the published method never removes; callers pass them on to `prunelib.search.lowest`.
+    """
+
+    name: str
+    title: str
+    source: str
+    protect_first: int
+    protect_last: int
+    importance: Callable[..., np.ndarray]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        parameters = list(inspect.signature(self.importance).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def __call__(self, stats: LayerStats, **options: Any) -> Float64[np.ndarray, "layer"]:
+        """Importance of each layer, higher = keep.
+
+        Raises ValueError for options the criterion does not have or values it does not know, and when the statistics hold
+        no tokens or lead to NaN or infinity.
+        """
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"criterion {self.name} has no option {', '.join(unknown)}; its options are: {known}")
+        importance = np.asarray(self.importance(stats, **options), dtype=np.float64)
+        return _finite(importance, f"importance by {self.name}")
+
+
+class _Registry(dict[str, Criterion]):
+    def __missing__(self, name: str) -> Criterion:
+        raise ValueError(f"unknown criterion {name!r}; there are: {', '.join(sorted(self))}")
+
+
+CRITERIA: dict[str, Criterion] = _Registry()
+"""All criteria by name; an unknown name raises ValueError listing the known ones."""
+
+
+def criterion(*, title: str, source: str, protect_first: int = 0, protect_last: int = 0) -> Callable[[Callable], Criterion]:
+    """Register a function of statistics and keyword options under its own name. The name must be new."""
+
+    def register(importance: Callable[..., np.ndarray]) -> Criterion:
+        name = importance.__name__
+        if name in CRITERIA:
+            raise ValueError(f"criterion {name!r} exists already; give the function another name")
+        CRITERIA[name] = Criterion(name, title, source, protect_first, protect_last, importance)
+        return CRITERIA[name]
+
+    return register
+
+
+@criterion(title="Block influence", source="ShortGPT, arXiv 2403.03853; SimDiff Eq. 2")
+def block_influence(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
+    """1 - mean over tokens of cos(layer input, layer output); in [0, 2]."""
+    subset, count = _subset(stats, tokens)
+    return 1 - np.diagonal(stats.cosine[subset], offset=1) / count
+
+
+@criterion(title="SimDiff (MSSD)", source="SimDiff, arXiv 2604.19520, Eq. 3 and 5-7")
+def simdiff_mssd(
+    stats: LayerStats, alpha: float = 0.5, reduce: str = "mean", tokens: str = "all"
+) -> Float64[np.ndarray, "layer"]:
+    """alpha I_diff + (1 - alpha) I_sim with the squared difference; `reduce` as in `layer_difference`; in [0, 1]."""
+    return _mixed(stats, alpha, "mssd", reduce, tokens)
+
+
+@criterion(title="SimDiff (MASD)", source="SimDiff, arXiv 2604.19520, Eq. 4-7")
+def simdiff_masd(stats: LayerStats, alpha: float = 0.5, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
+    """alpha I_diff + (1 - alpha) I_sim with the mean absolute difference; in [0, 1]."""
+    return _mixed(stats, alpha, "masd", "mean", tokens)
+
+
+@criterion(title="Relative magnitude", source="ablation in ShortGPT, arXiv 2403.03853")
+def relative_magnitude(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
+    """Mean over tokens of |f(x)| / |x + f(x)|, where f is what the layer adds to the residual stream; >= 0."""
+    subset, count = _subset(stats, tokens)
+    return stats.relative_magnitude[subset] / count
+
+
+@criterion(title="Random layers", source="control")
+def random(stats: LayerStats, seed: int = 0) -> Float64[np.ndarray, "layer"]:
+    """Ranks of one seeded permutation: for one seed, the layers removed at K are among those removed at K + 1."""
+    return np.random.default_rng(seed).permutation(stats.n_layers).astype(np.float64)
+
+
+@criterion(title="Deepest layers", source="simple rule of Gromov et al., arXiv 2403.17887", protect_last=1)
+def deepest(stats: LayerStats) -> Float64[np.ndarray, "layer"]:
+    """The deeper, the less important. With the last layer protected, as published, the removed block ends just before it."""
+    return np.arange(stats.n_layers, dtype=np.float64)[::-1].copy()
+
+
+def similarity_term(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
+    """SimDiff's I_sim, half of block influence (Eq. 6); in [0, 1]."""
+    return _finite(block_influence(stats, tokens=tokens) / 2, "similarity term")
+
+
+def layer_difference(
+    stats: LayerStats, kind: str = "mssd", reduce: str = "mean", tokens: str = "all"
+) -> Float64[np.ndarray, "layer"]:
+    """SimDiff's L_diff: squared (`mssd`, Eq. 3) or absolute (`masd`, Eq. 4) difference of output and input, mean over tokens.
+
+    reduce="mean" also divides by the width, reduce="sum" does not. Eq. 3 prints the sum and Eq. 4 the mean, but a sum over
+    thousands of dimensions saturates the sigmoid of Eq. 5, and the paper's Fig. 4 shows MSSD acting more weakly than MASD,
+    not more strongly: hence the default.
+    """
+    sums = _known("kind", kind, {"mssd": stats.squared_difference, "masd": stats.absolute_difference})
+    width = _known("reduce", reduce, {"mean": stats.hidden_size, "sum": 1})
+    subset, count = _subset(stats, tokens)
+    return _finite(sums[subset] / (count * width), kind)
+
+
+def difference_term(
+    stats: LayerStats, kind: str = "mssd", reduce: str = "mean", tokens: str = "all"
+) -> Float64[np.ndarray, "layer"]:
+    """SimDiff's I_diff, the sigmoid of `layer_difference` (Eq. 5); in [0.5, 1]."""
+    # The same function as 1 / (1 + exp(-x)), without overflow on either side.
+    return 0.5 + 0.5 * np.tanh(layer_difference(stats, kind, reduce, tokens) / 2)
+
+
+def block_angle(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.ndarray, "start"]:
+    """Angular distance between input and output of every block of n layers: element l is for layers l .. l+n-1.
+
+    In [0, 1], the mean over tokens of arccos(cos) / pi; L + 1 - n elements. On the last token of each sample by default, as
+    Gromov et al. (arXiv 2403.17887) define it. Raises ValueError unless 1 <= n <= L.
+    """
+    if not 1 <= n <= stats.n_layers:
+        raise ValueError(f"a block of {n} layers does not exist in {stats.n_layers} layers; n must be 1 to {stats.n_layers}")
+    subset, count = _subset(stats, tokens)
+    return _finite(np.diagonal(stats.angle[subset], offset=n) / count, f"angular distance of {n} layers")
+
+
+def _mixed(stats: LayerStats, alpha: float, kind: str, reduce: str, tokens: str) -> np.ndarray:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
+    return alpha * difference_term(stats, kind, reduce, tokens) + (1 - alpha) * similarity_term(stats, tokens)
+
+
+def _known(option: str, value: str, choices: dict[str, Any]) -> Any:
+    if value not in choices:
+        raise ValueError(f"unknown {option} {value!r}; there are: {', '.join(choices)}")
+    return choices[value]
+
+
+def _subset(stats: LayerStats, tokens: str) -> tuple[int, float]:
+    """Index of a token subset on axis 0 of the statistics, and its number of tokens."""
+    subset = _known("tokens", tokens, {name: index for index, name in enumerate(SUBSETS)})
+    count = float(stats.count[subset])
+    if not count > 0:
+        raise ValueError(f"the statistics hold no tokens in subset {tokens!r}; collect them on longer or more windows")
+    return subset, count
+
+
+def _finite(values: np.ndarray, what: str) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(values)).tolist()
+    if bad:
+        raise ValueError(f"{what} is NaN or infinite at {bad}; the statistics are damaged, collect them again")
+    return values
