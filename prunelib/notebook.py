@@ -28,6 +28,7 @@ from pathlib import Path
 from prunelib.provenance import from_root
 
 KERNEL = "python3"
+KERNEL_LOG = "kernel.log"
 MINIMUM_FREE_BYTES = 200 * 2**20  # below this a run would die while writing its result
 TYPES = (bool, int, float, str, list)  # of a default, besides None
 
@@ -257,8 +258,9 @@ def _run(notebook: Path, output: Path, values: Mapping[str, object]) -> Path:
             if not isinstance(error, DeadKernelError) and "Kernel" not in str(error):
                 raise
             where = _cell_in_progress(executed)
+            words = _last_words(Path(scratch) / KERNEL_LOG)
             raise NotebookError(
-                f"{label}: the kernel died{where} (killed, or out of memory?); no result was written; {copy}"
+                f"{label}: the kernel died{where} (killed, or out of memory?{words}); no result was written; {copy}"
             ) from None
     after = _signature(output)
     if after is None or after == before:
@@ -320,6 +322,11 @@ def _kernel_manager(scratch: Path) -> type:
         def kernel_spec(self) -> KernelSpec:
             return spec
 
+        async def start_kernel(self, **options: object) -> object:
+            # What the cells print comes as messages; this is the process itself, which complains at every interrupt.
+            with open(scratch / KERNEL_LOG, "ab") as log:
+                return await super().start_kernel(stderr=log, **options)
+
     connection = scratch / "kernel.json"
     defaults = {"connection_file": str(connection)}
     if sys.platform != "win32" and len(str(connection)) < 80:  # limit for the name of a socket
@@ -331,6 +338,12 @@ def _kernel_manager(scratch: Path) -> type:
 
     KernelManager.__init__ = __init__
     return KernelManager
+
+
+def _last_words(log: Path) -> str:
+    """The last line that the kernel process itself wrote, such as the report of a crash in compiled code."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return f"; its last words: {lines[-1].strip()[:200]}" if lines else ""
 
 
 def _signature(path: Path) -> tuple | None:
