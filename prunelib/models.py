@@ -29,11 +29,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 # Where the decoder layers are, and where their final norm may be. The first path that leads to a ModuleList is taken.
 PATHS = {
-    "model.layers": ("model.norm", "model.final_layernorm", "model.final_norm", "model.embedding_norm", "model.norm_f"),
+    "model.layers": (
+        "model.norm",
+        "model.final_layernorm",
+        "model.final_norm",
+        "model.embedding_norm",
+        "model.norm_f",
+        "model.layer_norm",
+    ),
     "model.language_model.layers": ("model.language_model.norm",),  # text tower of a multimodal model
     "model.decoder.layers": ("model.decoder.final_layer_norm",),  # OPT
     "gpt_neox.layers": ("gpt_neox.final_layer_norm",),
-    "transformer.h": ("transformer.ln_f",),  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
+    "transformer.h": ("transformer.ln_f", "transformer.layernorm"),  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
     "transformer.blocks": ("transformer.norm_f",),  # MPT
     "biogpt.layers": ("biogpt.layer_norm",),
     "backbone.layers": ("backbone.norm_f",),  # Mamba
@@ -330,7 +337,7 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     about single layers are renumbered; index rules of mixture-of-experts models become explicit lists or new counts.
 
     Raises ValueError for an impossible `keep`, and UnsupportedModel where an ordinary checkpoint cannot say what is left: the
-    configuration of the result, read back from JSON, must build the very same modules.
+    configuration of the result, written and read back, must build the very same modules.
     """
     path = _layers_path(model)
     old = _get(model, path)
@@ -453,6 +460,8 @@ def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_laye
             done.add(id(entries))
     if getattr(config, "attention_types", None) is not None and hasattr(config, "attention_layers"):
         config.attention_types = [[list(config.attention_layers), 1]]  # GPT-Neo: [[pattern, repetitions], ...]
+    if isinstance(getattr(config, "block_types", None), list):  # RecurrentGemma repeats a short pattern
+        config.block_types = [config.block_types[index % len(config.block_types)] for index in kept]
     config.num_hidden_layers = len(kept)
 
 
@@ -464,7 +473,9 @@ def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
     """
     model_type, config = _model_type(pruned), pruned.config
     try:
-        as_saved = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            as_saved = type(config).from_pretrained(folder, local_files_only=True)
         as_saved._attn_implementation = config._attn_implementation
         with torch.device("meta"):
             rebuilt = type(pruned)(as_saved)
@@ -545,29 +556,41 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class Skip(nn.Module):
-    """A decoder slot that hands its input on, in the form (tensor or tuple) in which `layer` returns its output.
+    """A decoder slot that hands its input on, in the form (tensor, tuple, list) in which `layer` returns its output.
 
     Attributes it does not have itself are those of `layer` (models ask a layer for its `attention_type`, say). `layer` is not a
     submodule: it adds no parameters, and its hooks do not run. The form is not declared anywhere, so the first call runs
     `layer` once to see it.
 
-    Raises ValueError when called with a key-value cache: a cache counts its length in a layer that runs.
+    Raises ValueError when called with a key-value cache (a cache counts its length in a layer that runs), and
+    UnsupportedModel when `layer` hands the next layer something beside the hidden states, which skipping would lose.
     """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.__dict__["_stands_for"] = layer
-        self.tuple_length: int | None = None  # None: not seen yet; 0: the layer returns a tensor
+        self.returns: type | None = None  # not seen yet
+        self.length = 1
 
     def forward(self, *args, **kwargs):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ValueError("a skipped layer cannot run with a key-value cache: pass use_cache=False, or use keep_layers")
-        if self.tuple_length is None:
+        if self.returns is None:
             with torch.no_grad():
-                output = self._stands_for.forward(*args, **kwargs)
-            self.tuple_length = len(output) if isinstance(output, tuple) else 0
-        return (hidden_states, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden_states
+                self._learn_form(self._stands_for.forward(*args, **kwargs))
+        if self.returns is torch.Tensor:
+            return hidden_states
+        return self.returns([hidden_states, *[None] * (self.length - 1)])
+
+    def _learn_form(self, output: object) -> None:
+        if not isinstance(output, (tuple, list)):
+            self.returns = torch.Tensor
+            return
+        # Attention weights [sample, head, query, key] may be dropped. Anything else is read by the next layer (Zaya).
+        if any(isinstance(item, Tensor) and item.ndim != 4 for item in output[1:]):
+            raise UnsupportedModel(f"cannot skip a {type(self._stands_for).__name__}: it passes on more than hidden states")
+        self.returns, self.length = (tuple if isinstance(output, tuple) else list), len(output)
 
     def __getattr__(self, name: str):
         try:

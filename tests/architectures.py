@@ -46,35 +46,36 @@ GROUPED = {
 
 # name -> (model type, fields of its configuration)
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
-    "llama": ("llama", {}),
-    "llama_tied": ("llama", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": 5}),
-    "qwen2": ("qwen2", {}),
-    "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
-    "qwen3": ("qwen3", {}),
-    "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8}),
-    "gemma3_text": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 8}),
-    "phi": ("phi", {}),
-    "phi3": ("phi3", {}),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", WINDOWED),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1]}),
-    "granite": ("granite", {"residual_multiplier": 0.5}),
-    "stablelm": ("stablelm", {}),
-    "cohere2": ("cohere2", WINDOWED),
-    "exaone4": ("exaone4", WINDOWED),
-    "gpt_oss": ("gpt_oss", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe_mlp_only": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1, 4]}),
-    "qwen3_moe_step_2": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}),
-    "qwen3_next": ("qwen3_next", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]}),
-    "qwen3_5_text": ("qwen3_5_text", LINEAR),
-    "deepseek_v3": ("deepseek_v3", {**GROUPED, **LATENT, "num_key_value_heads": 4}),
-    "glm4_moe": ("glm4_moe", GROUPED),
+    "llama": ("llama", SMALL),
+    "llama_tied": ("llama", {**SMALL, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**SMALL, "sliding_window": 5}),
+    "qwen2": ("qwen2", SMALL),
+    "qwen2_sliding": ("qwen2", {**SMALL, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
+    "qwen3": ("qwen3", SMALL),
+    "gemma": ("gemma", SMALL),
+    "gemma2": ("gemma2", {**SMALL, "sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "gemma3_text": ("gemma3_text", {**SMALL, **WINDOWED, "query_pre_attn_scalar": 8}),
+    "phi": ("phi", SMALL),
+    "phi3": ("phi3", SMALL),
+    "olmo2": ("olmo2", SMALL),
+    "olmo3": ("olmo3", {**SMALL, **WINDOWED}),
+    "smollm3": ("smollm3", {**SMALL, "no_rope_layers": [1, 0, 1, 1, 0, 1]}),
+    "granite": ("granite", {**SMALL, "residual_multiplier": 0.5}),
+    "stablelm": ("stablelm", SMALL),
+    "cohere2": ("cohere2", {**SMALL, **WINDOWED}),
+    "exaone4": ("exaone4", {**SMALL, **WINDOWED}),
+    "gpt_oss": ("gpt_oss", {**SMALL, **WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe_mlp_only": ("qwen3_moe", {**SMALL, **EXPERTS, "mlp_only_layers": [1, 4]}),
+    "qwen3_moe_step_2": ("qwen3_moe", {**SMALL, **EXPERTS, "decoder_sparse_step": 2}),
+    "qwen3_next": ("qwen3_next", {**SMALL, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]}),
+    "qwen3_5_text": ("qwen3_5_text", {**SMALL, **LINEAR}),
+    "deepseek_v3": ("deepseek_v3", {**SMALL, **GROUPED, **LATENT, "num_key_value_heads": 4}),
+    "glm4_moe": ("glm4_moe", {**SMALL, **GROUPED}),
     "llama4_text": (
         "llama4_text",
         {
+            **SMALL,
             "num_local_experts": 4,
             "interleave_moe_layer_step": 2,
             "no_rope_layers": [1, 0, 1, 1, 0, 1],
@@ -83,8 +84,8 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
         },
     ),
     "gpt2": ("gpt2", {**GPT, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64}),
-    "gpt_neox": ("gpt_neox", {}),
-    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gpt_neox": ("gpt_neox", SMALL),
+    "opt": ("opt", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "gpt_neo": (
         "gpt_neo",
         {
@@ -100,10 +101,11 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "falcon": ("falcon", {**GPT, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}),
     "bloom": ("bloom", {**GPT, "hidden_size": 32, "n_layer": 6, "n_head": 4}),
     "mpt": ("mpt", {**GPT, "d_model": 32, "n_layers": 6, "n_heads": 4, "max_seq_len": 64}),
-    "lfm2": ("lfm2", {"full_attn_idxs": [1, 4], "block_multiple_of": 8}),
+    "lfm2": ("lfm2", {**SMALL, "full_attn_idxs": [1, 4], "block_multiple_of": 8}),
     "ernie4_5_moe": (
         "ernie4_5_moe",
         {
+            **SMALL,
             "moe_num_experts": 4,
             "moe_k": 2,
             "moe_intermediate_size": 16,
@@ -118,16 +120,12 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
 def build(name: str, seed: int = 0, **changes) -> PreTrainedModel:
     """The model `name`, its configuration changed by `changes`."""
     model_type, fields = ARCHITECTURES[name]
-    return build_type(model_type, seed=seed, **{**fields, **changes})
+    return build_type(model_type, {**fields, **changes}, seed)
 
 
-def build_type(model_type: str, seed: int = 0, **fields) -> PreTrainedModel:
-    """A tiny random model of any `model_type` that AutoModelForCausalLM knows."""
-    if "n_embd" in fields or "d_model" in fields or set(GPT) <= set(fields):
-        base = {}
-    else:
-        base = SMALL
-    config = AutoConfig.for_model(model_type, **{**base, **fields})
+def build_type(model_type: str, fields: dict, seed: int = 0) -> PreTrainedModel:
+    """A random model of any `model_type` that AutoModelForCausalLM knows, its configuration made of `fields`."""
+    config = AutoConfig.for_model(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
