@@ -1,0 +1,417 @@
+"""Corpora: what is read from where, and windows that are the same bytes for the same seed."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from prunelib import corpora
+from prunelib.corpora import Corpus, consecutive_windows, load, sample_windows, token_stream, windows_sha256
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the development data, which is not part of the repository")
+
+WORDS = [f"w{number}" for number in range(500)]
+
+
+def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token per word: w0 is 0, w1 is 1, …; then the special tokens."""
+    vocabulary = {word: number for number, word in enumerate([*WORDS, "<unk>", *dict.fromkeys(special.values())])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+def corpus(*documents: str) -> Corpus:
+    return Corpus("toy", "train", documents, "made here", "none")
+
+
+def counting(count: int) -> Corpus:
+    """One document whose token at position p is p."""
+    return corpus(" ".join(WORDS[:count]))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every connection is refused, as on a machine without network."""
+
+    def refuse(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+# --- files
+
+
+def test_text_file_is_cut_at_document_ends_only(tmp_path):
+    text = "first\n\nstill first\n<|endoftext|>\nsecond <|endoftext|> goes on\n<|endoftext|>\n"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
+    plain, packed = load(tmp_path / "a.txt"), load(str(tmp_path / "a.txt.xz"), "evaluation")
+    assert plain.documents == ("first\n\nstill first", "second <|endoftext|> goes on")
+    assert packed.documents == plain.documents
+    assert packed.sha256 == plain.sha256
+    assert (plain.name, plain.split, packed.name, packed.split) == ("a.txt", "train", "a.txt.xz", "evaluation")
+    assert str(tmp_path) not in repr(plain)
+
+
+def test_text_file_without_document_ends_is_one_document(tmp_path):
+    (tmp_path / "b.txt").write_text("a paragraph\n\nand another\n", encoding="utf-8")
+    assert load(tmp_path / "b.txt").documents == ("a paragraph\n\nand another\n",)
+
+
+def test_json_forms_agree(tmp_path):
+    records = [{"text": "one ä"}, {"text": "two\nlines"}, {"text": "  "}]
+    lines = "\n".join(json.dumps(record) for record in records) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    found = {path.name: load(path).documents for path in tmp_path.iterdir()}
+    assert len(found) == 4
+    assert set(found.values()) == {("one ä", "two\nlines")}
+
+
+def test_parquet_holds_the_same_as_json_lines(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    records = [{"text": "one"}, {"text": "two"}]
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet").documents == ("one", "two")
+
+
+def test_instruction_records_take_the_alpaca_prompt(tmp_path):
+    records = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Greet.", "input": "", "output": "Hello"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    request = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    assert load(tmp_path / "a.json").documents == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        + request
+        + "Add.\n\n### Input:\n1 and 2\n\n### Response:\n3",
+        "Below is an instruction that describes a task. " + request + "Greet.\n\n### Response:\nHello",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2 of a.jsonl is not valid JSON"),
+        ("a.json", b'[{"text": "good"}', "a.json is not valid JSON"),
+        ("a.jsonl", b'{"text": "good"}\n"bad"\n', "record 2 of a.jsonl is a str"),
+        ("a.jsonl", b'{"text": "good"}\n{"body": "bad"}\n', "record 2 of a.jsonl: needs the field 'text'.*it has body"),
+        ("a.jsonl", b"\n\n", "is empty"),
+        ("a.txt", b" \n<|endoftext|>\n\n", "is empty"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt is damaged or not UTF-8"),
+        ("a.txt.xz", b"not xz", "a.txt.xz is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "cut"}' * 999)[:-20], "a.jsonl.gz is damaged"),
+        ("a.pdf", b"", "unknown corpus .*a.pdf.*pydocs.*wikitext2.*jsonl"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / name)
+
+
+def test_bad_requests_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown corpus 'wikitext'"):
+        load("wikitext")
+    with pytest.raises(ValueError, match="'alpaca' has no split 'test': choose one of train"):
+        load("alpaca", "test")
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
+        load(tmp_path / "absent.txt")
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        load("c4", data_dir=tmp_path / "absent")
+    with pytest.raises(ValueError, match="max_documents=0"):
+        load("c4", data_dir=tmp_path, max_documents=0)
+
+
+def test_hash_sees_document_borders():
+    assert corpus("ab", "c").sha256 != corpus("a", "bc").sha256
+    encoded = b"\x03" + bytes(7) + "ä1".encode()
+    assert corpus("ä1").sha256 == hashlib.sha256(encoded).hexdigest()
+
+
+# --- named data sets
+
+
+def test_embedded_corpora_are_registered_and_read_lazily(monkeypatch):
+    pydocs = pytest.importorskip("prunelib.pydocs")
+    assert set(pydocs.EMBEDDED) <= set(corpora.LOADERS)
+    checked = []
+    monkeypatch.setattr(pydocs, "check", lambda name, split: checked.append((name, split)))
+    monkeypatch.setattr(pydocs, "documents", lambda name, split: (f"{name} of {split}",))
+    for name in pydocs.EMBEDDED:
+        assert load(name, "calibration").documents == (f"{name} of calibration",)
+    assert checked == [(name, "calibration") for name in pydocs.EMBEDDED]
+
+
+@pytest.mark.parametrize(("name", "split"), [("wikitext2", "evaluation"), ("c4", "calibration"), ("alpaca", "train")])
+def test_without_network_and_copy_the_error_names_the_remedy(no_network, monkeypatch, name, split):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(RuntimeError, match=rf"corpus '{name}' is on the hub.*cannot be reached.*load\('{name}'.*data_dir="):
+        load(name, split)
+    assert not asked, "the client, which retries for long, must not be reached"
+
+
+def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+
+    def load_dataset(repository, config=None, **options):
+        asked[repository] = (config, options)
+        return [{"text": " = A = \n"}, {"text": ""}, {"text": " b \n"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpora, "_require_hub", lambda *arguments: None)
+    assert load("wikitext2", "evaluation").documents == (" = A = \n\n\n\n\n b \n",)
+    assert load("c4", "evaluation", max_documents=1).documents == (" = A = \n",)
+    assert load("alpaca", "calibration").documents == (" = A = \n", " b \n")
+    assert all(re.fullmatch("[0-9a-f]{40}", options["revision"]) for _, options in asked.values())
+    assert asked["Salesforce/wikitext"][0] == "wikitext-2-raw-v1"
+    assert asked["Salesforce/wikitext"][1]["split"] == "test"
+    assert asked["allenai/c4"][1]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    assert asked["allenai/c4"][1]["streaming"]
+
+
+def test_failure_of_the_hub_client_names_the_remedy(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*arguments, **options):
+        raise ConnectionError("Couldn't reach it\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpora, "_require_hub", lambda *arguments: None)
+    with pytest.raises(
+        RuntimeError, match=r"could not be read from tatsu-lab/alpaca \(ConnectionError: Couldn't reach it\).*data_dir"
+    ):
+        load("alpaca")
+
+
+def test_wikitext_forms_of_an_offline_copy_agree(tmp_path):
+    pages = [" = A = \n \n one \n two \n \n ", " = B = \n \n three \n \n"]
+    raw = " \n" + "\n".join(pages)
+    rows = ["", " = A = \n", "", " one \n", " two \n", "", "", " = B = \n", "", " three \n", ""]
+    folders = {form: tmp_path / form for form in ("raw", "pages", "rows", "nested")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["raw"] / "wiki.test.raw").write_text(raw, encoding="utf-8")
+    (folders["pages"] / "test.jsonl").write_text("\n".join(json.dumps({"page": page}) for page in pages), encoding="utf-8")
+    (folders["rows"] / "test.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
+    (folders["nested"] / "wikitext").mkdir()
+    (folders["nested"] / "wikitext" / "wiki.test.raw").write_text(raw, encoding="utf-8")
+    found = {form: load("wikitext2", "evaluation", data_dir=folder) for form, folder in folders.items()}
+    assert {item.documents for item in found.values()} == {("\n\n".join(rows),)}
+    assert {item.split for item in found.values()} == {"test"}
+    assert found["raw"].source == "offline copy: wiki.test.raw"
+    # The version with <unk> is another text: it must not stand in for the raw one.
+    (tmp_path / "wiki.test.tokens").write_text(raw, encoding="utf-8")
+    with pytest.raises(
+        FileNotFoundError, match=r"no offline copy of 'wikitext2' \(test\).*looked for .*wiki\.test\.raw.*test\.jsonl"
+    ):
+        load("wikitext2", "test", data_dir=tmp_path)
+
+
+def test_hub_layout_is_read_from_a_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": " = A = \n"}, {"text": ""}])
+    snapshot = tmp_path / "datasets--Salesforce--wikitext" / "snapshots" / corpora.WIKITEXT2.revision
+    for folder in (tmp_path / "copy", snapshot):
+        (folder / "wikitext-2-raw-v1").mkdir(parents=True)
+        rows.to_parquet(folder / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")
+    for folder in (tmp_path / "copy", tmp_path / "copy" / "wikitext-2-raw-v1", tmp_path):
+        assert load("wikitext2", "test", data_dir=folder).documents == (" = A = \n\n\n",)
+    shard = tmp_path / "en" / "c4-train.00000-of-01024.json.gz"
+    shard.parent.mkdir()
+    shard.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(30))))
+    assert load("c4", data_dir=tmp_path, max_documents=3).documents == ("0", "1", "2")
+    (tmp_path / "data").mkdir()
+    for shard in range(2):
+        datasets.Dataset.from_list([{"instruction": str(shard), "input": "", "output": "x"}]).to_parquet(
+            tmp_path / "data" / f"train-0000{shard}-of-00002.parquet"
+        )
+    assert len(load("alpaca", data_dir=tmp_path).documents) == 2
+
+
+def test_a_sample_is_never_evaluation_text(tmp_path):
+    (tmp_path / "sample.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    assert load("c4", "calibration", data_dir=tmp_path).documents == ("a",)
+    with pytest.raises(FileNotFoundError, match="validation"):
+        load("c4", "evaluation", data_dir=tmp_path)
+
+
+# --- windows
+
+
+def test_stream_puts_the_end_of_text_between_documents():
+    tokenizer = word_tokenizer(eos_token="</s>")
+    end = tokenizer.eos_token_id
+    many = corpus(*(f"w{number} w0" for number in range(1, 200)))
+    expected = [token for number in range(1, 200) for token in (end, number, 0)][1:]
+    assert token_stream(many, tokenizer).tolist() == expected
+    assert token_stream(many, tokenizer, join=" w7 ").tolist() == [7 if token == end else token for token in expected]
+    assert token_stream(many, word_tokenizer()).tolist() == [token for token in expected if token != end]
+    # Stopping early gives the beginning of the whole.
+    short = token_stream(many, tokenizer, at_least=10).tolist()
+    assert 10 <= len(short) < len(expected)
+    assert short == expected[: len(short)]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_consecutive_windows_cover_the_text_once(bos):
+    tokenizer = word_tokenizer(bos_token="<s>")
+    windows = consecutive_windows(counting(100), tokenizer, 9, bos=bos)
+    content = windows[:, 1:] if bos else windows
+    covered = content.flatten().tolist()
+    assert windows.dtype == torch.int64
+    assert windows.shape == (100 // content.shape[1], 9)
+    assert covered == list(range(len(covered)))
+    if bos:
+        assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert torch.equal(consecutive_windows(counting(100), tokenizer, 9, limit=3, bos=bos), windows[:3])
+    assert torch.equal(consecutive_windows(counting(100), tokenizer, 9, limit=10**6, bos=bos), windows)
+
+
+def test_consecutive_windows_with_stride():
+    windows = consecutive_windows(counting(20), word_tokenizer(), 8, stride=3)
+    assert windows[:, 0].tolist() == [0, 3, 6, 9, 12]
+    assert windows[-1].tolist() == list(range(12, 20))
+
+
+def test_sampled_windows_are_pieces_of_the_text_without_overlap():
+    for seed in range(20):
+        windows = sample_windows(counting(100), word_tokenizer(bos_token="<s>"), 11, 9, seed, bos=True)[:, 1:]
+        starts = windows[:, 0]
+        assert torch.equal(windows, starts[:, None] + torch.arange(8))
+        assert torch.sort(starts).values.diff().min() >= 8
+        assert windows.max() < 100
+
+
+def test_every_placement_is_equally_likely():
+    # 2 windows of 2 tokens in 5: the pairs of starts are (0, 2), (0, 3), (1, 3).
+    found = [
+        tuple(sample_windows(counting(5), word_tokenizer(), 2, 2, seed, progress=False)[:, 0].tolist()) for seed in range(600)
+    ]
+    pairs, counts = np.unique(np.sort(found, axis=1), axis=0, return_counts=True)
+    assert pairs.tolist() == [[0, 2], [0, 3], [1, 3]]
+    assert counts.min() > 150  # 200 expected, standard deviation 12
+    assert 240 < sum(first < second for first, second in found) < 360  # their order is random too
+
+
+def test_same_seed_same_bytes_other_seed_other_windows():
+    tokenizer = word_tokenizer()
+    torch.manual_seed(1)
+    first = sample_windows(counting(400), tokenizer, 8, 16, seed=3)
+    torch.manual_seed(2)
+    torch.rand(5)
+    before = torch.get_rng_state()
+    again = sample_windows(counting(400), tokenizer, 8, 16, seed=3)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
+    assert first.numpy().tobytes() == again.numpy().tobytes()
+    assert windows_sha256(first) == windows_sha256(again)
+    assert windows_sha256(first) != windows_sha256(sample_windows(counting(400), tokenizer, 8, 16, seed=4))
+    # Golden: other numbers would mean that a library changed what a seed gives, and with it every committed result.
+    assert first[:, 0].tolist() == [347, 223, 110, 296, 23, 64, 80, 312]
+
+
+def test_window_hash_sees_shape_and_values():
+    windows = torch.arange(6).reshape(2, 3)
+    assert windows_sha256(windows) == hashlib.sha256(b"(2, 3)" + windows.numpy().astype("<i8").tobytes()).hexdigest()
+    assert windows_sha256(windows) != windows_sha256(windows.reshape(3, 2))
+    assert windows_sha256(windows.T.contiguous().T) == windows_sha256(windows)
+
+
+def test_short_corpus_gives_overlap_with_a_warning_and_too_short_an_error():
+    tokenizer = word_tokenizer(bos_token="<s>")
+    with pytest.warns(UserWarning, match=r"has 20 tokens, 9 separate windows need 72: they overlap"):
+        windows = sample_windows(counting(20), tokenizer, 9, 8, seed=0)
+    assert torch.equal(windows, windows[:, :1] + torch.arange(8))
+    assert sample_windows(counting(7), tokenizer, 1, 8, seed=0, bos=True).shape == (1, 8)
+    for bos, needed in ((False, 9), (True, 8)):
+        with pytest.raises(ValueError, match=rf"corpus 'toy' \(train\) has 7 tokens; a window of 9 needs {needed}"):
+            sample_windows(counting(7), tokenizer, 1, 9, seed=0, bos=bos)
+        with pytest.raises(ValueError, match=rf"has 7 tokens; a window of 9 needs {needed}"):
+            consecutive_windows(counting(7), tokenizer, 9, bos=bos)
+    with pytest.raises(ValueError, match="has 0 tokens"):
+        consecutive_windows(corpus(), tokenizer, 9)
+
+
+def test_bad_window_settings_are_named():
+    tokenizer = word_tokenizer()
+    for settings, message in [
+        ({"n_samples": 0, "seq_len": 8, "seed": 0}, "n_samples=0"),
+        ({"n_samples": 1, "seq_len": 1, "seed": 0}, "seq_len=1"),
+        ({"n_samples": 1, "seq_len": 8, "seed": -1}, "seed=-1"),
+        ({"n_samples": 1, "seq_len": 8, "seed": 0, "bos": True}, "tokenizer has no bos_token"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample_windows(counting(50), tokenizer, **settings)
+    for settings, message in [
+        ({"seq_len": 8, "limit": 0}, "limit=0"),
+        ({"seq_len": 8, "stride": 9}, "stride=9"),
+        ({"seq_len": 8, "stride": 0}, "stride=0"),
+        ({"seq_len": 8, "bos": True}, "tokenizer has no bos_token"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            consecutive_windows(counting(50), tokenizer, **settings)
+
+
+# --- real text, real tokenizer
+
+
+@needs_shared
+def test_wikitext2_is_the_usual_perplexity_text():
+    test = load("wikitext2", "evaluation", data_dir=SHARED / "benchmarks")
+    (text,) = test.documents
+    raw = (SHARED / "benchmarks" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")
+    assert len(corpora.wikitext_rows(raw)) == 4358
+    assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
+    # Every line of the file is a line of the text, its end apart.
+    lines = [line for line in text.split("\n") if line.strip()]
+    assert lines == [line for line in raw.split("\n") if line.strip()]
+
+
+@needs_shared
+def test_wikitext2_pages_restore_the_raw_text(tmp_path):
+    (tmp_path / "test.jsonl").symlink_to(SHARED / "benchmarks" / "wikitext" / "test.jsonl")
+    pages = load("wikitext2", "test", data_dir=tmp_path)
+    assert pages.sha256 == load("wikitext2", "test", data_dir=SHARED / "benchmarks" / "wikitext").sha256
+
+
+@needs_shared
+def test_real_corpora_give_windows():
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260k")
+    english = SHARED / "english" / "valid.txt.xz"
+    found = [
+        load("c4", data_dir=SHARED, max_documents=500),
+        load("alpaca", "calibration", data_dir=SHARED / "alpaca"),
+        load(english, "evaluation"),
+    ]
+    assert [len(item.documents) for item in found] == [500, 999, 155]
+    assert found[1].documents[0].startswith("Below is an instruction that describes a task. Write a response")
+    hashes = set()
+    for item in found:
+        sampled = sample_windows(item, tokenizer, 16, 128, seed=0, bos=True)
+        assert sampled.shape == (16, 128)
+        assert set(sampled[:, 0].tolist()) == {tokenizer.bos_token_id}
+        assert int(sampled.max()) < len(tokenizer)
+        hashes.add(windows_sha256(sampled))
+        windows = consecutive_windows(item, tokenizer, 64, limit=20)
+        assert tokenizer.decode(windows[0]).split()[:3] == item.documents[0].split()[:3]
+    assert len(hashes) == 3
