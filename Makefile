@@ -1,0 +1,55 @@
+# make figures   every figure and table of the reference profile (resumes what was interrupted)
+# make test      style and tests
+# make verify    rerun the smoke profile and compare it with the committed values
+# make lab       the notebooks in JupyterLab
+# make lock      resolve the dependencies anew
+# make clean     remove the environment, build/ and caches; results, figures and data/runs stay
+#
+# Each target makes and reuses .venv. Variables: PYTHON=python3.12, CORES=8, PROFILE=profiles/paper.yaml, ARGS="--resources gpu=1"
+
+PYTHON ?= python3
+CORES ?= 2
+PROFILE ?= profiles/reference.yaml
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/installed
+
+# Runs and tests share the cores; threads inside one of them would only change the last digits of its sums.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: figures test verify lab lock clean
+.DEFAULT_GOAL := figures
+
+figures: $(READY)
+	@$(BIN)/python -m prunelib.batch $(PROFILE) --cores $(CORES) $(ARGS)
+
+test: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/python -m pytest $(ARGS)
+
+verify: $(READY)
+	@$(BIN)/python -m prunelib.batch profiles/smoke.yaml --cores $(CORES) --forceall $(ARGS)
+	@$(BIN)/python -m prunelib.verify
+
+lab: $(READY)
+	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
+
+# The version of torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines.
+lock: $(READY)
+	@$(BIN)/pip-compile -q --strip-extras --allow-unsafe --extra dev --constraint constraints.txt \
+	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate --no-header \
+	  -o requirements.lock pyproject.toml
+	@sed -i.old 's/+cpu$$//' requirements.lock && rm requirements.lock.old
+
+clean:
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --clear: an environment that a changed lock or an interrupted installation left half done is made anew.
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	@echo "installing requirements.lock into .venv (some minutes, once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -q -r requirements.lock
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@

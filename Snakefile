@@ -1,0 +1,118 @@
+"""The graph: notebooks → run files → table → figures.
+
+    snakemake --cores 2                                     the reference profile (what `make figures` runs)
+    snakemake --cores 2 --configfile profiles/smoke.yaml    another profile
+    snakemake --cores 2 figures/<stem>.png                  one figure and what it needs
+    snakemake -n --configfile profiles/paper.yaml           list the runs of the papers' own settings
+
+A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
+notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
+hash is in every run file and the table warns when hashes mix; rerun on purpose with --forcerun statistics depth.
+"""
+
+import re
+import sys
+from glob import glob
+
+from snakemake.exceptions import WorkflowError
+
+workdir: workflow.basedir
+
+sys.path.insert(0, workflow.basedir)
+
+from prunelib import grid
+from prunelib.provenance import notebook_source_sha
+
+if "models" not in config:  # no --configfile; as a plain directive it would be merged into every other profile
+    configfile: "profiles/reference.yaml"
+
+try:
+    PROFILE = grid.read(config)
+except ValueError as error:
+    raise WorkflowError(str(error))
+
+PYTHON = PROFILE.python or sys.executable
+CHAPTERS = {chapter: PROFILE.figure_files(chapter) for chapter in PROFILE.chapters}
+FIGURES = [file for files in CHAPTERS.values() for file in files]
+
+# `exec`: Snakemake is then the parent of the runner itself, which ends when that parent is killed.
+RUN = (
+    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.notebook --follow=$PPID"
+    " {input.notebook:q} {output.run:q} {params.arguments}"
+)
+
+
+wildcard_constraints:
+    model="|".join(map(re.escape, PROFILE.models)),
+    corpus="|".join(map(re.escape, PROFILE.calibration)),
+    seed=r"\d+",
+    layers_removed=r"\d+",
+
+
+localrules: all, table
+
+
+rule all:
+    input: PROFILE.experiment_runs(), PROFILE.results, [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
+
+
+rule statistics:
+    input: notebook=ancient(grid.STATISTICS)
+    output:
+        run=PROFILE.statistics_run("{model}", "{corpus}", "{seed}"),
+        arrays=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".safetensors"),
+    log: notebook=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".ipynb")
+    params:
+        source=lambda wildcards, input: notebook_source_sha(input.notebook),
+        weights=lambda wildcards: grid.fingerprint(PROFILE.models[wildcards.model]["model"]),
+        arguments=lambda wildcards: grid.arguments(
+            grid.statistics_values(PROFILE, wildcards.model, wildcards.corpus, int(wildcards.seed))
+        ),
+    threads: PROFILE.threads
+    retries: PROFILE.retries
+    resources: **PROFILE.resources
+    shell: RUN
+
+
+rule depth:
+    input:
+        notebook=ancient(grid.DEPTH),
+        statistics=lambda wildcards: PROFILE.statistics_of(wildcards.model),
+        arrays=lambda wildcards: PROFILE.statistics_of(wildcards.model, ".safetensors"),
+    output: run=PROFILE.depth_run("{model}", "{layers_removed}")
+    log: notebook=PROFILE.depth_run("{model}", "{layers_removed}", ".ipynb")
+    params:
+        source=lambda wildcards, input: notebook_source_sha(input.notebook),
+        weights=lambda wildcards: grid.fingerprint(PROFILE.models[wildcards.model]["model"]),
+        arguments=lambda wildcards: grid.arguments(
+            grid.depth_values(PROFILE, wildcards.model, int(wildcards.layers_removed))
+        ),
+    threads: PROFILE.threads
+    retries: PROFILE.retries
+    resources: **PROFILE.resources
+    shell: RUN
+
+
+rule table:
+    input: PROFILE.experiment_runs()
+    output: PROFILE.results
+    shell: "{PYTHON:q} -m prunelib.results {input:q} {output:q}"
+
+
+for chapter, files in CHAPTERS.items():
+
+    rule:
+        name: f"chapter_{chapter}"
+        input:
+            notebook=ancient(grid.chapter_notebook(chapter)),
+            results=[PROFILE.results] if "results" in grid.chapter_values(PROFILE, chapter) else [],
+            published=sorted(glob("data/published/*.csv")),
+        output: files, run=PROFILE.chapter_run(chapter)
+        log: notebook=PROFILE.chapter_run(chapter, ".ipynb")
+        params:
+            source=lambda wildcards, input: notebook_source_sha(input.notebook),
+            arguments=grid.arguments(grid.chapter_values(PROFILE, chapter)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN

@@ -1,0 +1,118 @@
+"""Run a whole profile: `python -m prunelib.batch profiles/reference.yaml [--cores N] [arguments of snakemake …]`
+
+This is Snakemake with three habits added: failed runs do not stop the others, an interrupted batch resumes, and the lock that a
+killed batch (`kill -9`, power cut) leaves behind needs no hand work. A lock is removed only when this module took it on this
+machine, the process that took it is gone, and no other Snakemake works in this folder; otherwise it is left alone, because
+the owner may be alive on another machine that shares the disk.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from prunelib.provenance import at_root, project_root, write_json
+
+HABITS = ("--keep-going", "--rerun-incomplete", "--quiet", "host", "reason", "rules")
+
+
+class BatchError(RuntimeError):
+    """A batch that cannot start."""
+
+
+def run(profile: str | os.PathLike, arguments: Sequence[str] = (), *, root: Path | None = None) -> int:
+    """Run Snakemake on a profile in the project root; return its exit status. Raises BatchError when it cannot start."""
+    root = root or project_root()
+    profile = Path(profile)
+    if not profile.is_file():
+        profile = at_root(profile)
+    if not profile.is_file():
+        there = ", ".join(sorted(f"profiles/{path.name}" for path in (root / "profiles").glob("*.yaml")))
+        raise BatchError(f"there is no profile {profile}; there are {there}")
+    snakemake = [sys.executable, "-m", "snakemake", "--configfile", str(profile.absolute())]
+    if not {"-n", "--dry-run"} & set(arguments) and release_stale_lock(root):
+        subprocess.run([*snakemake, "--unlock", "--quiet", "all"], cwd=root, check=True)
+    cores = [] if any(argument.startswith(("--cores", "-c", "-j", "--jobs")) for argument in arguments) else ["--cores", "2"]
+    owner = _owner_file(root)
+    with subprocess.Popen([*snakemake, *cores, *HABITS, *arguments], cwd=root) as process:
+        write_json(owner, {"host": socket.gethostname(), "pid": process.pid, "started": _started(process.pid)})
+        # Ctrl-C reaches Snakemake too, which ends its runs first; a SIGTERM to us alone is passed on.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        status = process.wait()
+    if status >= 0:  # it ended by itself and has taken its lock away, if the lock was its own
+        owner.unlink(missing_ok=True)
+    return status if status >= 0 else 128 - status
+
+
+def release_stale_lock(root: Path) -> bool:
+    """Whether the lock in `root` may be removed: see the module. Raises BatchError when a batch is running there."""
+    locks = root / ".snakemake" / "locks"
+    if not locks.is_dir() or not any(locks.iterdir()):
+        return False
+    running = live_snakemake(root)
+    if running:
+        raise BatchError(f"a batch is already running in {root} (process {running[0]}): wait for it, or end it first")
+    try:
+        owner = json.loads(_owner_file(root).read_text())
+    except (OSError, ValueError):
+        owner = {}
+    if owner.get("host") != socket.gethostname() or _started(owner.get("pid")) == owner.get("started"):
+        raise BatchError(
+            f"{root} is locked by a Snakemake that was not started from here; "
+            "if you know that it has ended, run `snakemake --unlock`"
+        )
+    return True
+
+
+def live_snakemake(root: Path) -> list[int]:
+    """Processes of this machine that run Snakemake in `root`, or whose folder cannot be seen (another user's)."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "pid"]):
+        words = [Path(word).name for word in process.info["cmdline"] or []]
+        # `snakemake …`, `python -m snakemake …`, `python …/snakemake/__main__.py …`
+        packages = [Path(word).parent.name for word in process.info["cmdline"] or [] if word.endswith("__main__.py")]
+        if "snakemake" not in (*words[:4], *packages):
+            continue
+        try:
+            if Path(process.cwd()) == root.resolve() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.info["pid"])
+        except psutil.AccessDenied:
+            found.append(process.info["pid"])
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _owner_file(root: Path) -> Path:
+    return root / ".snakemake" / "batch.json"
+
+
+def _started(pid: int | None) -> float | None:
+    """When a process started: with its number this names it, numbers alone are used again."""
+    try:
+        process = psutil.Process(pid) if pid is not None else None
+        return process.create_time() if process is not None and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: python -m prunelib.batch PROFILE [--cores N] [arguments of snakemake …]", file=sys.stderr)
+        return 2
+    try:
+        return run(arguments[0], arguments[1:])
+    except BatchError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,243 @@
+"""A profile (one YAML file of `profiles/`) → the runs it asks for, each with every parameter of its notebook.
+
+For the Snakefile; nothing here needs more than the standard library. A profile is checked before the first run: an unknown
+key, a value of the wrong type and a parameter that the profile leaves to the notebook's default are errors.
+"""
+
+import functools
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+
+from prunelib.notebook import Parameter, ParameterError, closest, parameters
+from prunelib.provenance import at_root, file_sha256
+
+NOTEBOOKS = "notebooks"
+STATISTICS = f"{NOTEBOOKS}/experiments/statistics.ipynb"
+DEPTH = f"{NOTEBOOKS}/experiments/depth.ipynb"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
+STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
+HASHED_BYTES = 200 * 2**20  # larger local models are told apart by the names and sizes of their files
+
+
+class ProfileError(ValueError):
+    """A profile that does not say what to run, or says something that nothing reads."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The keys of a profile; those without a default must be there.
+
+    runs, results, figures: folder of the run files, the table (CSV), folder of the figures.
+    models: short name → {model: path or hub name, dtype, device, batch_size, …}; parameters of the experiment notebooks.
+    calibration: short name → {corpus (that name by default), split, data_dir, n_samples, seq_len}, of statistics.ipynb.
+    calibration_seeds, layers_removed: the other two axes.
+    statistics, depth: the remaining parameters of these notebooks, the same for all of their runs.
+    chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
+    threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
+    """
+
+    runs: str
+    results: str
+    figures: str
+    models: dict
+    calibration: dict
+    calibration_seeds: list
+    layers_removed: list
+    chapters: dict
+    statistics: dict = field(default_factory=dict)
+    depth: dict = field(default_factory=dict)
+    threads: int = 1
+    retries: int = 0
+    resources: dict = field(default_factory=dict)
+    python: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (*self.models, *self.calibration):
+            if not NAME.fullmatch(str(name)) or "__" in str(name):
+                raise ProfileError(f"`{name}` cannot be part of a file name: use letters, digits, `.`, `-` and single `_`")
+        for key in ("models", "calibration", "chapters"):
+            for name, entry in getattr(self, key).items():
+                if entry is not None and not isinstance(entry, dict):
+                    raise ProfileError(f"{key}.{name} must be a mapping of parameters, not {entry!r}")
+        for key in ("calibration_seeds", "layers_removed"):
+            values = getattr(self, key)
+            if not all(type(value) is int and value >= 0 for value in values) or len(set(values)) < len(values):
+                raise ProfileError(f"{key} must be different whole numbers from 0 on, not {values!r}")
+        for key in ("threads", "retries"):
+            if type(getattr(self, key)) is bool or getattr(self, key) < (key == "threads"):
+                raise ProfileError(f"{key} = {getattr(self, key)!r} is too small")
+
+    def statistics_run(self, model: str, corpus: str, seed: int, suffix: str = ".json") -> str:
+        return f"{self.runs}/statistics/{model}__{corpus}__s{seed}{suffix}"
+
+    def depth_run(self, model: str, layers_removed: int, suffix: str = ".json") -> str:
+        return f"{self.runs}/depth/{model}__k{layers_removed}{suffix}"
+
+    def chapter_run(self, chapter: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/chapters/{chapter}{suffix}"
+
+    def statistics_of(self, model: str, suffix: str = ".json") -> list[str]:
+        """All statistics of one model: what its depth runs read."""
+        return [
+            self.statistics_run(model, corpus, seed, suffix) for corpus in self.calibration for seed in self.calibration_seeds
+        ]
+
+    def experiment_runs(self) -> list[str]:
+        """Every run file that the table is made of."""
+        depth = [self.depth_run(model, count) for model in self.models for count in self.layers_removed]
+        return [run for model in self.models for run in self.statistics_of(model)] + depth
+
+    def figure_files(self, chapter: str) -> list[str]:
+        """The files a chapter draws, from the stems in its headings."""
+        stems = figure_stems(chapter_notebook(chapter))
+        return [f"{self.figures}/{stem}{suffix}" for stem in stems for suffix in figure_suffixes(stem)]
+
+
+def read(config: Mapping) -> Profile:
+    """A checked profile from the mapping of a YAML file. Raises ProfileError naming the key.
+
+    Besides the keys this looks at every parameter of every run, so that nothing is found out after hours.
+    """
+    kinds = {item.name: item.type for item in fields(Profile)}
+    for key, value in config.items():
+        if key not in kinds:
+            raise ProfileError(f"unknown key `{key}` in the profile{closest(key, kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise ProfileError(f"`{key}` in the profile must be a {kinds[key].__name__}, not {value!r}")
+    required = [item.name for item in fields(Profile) if item.default is MISSING and item.default_factory is MISSING]
+    for key in required:
+        if key not in config:
+            raise ProfileError(f"the profile has no `{key}`")
+    profile = Profile(**config)
+
+    both = {**_known(STATISTICS), **_known(DEPTH)}
+    for name, entry in profile.models.items():
+        _refuse_unknown(entry or {}, both, f"models.{name}", f"{STATISTICS} or {DEPTH}")
+        for count in profile.layers_removed:
+            depth_values(profile, name, count)
+        for corpus in profile.calibration:
+            for seed in profile.calibration_seeds:
+                statistics_values(profile, name, corpus, seed)
+    drawn: dict[str, str] = {}
+    for chapter in profile.chapters:
+        chapter_values(profile, chapter)
+        for stem in figure_stems(chapter_notebook(chapter)):
+            if drawn.setdefault(stem, chapter) != chapter:
+                raise ProfileError(f"figure `{stem}` is in the headings of both {drawn[stem]} and {chapter}")
+    return profile
+
+
+def statistics_values(profile: Profile, model: str, corpus: str, seed: int) -> dict:
+    """Every parameter of one run of statistics.ipynb, but `output`."""
+    sources = {
+        f"models.{model}": _declared(STATISTICS, profile.models[model]),
+        f"calibration.{corpus}": {"corpus": corpus, **(profile.calibration[corpus] or {})},
+        "calibration_seeds": {"seed": seed},
+        "statistics": profile.statistics,
+    }
+    return _complete(STATISTICS, sources)
+
+
+def depth_values(profile: Profile, model: str, layers_removed: int) -> dict:
+    """Every parameter of one run of depth.ipynb, but `output`."""
+    sources = {
+        f"models.{model}": _declared(DEPTH, profile.models[model]),
+        "calibration": {"statistics": profile.statistics_of(model)},
+        "layers_removed": {"layers_removed": layers_removed},
+        "depth": profile.depth,
+    }
+    return _complete(DEPTH, sources)
+
+
+def chapter_values(profile: Profile, chapter: str) -> dict:
+    """Every parameter of one chapter, but `output`."""
+    notebook = chapter_notebook(chapter)
+    places = {"results": profile.results, "figures": profile.figures}
+    sources = {"profile": _declared(notebook, places), f"chapters.{chapter}": profile.chapters[chapter] or {}}
+    return _complete(notebook, sources)
+
+
+def chapter_notebook(chapter: str) -> str:
+    return f"{NOTEBOOKS}/{chapter}.ipynb"
+
+
+def arguments(values: Mapping[str, object]) -> str:
+    """`name=value …` for a shell, in the form that the runner reads back to the same values."""
+    return " ".join(shlex.quote(f"{name}={_text(value)}") for name, value in values.items())
+
+
+def figure_stems(notebook: str) -> list[str]:
+    """Stems of the figures and tables that a chapter draws: the names in backticks in its headings.
+
+    `## Figure 4a: alpha, MSSD (`simdiff_fig4a_alpha_mssd`)` names one; other words in backticks are not of that form.
+    """
+    found = []
+    for cell in json.loads(at_root(notebook).read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            for line in "".join(cell["source"]).splitlines():
+                if line.startswith("#"):
+                    found += [name for name in re.findall(r"`([^`]+)`", line) if STEM.fullmatch(name)]
+    return list(dict.fromkeys(found))
+
+
+def figure_suffixes(stem: str) -> tuple[str, ...]:
+    """A picture is png, pdf, the plotted numbers and their provenance; a table has no picture."""
+    return (".csv", ".json") if re.match(r"[a-z0-9_]*_table", stem) else (".png", ".pdf", ".csv", ".json")
+
+
+@functools.cache
+def fingerprint(model: str) -> str:
+    """Hash that changes with the weights of a local model folder; a hub name stands for itself."""
+    folder = at_root(model)
+    if not folder.is_dir():
+        return model
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    small = sum(path.stat().st_size for path in files) <= HASHED_BYTES
+    lines = [f"{path.name} {file_sha256(path) if small else path.stat().st_size}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _known(notebook: str) -> dict[str, Parameter]:
+    if not at_root(notebook).is_file():
+        raise ProfileError(f"there is no notebook {notebook}")
+    return parameters(at_root(notebook))
+
+
+def _declared(notebook: str, entry: Mapping | None) -> dict:
+    """The part of an entry shared by several notebooks that this one has parameters for."""
+    return {name: value for name, value in (entry or {}).items() if name in _known(notebook)}
+
+
+def _complete(notebook: str, sources: Mapping[str, Mapping]) -> dict:
+    """The values of all sources, checked against the parameters cell: none unknown, none twice, none left out."""
+    known = {name: parameter for name, parameter in _known(notebook).items() if name != "output"}
+    values: dict[str, object] = {}
+    for place, entry in sources.items():
+        _refuse_unknown(entry, known, place, notebook)
+        for name, value in entry.items():
+            if name in values:
+                raise ProfileError(f"{place}.{name} sets a parameter of {notebook} that the profile has set already")
+            try:
+                # YAML reads 1e-3 as text, hence the runner's own reading of texts.
+                values[name] = known[name].parse(value) if isinstance(value, str) else known[name].check(value)
+            except ParameterError as error:
+                raise ProfileError(f"{place}: {error}") from None
+    left_out = [name for name in known if name not in values]
+    if left_out:
+        raise ProfileError(f"the profile sets no `{left_out[0]}`, a parameter of {notebook}; batches do not run on defaults")
+    return values
+
+
+def _refuse_unknown(entry: Mapping, known: Sequence[str] | Mapping, place: str, notebook: str) -> None:
+    for name in entry:
+        if name not in known:
+            raise ProfileError(f"{place}.{name} is not a parameter of {notebook}{closest(str(name), known)}")
+
+
+def _text(value: object) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)
