@@ -6,7 +6,6 @@ import json
 import lzma
 import re
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prunelib import corpora
 from prunelib.corpora import Corpus, consecutive_windows, load, sample_windows, token_stream, windows_sha256
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the development data, which is not part of the repository")
 
 WORDS = [f"w{number}" for number in range(500)]
 
@@ -375,11 +371,10 @@ def test_bad_window_settings_are_named():
 # --- real text, real tokenizer
 
 
-@needs_shared
-def test_wikitext2_is_the_usual_perplexity_text():
-    test = load("wikitext2", "evaluation", data_dir=SHARED / "benchmarks")
+def test_wikitext2_is_the_usual_perplexity_text(shared_data):
+    test = load("wikitext2", "evaluation", data_dir=shared_data / "benchmarks")
     (text,) = test.documents
-    raw = (SHARED / "benchmarks" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")
+    raw = (shared_data / "benchmarks" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")
     assert len(corpora.wikitext_rows(raw)) == 4358
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
     # Every line of the file is a line of the text, its end apart.
@@ -387,20 +382,18 @@ def test_wikitext2_is_the_usual_perplexity_text():
     assert lines == [line for line in raw.split("\n") if line.strip()]
 
 
-@needs_shared
-def test_wikitext2_pages_restore_the_raw_text(tmp_path):
-    (tmp_path / "test.jsonl").symlink_to(SHARED / "benchmarks" / "wikitext" / "test.jsonl")
+def test_wikitext2_pages_restore_the_raw_text(tmp_path, shared_data):
+    (tmp_path / "test.jsonl").symlink_to(shared_data / "benchmarks" / "wikitext" / "test.jsonl")
     pages = load("wikitext2", "test", data_dir=tmp_path)
-    assert pages.sha256 == load("wikitext2", "test", data_dir=SHARED / "benchmarks" / "wikitext").sha256
+    assert pages.sha256 == load("wikitext2", "test", data_dir=shared_data / "benchmarks" / "wikitext").sha256
 
 
-@needs_shared
-def test_real_corpora_give_windows():
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260k")
-    english = SHARED / "english" / "valid.txt.xz"
+def test_real_corpora_give_windows(shared_data):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260k")
+    english = shared_data / "english" / "valid.txt.xz"
     found = [
-        load("c4", data_dir=SHARED, max_documents=500),
-        load("alpaca", "calibration", data_dir=SHARED / "alpaca"),
+        load("c4", data_dir=shared_data, max_documents=500),
+        load("alpaca", "calibration", data_dir=shared_data / "alpaca"),
         load(english, "evaluation"),
     ]
     assert [len(item.documents) for item in found] == [500, 999, 155]

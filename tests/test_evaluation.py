@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,9 +23,6 @@ from prunelib.evaluation import (
 )
 from prunelib.models import decoder_layers, load_tokenizer, remove_layers
 from prunelib.models import load as load_model
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the development data, which is not part of the repository")
 
 NLL = 1e-4  # nats, over about a hundred tokens in float32
 # Llama, parallel attention, sandwich norms with sliding windows and soft-capping, post-norms, learned positions (twice).
@@ -141,12 +137,10 @@ def test_only_one_batch_of_logits_exists_at_a_time():
 def test_low_precision_is_scored_in_float32():
     model = build("llama").to(torch.bfloat16)
     windows = random_windows()
-    found = perplexity(model, windows)
+    found = perplexity(model, windows, batch_size=1)
     sums, _ = one_by_one(model, windows, lambda number: range(1, 17))
-    assert found.window_nll == pytest.approx(sums, rel=1e-2)
-    with torch.no_grad():
-        logits = model(windows[:1]).logits[0, :-1]
-    assert found.window_nll[0] != functional.cross_entropy(logits, windows[0, 1:], reduction="sum").item()
+    # A log-likelihood in bfloat16 would be off by about 0.01 per token.
+    assert found.window_nll == pytest.approx(sums, abs=NLL)
 
 
 def test_large_loss_is_infinite_not_an_error():
@@ -338,16 +332,15 @@ def test_bootstrap_refuses_what_is_not_paired():
 # --- a real model on real text
 
 
-@needs_shared
-def test_real_model_prefers_the_text_it_was_made_for():
-    folder = SHARED / "models" / "stories260k"
+def test_real_model_prefers_the_text_it_was_made_for(shared_data):
+    folder = shared_data / "models" / "stories260k"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     protocol = PerplexityProtocol(window=128, bos=True, limit=12)
     corpora = {
-        "wikitext2": load("wikitext2", "evaluation", data_dir=SHARED / "benchmarks"),
-        "c4": load("c4", data_dir=SHARED, max_documents=200),
-        "alpaca": load("alpaca", data_dir=SHARED),
-        "english": load(SHARED / "english" / "valid.txt.xz", "evaluation"),
+        "wikitext2": load("wikitext2", "evaluation", data_dir=shared_data / "benchmarks"),
+        "c4": load("c4", data_dir=shared_data, max_documents=200),
+        "alpaca": load("alpaca", data_dir=shared_data),
+        "english": load(shared_data / "english" / "valid.txt.xz", "evaluation"),
     }
     windows = {name: protocol.windows(corpus, tokenizer, progress=False) for name, corpus in corpora.items()}
     dense = {name: protocol.measure(model, found) for name, found in windows.items()}
