@@ -14,8 +14,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 import transformers
@@ -329,7 +330,7 @@ def removed_fraction(dense: nn.Module, pruned: nn.Module) -> float:
 # --------------------------------------------------------------------------------------------------- removing layers
 
 
-def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTrainedModel:
     """A model of the decoder layers `keep` (0-based, ascending) of `model`, ready to run, generate and save.
 
     The result has its own modules and configuration and SHARES the weight tensors: no memory is spent on a copy, training one
@@ -363,7 +364,7 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     return pruned
 
 
-def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedModel:
+def remove_layers(model: PreTrainedModel, removed: Collection[SupportsIndex]) -> PreTrainedModel:
     """`keep_layers` of all layers but `removed` (any order, no duplicates)."""
     n_layers = len(decoder_layers(model))
     gone = [operator.index(index) for index in removed]
@@ -374,7 +375,7 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedM
     return keep_layers(model, [index for index in range(n_layers) if index not in set(gone)])
 
 
-def _checked_keep(keep: Sequence[int], n_layers: int, model_type: str) -> list[int]:
+def _checked_keep(keep: Sequence[SupportsIndex], n_layers: int, model_type: str) -> list[int]:
     kept = [operator.index(index) for index in keep]
     if not kept:
         raise ValueError(f"cannot remove {n_layers} of {n_layers} layers of this {model_type} model: at least one must stay")
@@ -525,7 +526,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------------------- views
 
 
-def layers_as(model: PreTrainedModel, slots: Sequence[nn.Module]) -> PreTrainedModel:
+def layers_as(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleList) -> PreTrainedModel:
     """A view of `model` whose L decoder slots are the modules `slots`; everything else, weights included, is shared.
 
     The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put `Skip(layer)`
@@ -627,7 +628,6 @@ def save(
     _layers_path(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    scratch.chmod(0o755)  # mkdtemp makes a private folder; the checkpoint is an ordinary one
     try:
         written = scratch / "new"
         _write(model, tokenizer, written)
