@@ -33,7 +33,7 @@ time.sleep(float(os.environ.get("BATCH_SLEEP", "0")))
 """,
     "write": """
 provenance.at_root(output).with_suffix(".safetensors").write_bytes(bytes([seed]))
-_ = results.write_run(output, experiment="statistics", parameters={"model": model, "corpus": corpus, "seed": seed, "dtype": dtype},
+_ = results.write_run(output, experiment="statistics", parameters={"model": model, "corpus": corpus, "seed": seed},
                   rows=[{"metric": "windows", "value": n_samples}], provenance={"source_sha256": "0" * 64}, seconds=0.1)
 """,
 }
@@ -51,10 +51,10 @@ output = "build/depth.json"  # result
 import os
 from prunelib import provenance, results
 with open(os.environ["BATCH_LOG"], "a") as log:
-    log.write(f"depth {model} {layers_removed}\\n")
+    log.write(f"depth {model} {dtype} {layers_removed}\\n")
 total = sum(provenance.at_root(path).with_suffix(".safetensors").read_bytes()[0] for path in statistics)
 rows = [{"metric": "ppl", "value": total + alpha * layers_removed, "alpha": alpha, "n": 1} for alpha in alphas]
-_ = results.write_run(output, experiment="depth", parameters={"model": model, "layers_removed": layers_removed, "dtype": dtype},
+_ = results.write_run(output, experiment="depth", parameters={"model": model, "layers_removed": layers_removed},
                   rows=rows, provenance={"source_sha256": "0" * 64}, seconds=0.1)
 """,
 }

@@ -1,0 +1,135 @@
+"""Provenance: what a record says, and that a file is there complete or not at all."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prunelib import provenance
+
+
+def test_paths_at_root_and_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = provenance.project_root()
+    assert (root / "pyproject.toml").is_file()
+    assert provenance.at_root("data/runs/a.json") == root / "data/runs/a.json"
+    assert provenance.at_root(tmp_path / "a.json") == tmp_path / "a.json"
+    assert provenance.from_root(root / "data" / "runs" / "a.json") == "data/runs/a.json"
+    assert provenance.from_root("a.json") == str(tmp_path / "a.json"), "a relative path is relative to the working folder"
+
+
+def test_write_json_is_plain_data_and_readable_by_others(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    provenance.write_json(path, {"α": np.float64(0.5), "counts": np.arange(3), "where": Path("x/y")})
+    assert json.loads(path.read_text()) == {"α": 0.5, "counts": [0, 1, 2], "where": "x/y"}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [child.name for child in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("bad", [{"value": float("nan")}, {"value": np.float64("inf")}, {"value": object()}])
+def test_a_refused_write_keeps_the_older_file(tmp_path, bad):
+    path = provenance.write_json(tmp_path / "a.json", {"value": 1})
+    with pytest.raises((ValueError, TypeError)):
+        provenance.write_json(path, bad)
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [child.name for child in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_keeps_the_older_file(tmp_path, monkeypatch):
+    path = provenance.write_json(tmp_path / "a.json", {"value": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        provenance.write_json(path, {"value": 2})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [child.name for child in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_file_and_source_hashes(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"x = 1\n")
+    assert provenance.file_sha256(tmp_path / "a.py") == hashlib.sha256(b"x = 1\n").hexdigest()
+    first = provenance.source_sha256(tmp_path)
+    (tmp_path / "notes.txt").write_text("not code")
+    assert provenance.source_sha256(tmp_path) == first
+    (tmp_path / "a.py").write_bytes(b"x = 1\r\n")
+    assert provenance.source_sha256(tmp_path) == first, "a checkout with other line endings is the same code"
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert provenance.source_sha256(tmp_path) != first
+
+
+def _notebook(path, *, source, outputs=(), tags=(), extra=()):
+    code = {"cell_type": "code", "source": source, "outputs": list(outputs), "metadata": {"tags": list(tags)}}
+    path.write_text(json.dumps({"cells": [code, *extra], "metadata": {"kernelspec": {"name": "x"}}}))
+    return provenance.notebook_source_sha(path)
+
+
+def test_notebook_hash_sees_code_only(tmp_path):
+    path = tmp_path / "a.ipynb"
+    first = _notebook(path, source="a = 1\nb = 2")
+    assert _notebook(path, source=["a = 1\n", "b = 2"], outputs=[{"output_type": "stream"}]) == first
+    markdown = {"cell_type": "markdown", "source": "# text", "metadata": {}}
+    injected = {"cell_type": "code", "source": "a = 5", "metadata": {"tags": ["injected-parameters"]}}
+    assert _notebook(path, source="a = 1\nb = 2", extra=[markdown, injected]) == first
+    assert _notebook(path, source="a = 1\nb = 3") != first
+    assert _notebook(path, source="a = 1\nb = 2", tags=["parameters"]) != first
+
+
+def test_record_names_code_libraries_and_machine():
+    record = provenance.record(data={"pydocs": "ab" * 32}, model={"name": "m"})
+    assert record["source_sha256"] == provenance.source_sha256()
+    assert record["libraries"]["numpy"] == np.__version__
+    assert record["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert record["device"] == "cpu"
+    assert record["data"] == {"pydocs": "ab" * 32}
+    assert record["model"] == {"name": "m"}
+    assert record == provenance.record(data={"pydocs": "ab" * 32}, model={"name": "m"}), "no clock in it"
+    assert json.dumps(record)
+    assert str(provenance.project_root()) not in json.dumps(record)
+
+
+def _git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_commit_and_dirty_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "project_root", lambda: tmp_path.resolve())
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    assert provenance.record()["git"] is None, "an unpacked archive has no commit, its source hash remains"
+    assert len(provenance.record()["source_sha256"]) == 64
+
+    (tmp_path / "prunelib").mkdir()
+    (tmp_path / "prunelib" / "a.py").write_text("x = 1\n")
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "first")
+    commit = _git(tmp_path, "rev-parse", "HEAD")
+    assert provenance.record()["git"] == {"commit": commit, "dirty": False}
+    (tmp_path / "results.csv").write_text("made by the batch")
+    assert provenance.record()["git"] == {"commit": commit, "dirty": False}
+    (tmp_path / "prunelib" / "new.py").write_text("x = 1\n")
+    assert provenance.record()["git"] == {"commit": commit, "dirty": True}
+
+    monkeypatch.setattr(provenance, "project_root", lambda: (tmp_path / "prunelib").resolve())
+    assert provenance.record()["git"] is None, "the commit of a repository around an unpacked archive is not ours"
+
+
+def test_peak_memory_is_plausible():
+    assert 10 * 2**20 < provenance.peak_bytes() < 2**40
+
+
+def test_light_modules_do_not_import_torch():
+    code = "import prunelib.provenance, prunelib.results, prunelib.notebook, prunelib.grid, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,140 @@
+"""Run files and the long table: what may become a number, and that every number can be traced."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from prunelib import results
+
+
+def write(path, rows=({"metric": "ppl", "value": 9.5, "n": 4},), *, parameters=None, code="a" * 64, **changes):
+    parameters = {"model": "m", "layers_removed": 2} if parameters is None else parameters
+    arguments = {"experiment": "depth", "provenance": {"source_sha256": code}, "seconds": 1.5} | changes
+    return results.write_run(path, parameters=parameters, rows=list(rows), **arguments)
+
+
+def test_round_trip(tmp_path):
+    rows = [{"metric": "ppl", "value": np.float32(9.5), "n": np.int64(4), "criterion": "deepest", "stderr": 0.25}]
+    path = write(tmp_path / "depth" / "m__k2.json", rows, peak_bytes=2**20, extra={"plan": [1, 2]})
+    run = results.read_run(path)
+    assert run["schema"] == results.SCHEMA
+    assert run["rows"] == [{"metric": "ppl", "value": 9.5, "n": 4, "criterion": "deepest", "stderr": 0.25}]
+    assert run["parameters"] == {"model": "m", "layers_removed": 2}
+    assert run["extra"] == {"plan": [1, 2]}
+    assert results.summary(path) == "depth/m__k2: 1 rows, 1.5 s, 1 MiB"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"value": 1.0}, "row 1 has no `metric`"),
+        ({"metric": "ppl"}, r"row 1 \(ppl\) has no `value`"),
+        ({"metric": "ppl", "value": None}, "has no `value`"),
+        ({"metric": "ppl", "value": math.nan}, "has the value nan"),
+        ({"metric": "ppl", "value": np.float32("inf")}, "only finite numbers"),
+        ({"metric": "ppl", "value": "9.5"}, "has the value '9.5'"),
+        ({"metric": "ppl", "value": True}, "has the value True"),
+        ({"metric": "ppl", "value": 1.0, "n": 0}, "n = 0"),
+        ({"metric": "ppl", "value": 1.0, "stderr": -1.0}, "stderr = -1.0"),
+        ({"metric": "ppl", "value": 1.0, "removed": [1, 2]}, "`removed` is a list"),
+        ({"metric": "ppl", "value": 1.0, "alpha": math.nan}, "`alpha` is nan"),
+        ({"metric": "ppl", "value": 1.0, "run": "x"}, "column name `run`"),
+        ({"metric": "ppl", "value": 1.0, "layers_removed": 4}, "`layers_removed` is 4 but the parameter"),
+    ],
+)
+def test_a_bad_row_is_an_error_and_writes_nothing(tmp_path, row, message):
+    with pytest.raises(results.ResultError, match=message):
+        write(tmp_path / "depth" / "a.json", [{"metric": "ok", "value": 0.0}, row])
+    assert not (tmp_path / "depth").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": math.nan}, "`seconds`"),
+        ({"peak_bytes": 0}, "`peak_bytes`"),
+        ({"parameters": {"value": 3}}, "parameter cannot be called `value`"),
+    ],
+)
+def test_a_bad_run_is_an_error(tmp_path, changes, message):
+    with pytest.raises(results.ResultError, match=message):
+        write(tmp_path / "a.json", **changes)
+
+
+def test_an_absolute_path_inside_the_project_is_recorded_relative(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "from_root", lambda path: str(path).removeprefix("/clone/"))
+    run = results.read_run(write(tmp_path / "a.json", parameters={"model": "/clone/data/reference/x", "other": "/mnt/y"}))
+    assert run["parameters"] == {"model": "data/reference/x", "other": "/mnt/y"}
+
+
+def test_table_is_long_sorted_and_traceable(tmp_path):
+    runs = tmp_path / "runs"
+    write(runs / "depth" / "m__k4.json", parameters={"model": "m", "layers_removed": 4, "grid": [1, 2], "output": "x"})
+    write(
+        runs / "depth" / "m__k2.json", [{"metric": "ppl", "value": 9, "alpha": 0.5}, {"metric": "acc", "value": 0.25, "n": 8}]
+    )
+    write(runs / "statistics" / "m__s0.json", parameters={"model": "m", "seed": 0, "limit": None}, experiment="statistics")
+    table = results.collect(runs)
+    expected = ["run", "experiment", "alpha", "layers_removed", "model", "seed", "metric", "value", "n", "stderr", "code"]
+    assert list(table.columns) == expected, "lists, paths and columns without a value stay in the run files"
+    assert list(table["run"]) == ["depth/m__k2", "depth/m__k2", "depth/m__k4", "statistics/m__s0"]
+    assert list(table["metric"]) == ["ppl", "acc", "ppl", "ppl"]
+    assert table["layers_removed"].isna().tolist() == [False, False, False, True], "missing is missing, never 0"
+    assert table["seed"].dropna().tolist() == [0]
+    assert table["stderr"].isna().all()
+
+    out, again = tmp_path / "a.csv", tmp_path / "b.csv"
+    results.write_table(table, out)
+    files = [runs / "statistics" / "m__s0.json", runs / "depth" / "m__k4.json", runs / "depth" / "m__k2.json"]
+    results.write_table(results.collect(files), again)
+    assert out.read_bytes() == again.read_bytes(), "whatever the order of the files"
+    assert out.read_text().splitlines()[1] == "depth/m__k2,depth,0.5,2,m,,ppl,9.0,,," + "a" * 12
+
+
+def test_every_digit_survives_the_table(tmp_path):
+    value = 1 / 3 + 1e-12
+    write(tmp_path / "runs" / "a.json", [{"metric": "ppl", "value": value}])
+    results.write_table(results.collect(tmp_path / "runs"), tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["value"]) == value
+
+
+def test_mixed_library_versions_warn(tmp_path):
+    write(tmp_path / "runs" / "a.json")
+    write(tmp_path / "runs" / "b.json", code="b" * 64)
+    with pytest.warns(UserWarning, match="2 versions of the library"):
+        results.collect(tmp_path / "runs")
+
+
+def test_collect_refuses_what_is_not_a_run(tmp_path):
+    with pytest.raises(results.ResultError, match="no run in"):
+        results.collect(tmp_path)
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with pytest.raises(results.ResultError, match=r"a\.json is not a run file"):
+        results.collect(tmp_path)
+    (tmp_path / "a.json").write_text('{"schema": 1')
+    with pytest.raises(results.ResultError, match="is not JSON"):
+        results.collect(tmp_path)
+    run = json.loads(write(tmp_path / "a.json").read_text()) | {"schema": 99}
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    with pytest.raises(results.ResultError, match="schema 99"):
+        results.collect(tmp_path)
+    write(tmp_path / "x" / "depth" / "a.json")
+    write(tmp_path / "y" / "depth" / "a.json")
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(results.ResultError, match="two run files are called depth/a"):
+        results.collect(tmp_path)
+
+
+def test_command_line(tmp_path, capsys):
+    write(tmp_path / "runs" / "a.json")
+    assert results.main([str(tmp_path / "runs"), str(tmp_path / "t.csv")]) == 0
+    assert (tmp_path / "t.csv").read_text().count("\n") == 2
+    (tmp_path / "runs" / "b.json").write_text("{")
+    assert results.main([str(tmp_path / "runs"), str(tmp_path / "t.csv")]) == 1
+    assert "b.json is not JSON" in capsys.readouterr().err
+    assert (tmp_path / "t.csv").read_text().count("\n") == 2, "the older table stays"
+    assert results.main([]) == 2
