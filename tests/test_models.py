@@ -593,7 +593,7 @@ def break_infinite(folder):
         (lambda folder: edit_config(folder, model_type="llamma"), "llamma"),
         (lambda folder: edit_config(folder, num_hidden_layers=7), r"9 missing \(model\.layers\.6"),
         (lambda folder: edit_config(folder, num_hidden_layers=5), r"9 unexpected \(model\.layers\.5"),
-        (lambda folder: edit_config(folder, intermediate_size=65), "."),
+        (lambda folder: edit_config(folder, intermediate_size=65), r"18 of another shape \(.*down_proj"),
         (lambda folder: edit_weights(folder, lambda weights: weights.pop("model.norm.weight")), "1 missing.*norm"),
     ],
 )
