@@ -51,6 +51,7 @@ class Reference:
     learning_rate: float = 2e-3
     warmup: int = 300
     weight_decay: float = 0.1
+    held_out_windows: int = 256
     seed: int = 0
 
     @property
@@ -220,10 +221,11 @@ def train(
     """Train one reference model and save it in bfloat16 with its log; resumes from the last checkpoint in ``work``.
 
     Args:
-        arrays: token arrays ``english``, ``pydocs`` for training, ``english_held_out``, ``pydocs_held_out`` for the loss reported.
-        work: folder of checkpoints (large; not kept). folder: where the finished model goes.
+        arrays: token arrays ``english`` and ``pydocs`` to train on, ``english_held_out`` and ``pydocs_held_out`` for the loss.
+        work: folder of checkpoints (large; not kept).
+        folder: where the finished model goes.
     """
-    from transformers import Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     data = Windows(
@@ -232,7 +234,9 @@ def train(
         reference.steps * reference.batch,
         reference.seed,
     )
-    held_out = {key: Windows([arrays[f"{key}_held_out"]], [1.0], 256, 1) for key in ("english", "pydocs")}
+    held_out = {
+        key: Windows([arrays[f"{key}_held_out"]], [1.0], reference.held_out_windows, 1) for key in ("english", "pydocs")
+    }
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -261,8 +265,16 @@ def train(
         report_to="none",
         disable_tqdm=on_gpu,
     )
-    trainer = Trainer(model=build_model(reference, tokenizer), args=arguments, train_dataset=data, eval_dataset=held_out)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+    checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
+    # The Trainer restores weights by their names in memory, but GPT-NeoX saves its head under another name, so that head
+    # would silently stay at its initial value. `from_pretrained` knows the names on disk.
+    model = (
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        if checkpoint
+        else build_model(reference, tokenizer)
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(torch.bfloat16)
     # The losses of the card are those of the saved weights, so they are measured again after rounding to bfloat16.
     final = {key: mean_loss(model, windows) for key, windows in held_out.items()}
