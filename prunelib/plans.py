@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunelib.provenance import write_text
+
 
 @dataclass(frozen=True)
 class DropPlan:
@@ -68,17 +70,7 @@ class DropPlan:
 
     def write(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, atomically: the file appears complete or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self.to_json())
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "DropPlan":

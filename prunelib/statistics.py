@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Num
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -90,12 +90,16 @@ class LayerStats:
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str]) -> None:
         """Write one safetensors file, atomically: it appears complete or not at all. `metadata` are free strings."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays["hidden_size"] = np.array([self.hidden_size])
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(arrays | {"hidden_size": np.array([self.hidden_size])}, temporary, metadata=dict(metadata))
+            with open(temporary, "wb") as file:
+                file.write(safetensors.numpy.save(arrays, metadata=dict(metadata)))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -152,18 +156,40 @@ def collect(
     layers = decoder_layers(model)
     backbone = _backbone(model, layers)
     device = model.get_input_embeddings().weight.device
-    batches = range(0, len(windows), batch_size)
+    total = None
+    starts = range(0, len(windows), batch_size)
+    with torch.inference_mode(), _recording(layers) as recorder:
+        for batch, start in enumerate(tqdm(starts, desc="layer statistics", unit="batch", disable=not progress)):
+            rows = slice(start, min(start + batch_size, len(windows)))
+            backbone(**_inputs(backbone, windows[rows].to(device), mask[rows]))
+            stats = from_states(recorder.take(), mask[rows])
+            _check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
+            total = stats if total is None else total + stats
+    return total
+
+
+def from_states(
+    states: Float[Tensor, "sample token state dim"], mask: Bool[Tensor, "sample token"] | None = None
+) -> LayerStats:
+    """Statistics of L + 1 given hidden states, reduced in chunks of tokens whose float64 copy stays in cache.
+
+    `mask` is on the CPU, true on real tokens. NaN and infinity pass through into the sums.
+    """
+    mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
+    device, (n_states, width) = states.device, states.shape[2:]
+    weights = _subset_weights(mask).to(device)
+    real = mask.flatten().nonzero().flatten()
+    states = states.flatten(0, 1)
+    if len(real) < len(states):
+        states = states.index_select(0, real.to(device))
+    chunk = max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR) // (8 * n_states * width))
+    work = torch.empty((2, min(chunk, len(states)), n_states, width), dtype=torch.float64, device=device)
     total: dict[str, Tensor] = {}
-    hidden_size = 0
-    for number, start in enumerate(tqdm(batches, desc="layer statistics", unit="batch", disable=not progress)):
-        rows = slice(start, start + batch_size)
-        with torch.inference_mode():
-            states = _hidden_states(backbone, layers, windows[rows].to(device), mask[rows])
-            sums = _batch_sums(states, mask[rows])
-        _check_finite(sums["norm"], number, start, min(start + batch_size, len(windows)))
+    for start in range(0, len(states), chunk):
+        part = states[start : start + chunk]
+        sums = token_sums(work[0, : len(part)].copy_(part), weights[:, start : start + chunk], work[1, : len(part), 1:])
         total = {name: total[name] + value for name, value in sums.items()} if total else sums
-        hidden_size = states[0].shape[-1]
-    return LayerStats(hidden_size, **_arrays(total, len(layers) + 1))
+    return LayerStats(width, **_arrays(total, n_states))
 
 
 def _checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample token"]:
@@ -189,92 +215,105 @@ def _backbone(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
     return base if holds_layers else model
 
 
-def _hidden_states(
-    backbone: nn.Module, layers: nn.ModuleList, tokens: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
-) -> list[Float[Tensor, "sample token dim"]]:
-    """Inputs of all layers and the output of the last, as the layers themselves see them (hence before the final norm)."""
-    states = []
-    output = None
-
-    def before(module, args, kwargs):
-        states.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(module, args, result):
-        nonlocal output
-        # Decoder layers return a tensor in transformers 5 and a tuple before; [0] of a tensor would be the first sample.
-        output = result[0] if isinstance(result, tuple) else result
-
+def _inputs(
+    backbone: nn.Module, tokens: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
+) -> dict[str, Tensor | bool]:
     inputs = {"input_ids": tokens, "use_cache": False}
     if not bool(mask.all()):
         inputs["attention_mask"] = mask.long().to(tokens.device)
         if "position_ids" in inspect.signature(backbone.forward).parameters:
             # Left padding must not shift the positions of the real tokens.
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    return inputs
+
+
+class _Recorder:
+    """The hidden states of one batch as the layers see them: the inputs of all layers and the output of the last.
+
+    Each is copied as it appears into one buffer that all batches share. Keeping the tensors themselves costs no copy but
+    makes the forward pass allocate fresh memory for every layer, which measured 10% slower on a CPU; and a later layer that
+    works in place cannot change the copy.
+    """
+
+    def __init__(self, n_states: int):
+        self.n_states = n_states
+        self.seen = 0
+        self.buffer: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def store(self, state: Float[Tensor, "sample token dim"]) -> None:
+        if self.seen == self.n_states:
+            raise RuntimeError(f"the forward pass called more than the model's {self.n_states - 1} decoder layers")
+        shape = (*state.shape[:2], self.n_states, state.shape[2])
+        if self.seen == 0 and (self.buffer is None or self.buffer.shape != shape):
+            self.buffer = torch.empty(shape, dtype=state.dtype, device=state.device)
+        # Some models widen the residual stream on the way.
+        self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, state.dtype))
+        self.buffer[:, :, self.seen].copy_(state)
+        self.seen += 1
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of every layer."""
+        self.store(args[0] if args else kwargs["hidden_states"])
+
+    def after(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        """Forward hook of every layer."""
+        # Decoder layers return a tensor in transformers 5 and a tuple before; [0] of a tensor would be the first sample.
+        self.output = output[0] if isinstance(output, tuple) else output
+
+    def take(self) -> Float[Tensor, "sample token state dim"]:
+        """The states of the pass that just ended; the next pass overwrites them."""
+        if self.seen != self.n_states - 1:
+            raise RuntimeError(f"the forward pass called {self.seen} decoder layers where the model has {self.n_states - 1}")
+        self.store(self.output)
+        self.seen, self.output = 0, None
+        return self.buffer
+
+
+@contextmanager
+def _recording(layers: nn.ModuleList) -> Iterator[_Recorder]:
+    recorder = _Recorder(len(layers) + 1)
     handles = []
     try:
         # A module may stand in two slots of a view of the model; it must not be hooked twice.
         for layer in dict.fromkeys(layers):
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after))
-        backbone(**inputs)
+            handles.append(layer.register_forward_pre_hook(recorder.before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(recorder.after))
+        yield recorder
     finally:
         for handle in handles:
             handle.remove()
-    if len(states) != len(layers):
-        raise RuntimeError(f"the forward pass called {len(states)} decoder layers where the model has {len(layers)}")
-    return [*states, output]
 
 
-def _batch_sums(states: list[Float[Tensor, "sample token dim"]], mask: Bool[Tensor, "sample token"]) -> dict[str, Tensor]:
-    """Sums of one batch, in chunks of tokens small enough for the float64 copy of all states to stay in cache."""
-    device = states[0].device
-    real = mask.flatten()
-    chosen = None if bool(real.all()) else real.nonzero().flatten()
-    weights = _subset_weights(mask)[:, real].to(device)
-    flat = [state.reshape(-1, state.shape[-1]) for state in states]
-    token_bytes = 8 * len(flat) * flat[0].shape[-1]
-    chunk = max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR) // token_bytes)
-    total: dict[str, Tensor] = {}
-    for start in range(0, weights.shape[1], chunk):
-        if chosen is None:
-            parts = [state[start : start + chunk] for state in flat]
-        else:
-            parts = [state.index_select(0, chosen[start : start + chunk].to(state.device)) for state in flat]
-        block = torch.empty((len(parts[0]), len(flat), flat[0].shape[-1]), dtype=torch.float64, device=device)
-        for index, part in enumerate(parts):
-            block[:, index].copy_(part)  # also gathers the states of a model spread over several devices
-        sums = token_sums(block, weights[:, start : start + chunk])
-        total = {name: total[name] + value for name, value in sums.items()} if total else sums
-    return total
-
-
-def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset sample*token"]:
-    """1 where a token belongs to the subset, else 0; rows as in `SUBSETS`."""
+def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset real"]:
+    """1 where a real token belongs to the subset, else 0; rows as in `SUBSETS`."""
     samples = torch.arange(len(mask))
     without_first, last = mask.clone(), torch.zeros_like(mask)
     without_first[samples, mask.int().argmax(dim=1)] = False
     last[samples, mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)] = True
-    return torch.stack([mask, without_first, last]).flatten(1).double()
+    return torch.stack([mask, without_first, last])[:, mask].double()
 
 
 def token_sums(
-    states: Float64[Tensor, "token state dim"], weights: Float64[Tensor, "subset token"]
+    states: Float64[Tensor, "token state dim"],
+    weights: Float64[Tensor, "subset token"],
+    work: Float64[Tensor, "token layer dim"],
 ) -> dict[str, Float64[Tensor, "subset _"]]:
     """Weighted sums over tokens of all quantities of `LayerStats`; pairs of states i < j as one axis, row by row.
 
-    The cosines come from the float64 Gram matrix of the raw states: |h_i|^2 = G_ii, and for equal states G_ij = G_ii, so an
-    identity layer has cosine 1 exactly. Float32 Gram matrices would leave angles of about 3e-4 there.
+    `work` is overwritten. The cosines come from the float64 Gram matrix of the raw states: |h_i|^2 = G_ii, and for equal
+    states G_ij = G_ii, so an identity layer has cosine 1 exactly. Float32 Gram matrices would leave angles of 3e-4 there.
     """
     n_states = states.shape[1]
+    tiny = torch.finfo(torch.float64).tiny
     first, second = torch.triu_indices(n_states, n_states, offset=1, device=states.device)
-    gram = torch.bmm(states, states.transpose(1, 2))
-    squared_norm = gram.diagonal(dim1=1, dim2=2)
+    gram = torch.bmm(states, states.transpose(1, 2)).flatten(1)
+    squared_norm = gram[:, :: n_states + 1].contiguous()
     norm = squared_norm.sqrt()
-    # sqrt(a * a) == a in floating point, norm_i * norm_j would not give back G_ii. The clamp keeps zero vectors at cosine 0.
-    scale = (squared_norm.index_select(1, first) * squared_norm.index_select(1, second)).sqrt_()
-    cosine = gram.flatten(1).index_select(1, first * n_states + second)
-    cosine.div_(scale.clamp_(min=torch.finfo(torch.float64).tiny)).clamp_(-1, 1)
-    difference = states[:, 1:] - states[:, :-1]
+    # sqrt(a * a) is a again, while norm_i * norm_j would not give back G_ii. The clamp keeps zero vectors at cosine 0.
+    scale = (squared_norm[:, first] * squared_norm[:, second]).sqrt_().clamp_(min=tiny)
+    cosine = gram[:, first * n_states + second].div_(scale).clamp_(-1, 1)
+    difference = torch.sub(states[:, 1:], states[:, :-1], out=work)
     step = torch.linalg.vector_norm(difference, dim=-1)
     return {
         "count": weights.sum(dim=1, keepdim=True),
@@ -282,22 +321,17 @@ def token_sums(
         "angle": weights @ cosine.acos_().div_(torch.pi),
         "squared_difference": weights @ step.square(),
         "absolute_difference": weights @ difference.abs_().sum(dim=-1),
-        "relative_magnitude": weights @ (step / norm[:, 1:].clamp(min=torch.finfo(torch.float64).tiny)),
+        "relative_magnitude": weights @ (step / norm[:, 1:].clamp(min=tiny)),
         "norm": weights @ norm,
     }
 
 
-def _check_finite(norm: Float64[Tensor, "subset state"], batch: int, start: int, stop: int) -> None:
+def _check_finite(stats: LayerStats, where: str) -> None:
     """Float64 squares of finite float32 numbers cannot overflow: a norm is finite exactly when its state is."""
-    finite = torch.isfinite(norm[0]).tolist()
-    if all(finite):
-        return
-    state = finite.index(False)
-    where = "the input of layer 0 (the embedding)" if state == 0 else f"the output of layer {state - 1}"
-    raise RuntimeError(
-        f"NaN or infinity in {where}, in batch {batch} (samples {start} to {stop - 1}); "
-        "check the weights, or use a wider dtype than the model's"
-    )
+    bad = np.flatnonzero(~np.isfinite(stats.norm[0]))
+    if len(bad):
+        state = "input of layer 0 (the embedding)" if bad[0] == 0 else f"output of layer {bad[0] - 1}"
+        raise RuntimeError(f"NaN or infinity in the {state}, {where}; check the weights, or use a dtype of wider range")
 
 
 def _arrays(total: dict[str, Tensor], n_states: int) -> dict[str, np.ndarray]:
