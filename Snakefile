@@ -2,7 +2,7 @@
 
     snakemake --cores 2                                     the reference profile (what `make figures` runs)
     snakemake --cores 2 --configfile profiles/smoke.yaml    another profile
-    snakemake --cores 2 figures/<stem>.png                  one figure and what it needs
+    snakemake --cores 2 figures/<stem>.png                  one figure and what it needs (--forceall: even if it is there)
     snakemake -n --configfile profiles/paper.yaml           list the runs of the papers' own settings
 
 A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
@@ -35,6 +35,7 @@ PYTHON = PROFILE.python or sys.executable
 CHAPTERS = {chapter: PROFILE.figure_files(chapter) for chapter in PROFILE.chapters}
 FIGURES = [file for files in CHAPTERS.values() for file in files]
 
+# `source` in the params below is a plain value: a function of the input would be no reason to run again (Snakemake 9).
 # `exec`: Snakemake is then the parent of the runner itself, which ends when that parent is killed.
 RUN = (
     "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.notebook --follow=$PPID"
@@ -63,7 +64,7 @@ rule statistics:
         arrays=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".safetensors"),
     log: notebook=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".ipynb")
     params:
-        source=lambda wildcards, input: notebook_source_sha(input.notebook),
+        source=notebook_source_sha(grid.STATISTICS),
         weights=lambda wildcards: grid.fingerprint(PROFILE.models[wildcards.model]["model"]),
         arguments=lambda wildcards: grid.arguments(
             grid.statistics_values(PROFILE, wildcards.model, wildcards.corpus, int(wildcards.seed))
@@ -82,7 +83,7 @@ rule depth:
     output: run=PROFILE.depth_run("{model}", "{layers_removed}")
     log: notebook=PROFILE.depth_run("{model}", "{layers_removed}", ".ipynb")
     params:
-        source=lambda wildcards, input: notebook_source_sha(input.notebook),
+        source=notebook_source_sha(grid.DEPTH),
         weights=lambda wildcards: grid.fingerprint(PROFILE.models[wildcards.model]["model"]),
         arguments=lambda wildcards: grid.arguments(
             grid.depth_values(PROFILE, wildcards.model, int(wildcards.layers_removed))
@@ -110,7 +111,7 @@ for chapter, files in CHAPTERS.items():
         output: files, run=PROFILE.chapter_run(chapter)
         log: notebook=PROFILE.chapter_run(chapter, ".ipynb")
         params:
-            source=lambda wildcards, input: notebook_source_sha(input.notebook),
+            source=notebook_source_sha(grid.chapter_notebook(chapter)),
             arguments=grid.arguments(grid.chapter_values(PROFILE, chapter)),
         threads: PROFILE.threads
         retries: PROFILE.retries

@@ -35,12 +35,13 @@ def run(profile: str | os.PathLike, arguments: Sequence[str] = (), *, root: Path
     if not profile.is_file():
         there = ", ".join(sorted(f"profiles/{path.name}" for path in (root / "profiles").glob("*.yaml")))
         raise BatchError(f"there is no profile {profile}; there are {there}")
-    snakemake = [sys.executable, "-m", "snakemake", "--configfile", str(profile.absolute())]
+    snakemake, configuration = [sys.executable, "-m", "snakemake"], ["--configfile", str(profile.absolute())]
     if not {"-n", "--dry-run"} & set(arguments) and release_stale_lock(root):
-        subprocess.run([*snakemake, "--unlock", "--quiet", "all"], cwd=root, check=True)
+        subprocess.run([*snakemake, "--unlock", *configuration, "--quiet", "all"], cwd=root, check=True)
     cores = [] if any(argument.startswith(("--cores", "-c", "-j", "--jobs")) for argument in arguments) else ["--cores", "2"]
     owner = _owner_file(root)
-    with subprocess.Popen([*snakemake, *cores, *HABITS, *arguments], cwd=root) as process:
+    # The caller's arguments first: --configfile and --quiet would take a figure that follows them for one of theirs.
+    with subprocess.Popen([*snakemake, *arguments, *configuration, *cores, *HABITS], cwd=root) as process:
         write_json(owner, {"host": socket.gethostname(), "pid": process.pid, "started": _started(process.pid)})
         # Ctrl-C reaches Snakemake too, which ends its runs first; a SIGTERM to us alone is passed on.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

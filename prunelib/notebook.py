@@ -360,7 +360,7 @@ def _cell_in_progress(executed: Path) -> str:
         cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
         started = [c for c in cells if c["cell_type"] == "code" and c["metadata"].get("papermill", {}).get("start_time")]
         if started:
-            return f" in cell {len(started)} (`{_first_line(''.join(started[-1]['source']))}`)"
+            return f" in cell In [{len(started)}] (`{_first_line(''.join(started[-1]['source']))}`)"
     return ""
 
 

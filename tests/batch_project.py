@@ -142,7 +142,7 @@ class Project:
         return clean | {"BATCH_LOG": str(self.log), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.root)} | extra
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "profile.yaml", *arguments]
+        return [sys.executable, "-m", "snakemake", *arguments, "--cores", "2", "--configfile", "profile.yaml"]
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

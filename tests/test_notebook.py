@@ -293,7 +293,10 @@ def test_a_run_and_its_isolation(nb, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("kill", r"nb\.ipynb: the kernel died in cell 4 \(`if mode == \"kill\":`\).*no result was written; executed copy: "),
+        (
+            "kill",
+            r"nb\.ipynb: the kernel died in cell In \[4\] \(`if mode == \"kill\":`\).*no result was written; executed copy: ",
+        ),
         ("raise", r"nb\.ipynb, cell In \[4\] \(`if mode == \"kill\":`\) raised ValueError: no such layer; executed copy: "),
         ("exit", r"nb\.ipynb ended but did not write .*out\.json.*; executed copy: "),
     ],

@@ -1,0 +1,165 @@
+"""What is written in several places says the same: the lock, the notebooks, the figures."""
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from batch_project import CHAPTER, write_notebook
+
+from prunelib import grid, notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.ipynb"))
+CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = CHAPTERS + EXPERIMENTS
+
+
+def pinned() -> dict[str, str]:
+    lines = [line.strip() for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# ------------------------------------------------------------------------------------------------------------ versions
+
+
+def test_conda_environment_holds_the_same_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert pip == ["-r requirements.lock", "-e ."], "the versions are those of the lock, then this package"
+    assert {name.partition("=")[0] for name in conda} == {"python", "pip"}, "no second list of versions"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (python,) = [item.partition("=")[2] for item in conda if item.startswith("python=")]
+    assert tuple(map(int, python.split("."))) >= tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
+
+
+def test_lock_pins_every_dependency_once_and_within_its_range():
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line]
+    versions = pinned()
+    assert len(lines) == len(versions), "no package twice"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        assert canonical(requirement.name) in versions, text
+        assert requirement.specifier.contains(versions[canonical(requirement.name)]), text
+    assert versions["torch"] == "2.13.0", "without the local version of one machine's wheel"
+    assert not [line for line in lines if "+" in line or "@" in line or "--" in line]
+
+
+def test_makefile_has_the_promised_targets():
+    text = (ROOT / "Makefile").read_text()
+    for target in ("figures", "test", "verify", "lab", "clean", "lock"):
+        assert re.search(rf"^{target}:", text, re.MULTILINE), target
+    for target in ("figures", "test", "verify", "lab", "lock"):
+        assert re.search(rf"^{target}: \$\(READY\)$", text, re.MULTILINE), f"{target} makes and reuses the environment"
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_citation_and_package_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0"
+    assert str(citation["version"]) == project["version"]
+    assert citation["license"] == project["license"]["text"] == "MIT"
+    assert citation["title"].startswith(project["name"])
+    assert citation["authors"]
+
+
+# ----------------------------------------------------------------------------------------------------------- notebooks
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a notebook: its parameters cell, unread parameters, kernel, outputs, execution counts."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    try:
+        known = notebook.parameters(path)
+        found += [f"`{name}` has no help" for name, parameter in known.items() if not parameter.help]
+        found += [] if "output" in known else ["no parameter `output`"]
+        found += [f"`{name}` is never read" for name in notebook.unread(path)]
+    except notebook.ParameterError as error:
+        found.append(str(error))
+    if content["metadata"].get("kernelspec", {}).get("name") != "python3":
+        found.append("the kernel is not python3")
+    if any(cell.get("outputs") or cell.get("execution_count") for cell in content["cells"]):
+        found.append("outputs are not stripped")
+    if "papermill" in content["metadata"]:
+        found.append("an executed copy was committed")
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Packages that a notebook imports."""
+    names = set()
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            for node in ast.walk(ast.parse(notebook._without_magics("".join(cell["source"])))):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(path):
+    assert faults(path) == []
+
+
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem >= "01"], ids=lambda path: path.stem)
+def test_chapters_read_results_and_do_not_compute(path):
+    light = {"prunelib.results", "prunelib.figures", "prunelib.provenance"}
+    used = imports(path)
+    heavy = {name for name in used if name.split(".")[0] in ("torch", "transformers")}
+    ours = {name for name in used if name.startswith("prunelib.")}
+    assert not heavy
+    assert {".".join(name.split(".")[:2]) for name in ours} <= light
+
+
+def test_the_check_of_notebooks_finds_faults(tmp_path):
+    good = write_notebook(tmp_path / "good.ipynb", CHAPTER)
+    assert faults(good) == []
+    content = json.loads(good.read_text())
+    content["metadata"] = {"kernelspec": {"name": ".venv"}, "papermill": {}}
+    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    code[0]["source"] = 'unused = 1\nresults = "r.csv"  # table\nfigures = "f"  # folder\noutput = "x"  # result'
+    code[1]["outputs"] = [{"output_type": "stream"}]
+    bad = tmp_path / "bad.ipynb"
+    bad.write_text(json.dumps(content))
+    assert faults(bad) == [
+        "`unused` has no help",
+        "`unused` is never read",
+        "the kernel is not python3",
+        "outputs are not stripped",
+        "an executed copy was committed",
+    ]
+    heavy = write_notebook(
+        tmp_path / "heavy.ipynb", {"parameters": "a = 1", "x": "import torch.nn\nfrom prunelib import models"}
+    )
+    assert imports(heavy) == {"torch.nn", "prunelib", "prunelib.models"}
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.skipif(not CHAPTERS, reason="no chapter yet")
+def test_headings_profile_and_files_name_the_same_figures():
+    """A chapter's heading names the stem, the reference profile runs the chapter, the committed files are those stems."""
+    profile = yaml.safe_load((ROOT / "profiles" / "reference.yaml").read_text())
+    assert sorted(profile["chapters"]) == [path.stem for path in CHAPTERS]
+    promised = {
+        f"{stem}{suffix}" for path in CHAPTERS for stem in grid.figure_stems(str(path)) for suffix in grid.figure_suffixes(stem)
+    }
+    assert promised, "no heading names a figure"
+    assert {path.name for path in (ROOT / profile["figures"]).iterdir()} == promised
