@@ -7,6 +7,7 @@ MSSD, MASD (with or without division by the width) and relative magnitude all fo
 """
 
 import inspect
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import torch
-from jaxtyping import Bool, Float, Float64, Int, Num
+from jaxtyping import Bool, Float, Float64, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from prunelib.models import decoder_layers
 
@@ -89,7 +91,10 @@ class LayerStats:
         return LayerStats(self.hidden_size, **{name: getattr(self, name) + getattr(other, name) for name in _ARRAYS})
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str]) -> None:
-        """Write one safetensors file, atomically: it appears complete or not at all. `metadata` are free strings."""
+        """Write one safetensors file, atomically: it appears complete or not at all. `metadata` are free strings.
+
+        Equal statistics and metadata give equal bytes; safetensors writes several metadata fields in random order, hence one.
+        """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         arrays["hidden_size"] = np.array([self.hidden_size])
         path = Path(path)
@@ -97,7 +102,7 @@ class LayerStats:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                file.write(safetensors.numpy.save(arrays, metadata=dict(metadata)))
+                file.write(safetensors.numpy.save(arrays, metadata={"metadata": json.dumps(metadata, sort_keys=True)}))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -120,7 +125,7 @@ _ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hid
 def load_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The strings stored beside the statistics by `LayerStats.save`. Raises like `LayerStats.load`."""
     with _opened(path) as file:
-        return file.metadata() or {}
+        return json.loads((file.metadata() or {}).get("metadata", "{}"))
 
 
 @contextmanager
@@ -135,18 +140,18 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
 
 
 def collect(
-    model: nn.Module,
+    model: PreTrainedModel,
     windows: Int[Tensor, "sample token"],
     *,
-    mask: Num[Tensor, "sample token"] | Bool[Tensor, "sample token"] | None = None,
+    mask: Shaped[Tensor, "_ _"] | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> LayerStats:
     """Statistics of a causal LM's hidden states over token windows, in one forward pass without the LM head.
 
-    `mask` is 1 on real tokens and 0 on padding (either side); padding enters no sum. "First" and "last" are each sample's
-    first and last real token. The hidden states of one batch (L + 1 times batch_size x tokens x D) are held on the model's
-    device; the float64 work on them is done in chunks of tokens of bounded size.
+    `mask`, of the shape of the windows, is 1 on real tokens and 0 on padding (either side); padding enters no sum. "First"
+    and "last" are each sample's first and last real token. The hidden states of one batch (L + 1 times batch_size x tokens
+    x D) are held on the model's device; the float64 work on them is done in chunks of tokens of bounded size.
 
     Raises ValueError for bad windows or masks, and RuntimeError naming the layer and the batch at the first NaN or infinity.
     """
@@ -208,11 +213,9 @@ def _checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample 
     return mask
 
 
-def _backbone(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
+def _backbone(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
     """The model without its LM head, which the statistics do not need; the model itself where that cannot be told apart."""
-    base = getattr(model, "base_model", None)
-    holds_layers = isinstance(base, nn.Module) and any(module is layers for module in base.modules())
-    return base if holds_layers else model
+    return model.base_model if any(module is layers for module in model.base_model.modules()) else model
 
 
 def _inputs(

@@ -1,0 +1,386 @@
+"""One pass over tiny random models against a slow, separate computation, and the ways a pass can go wrong."""
+
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from prunelib import statistics
+from prunelib.models import decoder_layers, final_norm, keep_layers
+from prunelib.statistics import SUBSETS, LayerStats, collect, from_states, load_metadata
+
+ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
+
+
+def assert_close(found: LayerStats, expected: LayerStats, rtol: float, atol: float = 0.0) -> None:
+    assert (found.hidden_size, found.n_layers) == (expected.hidden_size, expected.n_layers)
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=rtol, atol=atol, err_msg=name)
+
+
+def naive(states: np.ndarray, tokens: list[tuple[int, int]]) -> SimpleNamespace:
+    """Sums over the given (sample, position) tokens of states [state, sample, position, dim], one token after the other."""
+    states = states.astype(np.float64)
+    n = len(states)
+    sums = SimpleNamespace(
+        count=0.0,
+        cosine=np.zeros((n, n)),
+        angle=np.zeros((n, n)),
+        squared_difference=np.zeros(n - 1),
+        absolute_difference=np.zeros(n - 1),
+        relative_magnitude=np.zeros(n - 1),
+        norm=np.zeros(n),
+    )
+    for sample, position in tokens:
+        h = states[:, sample, position]
+        unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+        cosine = np.clip(unit @ unit.T, -1, 1)
+        np.fill_diagonal(cosine, 1)
+        step = h[1:] - h[:-1]
+        sums.count += 1
+        sums.cosine += cosine
+        sums.angle += np.arccos(cosine) / np.pi
+        sums.squared_difference += (step**2).sum(axis=1)
+        sums.absolute_difference += np.abs(step).sum(axis=1)
+        sums.relative_magnitude += np.linalg.norm(step, axis=1) / np.linalg.norm(h[1:], axis=1)
+        sums.norm += np.linalg.norm(h, axis=1)
+    return sums
+
+
+@torch.no_grad()
+def reference_states(model, windows, mask=None, position_ids=None) -> np.ndarray:
+    """[state, sample, position, dim] from the library's own `output_hidden_states`, the last state from a hook."""
+    last = []
+    extra = {} if position_ids is None else {"position_ids": position_ids}
+    hook = decoder_layers(model)[-1].register_forward_hook(lambda m, a, o: last.append(o[0] if isinstance(o, tuple) else o))
+    output = model(windows, attention_mask=mask, output_hidden_states=True, use_cache=False, **extra)
+    hook.remove()
+    assert len(output.hidden_states) == len(decoder_layers(model)) + 1
+    # What makes the hook necessary: the library reports the last state after the final norm.
+    torch.testing.assert_close(final_norm(model)(last[0]), output.hidden_states[-1])
+    return torch.stack([*output.hidden_states[:-1], last[0]]).float().numpy()
+
+
+def subset_tokens(mask: torch.Tensor) -> dict[str, list[tuple[int, int]]]:
+    rows = [[(sample, position) for position in row.nonzero().flatten().tolist()] for sample, row in enumerate(mask)]
+    return {
+        "all": list(chain.from_iterable(rows)),
+        "without_first": list(chain.from_iterable(row[1:] for row in rows)),
+        "last": [row[-1] for row in rows],
+    }
+
+
+def assert_equals_naive(stats: LayerStats, states: np.ndarray, mask: torch.Tensor, rtol: float = 1e-9) -> None:
+    for index, (name, tokens) in enumerate(subset_tokens(mask).items()):
+        assert SUBSETS[index] == name
+        expected = naive(states, tokens)
+        for array in ARRAYS:
+            np.testing.assert_allclose(
+                getattr(stats, array)[index], getattr(expected, array), rtol=rtol, atol=1e-12, err_msg=f"{name} {array}"
+            )
+
+
+def test_agrees_with_naive_float64(tiny_llama):
+    windows = torch.randint(3, 97, (5, 17))
+    stats = collect(tiny_llama, windows, batch_size=2, progress=False)
+    # The same batches: float32 matrix products may round differently for another batch size.
+    states = np.concatenate([reference_states(tiny_llama, part) for part in windows.split(2)], axis=1)
+    assert stats.n_layers == 6
+    assert stats.hidden_size == 32
+    assert stats.count.tolist() == [85, 80, 5]
+    assert_equals_naive(stats, states, torch.ones_like(windows))
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture(name):
+    """Inputs by position or keyword, outputs as tensor or tuple, in-place layers: the states are the library's own."""
+    model = build(name)
+    windows = torch.randint(3, 97, (2, 9))
+    stats = collect(model, windows, progress=False)
+    assert_equals_naive(stats, reference_states(model, windows), torch.ones_like(windows), rtol=1e-6)
+
+
+def test_bfloat16_states_are_taken_as_they_are(tiny_llama):
+    model = tiny_llama.to(torch.bfloat16)
+    windows = torch.randint(3, 97, (2, 12))
+    stats = collect(model, windows, progress=False)
+    assert_equals_naive(stats, reference_states(model, windows), torch.ones_like(windows))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_enters_no_sum(name, side):
+    """A padded batch gives the sum of its samples alone, also where positions are learned vectors."""
+    model = build(name)
+    samples = [torch.randint(3, 97, (1, length)) for length in (3, 1, 8, 5)]
+    windows, mask = torch.full((4, 8), 60), torch.zeros(4, 8, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        real = slice(0, sample.shape[1]) if side == "right" else slice(8 - sample.shape[1], 8)
+        windows[row, real], mask[row, real] = sample[0], 1
+    padded = collect(model, windows, mask=mask, batch_size=3, progress=False)
+    alone = [collect(model, sample, progress=False) for sample in samples]
+    assert padded.count.tolist() == [17, 13, 4]
+    assert_close(padded, alone[0] + alone[1] + alone[2] + alone[3], rtol=1e-4, atol=1e-4)
+    other_pads = torch.where(mask.bool(), windows, 7)
+    assert_close(collect(model, other_pads, mask=mask, batch_size=3, progress=False), padded, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_sums_against_naive(tiny_llama):
+    windows = torch.randint(3, 97, (3, 10))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 10, [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    stats = collect(tiny_llama, windows, mask=mask, progress=False)
+    assert_equals_naive(stats, reference_states(tiny_llama, windows, mask, positions), mask)
+    assert_close(collect(tiny_llama, windows, mask=mask.bool(), progress=False), stats, rtol=0)
+
+
+def test_chunks_equal_one_pass(monkeypatch):
+    states = torch.randn(4, 11, 7, 16).cumsum(2)
+    mask = torch.ones(4, 11, dtype=torch.bool)
+    mask[1, 7:] = mask[2, :3] = False
+    whole = from_states(states, mask)
+    token_bytes = 8 * 7 * 16
+    for tokens in (1, 2, 5, 38):
+        monkeypatch.setattr(statistics, "_CHUNK_BYTES", {"cpu": tokens * token_bytes})
+        assert_close(from_states(states, mask), whole, rtol=1e-12, atol=1e-14)
+
+
+def test_batches_and_merged_runs_equal_one_pass():
+    """The states given, so that only the reduction is compared and not float32 matrix products."""
+    states = torch.randn(6, 10, 7, 16).cumsum(2)
+    whole = from_states(states)
+    parts = [from_states(part) for part in states.split([1, 3, 2])]
+    assert_close(parts[0] + parts[1] + parts[2], whole, rtol=1e-12, atol=1e-14)
+
+
+def test_batch_size_does_not_matter(tiny_llama):
+    model = tiny_llama.double()
+    windows = torch.randint(3, 97, (7, 10))
+    whole = collect(model, windows, batch_size=7, progress=False)
+    for batch_size in (1, 3, 100):
+        assert_close(collect(model, windows, batch_size=batch_size, progress=False), whole, rtol=1e-10, atol=1e-12)
+    halves = collect(model, windows[:2], progress=False) + collect(model, windows[2:], progress=False)
+    assert_close(halves, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_the_same_windows_give_the_same_bits(tiny_llama):
+    windows = torch.randint(3, 97, (3, 10))
+    assert_close(collect(tiny_llama, windows, progress=False), collect(tiny_llama, windows, progress=False), rtol=0)
+
+
+def test_an_identity_layer_has_cosine_one_and_angle_zero(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.model.layers[2].self_attn.o_proj.weight.zero_()
+        tiny_llama.model.layers[2].mlp.down_proj.weight.zero_()
+    stats = collect(tiny_llama, torch.randint(3, 97, (4, 16)), progress=False)
+    assert (stats.squared_difference[:, 2] == 0).all()
+    assert (stats.absolute_difference[:, 2] == 0).all()
+    assert (stats.relative_magnitude[:, 2] == 0).all()
+    np.testing.assert_allclose(stats.cosine[:, 2, 3], stats.count, rtol=1e-15)
+    assert (stats.angle[:, 2, 3] <= 1e-7 * stats.count).all()
+    assert (stats.angle[:, 1, 2] > 1e-3 * stats.count).all()
+
+
+def test_nearly_equal_vectors_keep_their_angle():
+    """Float32 cosines lose angles below 3e-4; here 1e-5 must come out right to 1e-5 of itself."""
+    angle = 1e-5
+    states = torch.tensor([[1.0, 0.0], [np.cos(angle), np.sin(angle)]], dtype=torch.float64).reshape(1, 1, 2, 2)
+    assert from_states(states).angle[0, 0, 1] == pytest.approx(angle / np.pi, rel=1e-5)
+
+
+def test_opposite_and_orthogonal_vectors():
+    states = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, -2.0]]).reshape(1, 1, 3, 2)
+    stats = from_states(states)
+    np.testing.assert_allclose(stats.angle[0], [[0, 0.5, 0.5], [0.5, 0, 1], [0.5, 1, 0]], atol=1e-15)
+    np.testing.assert_allclose(stats.cosine[0], [[1, 0, 0], [0, 1, -1], [0, -1, 1]], atol=1e-15)
+    assert stats.relative_magnitude[0].tolist() == pytest.approx([10**0.5 / 3, 2.5])
+
+
+def test_scaling_all_states():
+    states = torch.randn(2, 9, 5, 8, dtype=torch.float64)
+    stats, scaled = from_states(states), from_states(states * 3)
+    np.testing.assert_allclose(scaled.cosine, stats.cosine, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(scaled.angle, stats.angle, rtol=1e-12)
+    np.testing.assert_allclose(scaled.relative_magnitude, stats.relative_magnitude, rtol=1e-12)
+    np.testing.assert_allclose(scaled.absolute_difference, 3 * stats.absolute_difference, rtol=1e-12)
+    np.testing.assert_allclose(scaled.squared_difference, 9 * stats.squared_difference, rtol=1e-12)
+
+
+def test_single_token_samples_have_no_token_beside_the_first(tiny_llama):
+    stats = collect(tiny_llama, torch.randint(3, 97, (3, 1)), progress=False)
+    assert stats.count.tolist() == [3, 0, 3]
+    assert (stats.cosine[1] == 0).all()
+    np.testing.assert_array_equal(stats.cosine[0], stats.cosine[2])
+
+
+def test_a_zero_vector_counts_as_cosine_zero():
+    states = torch.tensor([[0.0, 0.0], [0.0, 3.0]]).reshape(1, 1, 2, 2)
+    stats = from_states(states)
+    assert stats.cosine[0, 0, 1] == 0
+    assert stats.angle[0, 0, 1] == 0.5
+    assert stats.norm[0].tolist() == [0, 3]
+
+
+class Keyword(PreTrainedModel):
+    """In the manner of older libraries: layers take their input by keyword and return tuples; the base model is the model."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, hidden_states, scale):
+            return hidden_states + scale * self.linear(hidden_states), "attention"
+
+    def __init__(self):
+        super().__init__(PretrainedConfig())
+        self.model = nn.Module()
+        self.model.embed = nn.Embedding(11, 8)
+        self.model.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def get_input_embeddings(self):
+        return self.model.embed
+
+    def forward(self, input_ids, use_cache):
+        assert not use_cache
+        hidden = self.model.embed(input_ids)
+        for layer in self.model.layers:
+            hidden = layer(scale=0.5, hidden_states=hidden)[0]
+        return hidden
+
+
+def test_keyword_inputs_and_tuple_outputs():
+    model = Keyword()
+    windows = torch.randint(0, 11, (2, 4))
+    stats = collect(model, windows, progress=False)
+    with torch.no_grad():
+        states = [model.model.embed(windows)]
+        for layer in model.model.layers:
+            states.append(layer(states[-1], 0.5)[0])
+    assert_equals_naive(stats, torch.stack(states).numpy(), torch.ones_like(windows))
+
+
+def test_layers_that_work_in_place_do_not_change_earlier_states():
+    model = Keyword()
+    windows = torch.randint(0, 11, (2, 4))
+    expected = collect(model, windows, progress=False)
+    for layer in model.model.layers:
+        layer.forward = lambda hidden_states, scale, linear=layer.linear: (hidden_states.add_(scale * linear(hidden_states)),)
+    assert_close(collect(model, windows, progress=False), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_stream_that_widens_on_the_way_is_not_rounded():
+    model = Keyword()
+    model.model.embed.to(torch.bfloat16)
+    windows = torch.randint(0, 11, (2, 4))
+    model.model.layers[0].forward = lambda hidden_states, scale, linear=model.model.layers[0].linear: (
+        hidden_states + scale * linear(hidden_states.float()),
+    )
+    stats = collect(model, windows, progress=False)
+    last = torch.tensor(0)
+
+    def keep(module, args, output):
+        nonlocal last
+        last = output[0]
+
+    model.model.layers[2].register_forward_hook(keep)
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    assert last.dtype == torch.float32
+    assert stats.norm[0, 3] == pytest.approx(last.double().norm(dim=-1).sum().item(), rel=1e-12)
+
+
+def test_a_model_that_calls_fewer_layers_than_it_has():
+    model = Keyword()
+    kept = model.model.layers[:2]
+    model.forward = lambda input_ids, use_cache: [layer(model.model.embed(input_ids), 1.0) for layer in kept]
+    with pytest.raises(RuntimeError, match="called 2 decoder layers where the model has 3"):
+        collect(model, torch.zeros(1, 2, dtype=torch.long), progress=False)
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_pruned_models_can_be_measured_too(tiny_llama):
+    windows = torch.randint(3, 97, (2, 8))
+    pruned = keep_layers(tiny_llama, [0, 1, 4, 5])
+    stats = collect(pruned, windows, progress=False)
+    assert stats.n_layers == 4
+    dense = collect(tiny_llama, windows, progress=False)
+    np.testing.assert_allclose(stats.cosine[:, :3, :3], dense.cosine[:, :3, :3], rtol=1e-12)
+    assert hooks(tiny_llama) == hooks(pruned) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_names_the_layer_and_the_batch_and_leaves_no_hook(tiny_llama, value):
+    with torch.no_grad():
+        tiny_llama.model.layers[3].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(RuntimeError, match=r"output of layer 3, batch 0 \(samples 0 to 1\)"):
+        collect(tiny_llama, torch.randint(3, 97, (4, 8)), batch_size=2, progress=False)
+    assert hooks(tiny_llama) == 0
+
+
+def test_nan_of_one_token_names_its_batch(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[50] = float("nan")
+    windows = torch.randint(3, 50, (5, 8))
+    collect(tiny_llama, windows, batch_size=2, progress=False)
+    windows[4, 2] = 50
+    with pytest.raises(RuntimeError, match=r"input of layer 0 \(the embedding\), batch 2 \(samples 4 to 4\)"):
+        collect(tiny_llama, windows, batch_size=2, progress=False)
+
+
+def test_hooks_go_when_the_pass_itself_raises(tiny_llama):
+    with pytest.raises(IndexError):
+        collect(tiny_llama, torch.full((1, 4), 97), progress=False)
+    assert hooks(tiny_llama) == 0
+
+
+def test_bad_windows_and_masks(tiny_llama):
+    windows = torch.randint(3, 97, (3, 5))
+    with pytest.raises(ValueError, match=r"shape \(0, 5\)"):
+        collect(tiny_llama, windows[:0], progress=False)
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 4\)"):
+        collect(tiny_llama, windows, mask=torch.ones(3, 4), progress=False)
+    with pytest.raises(ValueError, match="1 for real tokens and 0 for padding"):
+        collect(tiny_llama, windows, mask=torch.full((3, 5), 0.5), progress=False)
+    with pytest.raises(ValueError, match=r"samples \[1\] consist of padding only"):
+        collect(tiny_llama, windows, mask=torch.tensor([[1] * 5, [0] * 5, [1] * 5]), progress=False)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        collect(tiny_llama, windows, batch_size=0, progress=False)
+
+
+def test_save_and_load(tiny_llama, tmp_path):
+    stats = collect(tiny_llama, torch.randint(3, 97, (2, 8)), progress=False)
+    path = tmp_path / "runs" / "stats.safetensors"
+    stats.save(path, {"corpus": "pydocs", "seed": "3"})
+    assert_close(LayerStats.load(path), stats, rtol=0)
+    assert load_metadata(path) == {"corpus": "pydocs", "seed": "3"}
+    first = path.read_bytes()
+    stats.save(path, {"seed": "3", "corpus": "pydocs"})
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
+
+
+def test_damaged_files_are_named(tiny_llama, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    with pytest.raises(FileNotFoundError, match="no layer statistics at"):
+        LayerStats.load(path)
+    from_states(torch.randn(1, 3, 4, 8)).save(path, {})
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"stats\.safetensors is not a complete safetensors file"):
+        LayerStats.load(path)
+    tiny_llama.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds no layer statistics: absolute_difference"):
+        LayerStats.load(tmp_path / "model" / "model.safetensors")
+
+
+def test_statistics_of_different_models_do_not_merge():
+    with pytest.raises(ValueError, match="3 layers of width 8 with statistics of 4 layers of width 8"):
+        from_states(torch.randn(1, 3, 4, 8)) + from_states(torch.randn(1, 3, 5, 8))
