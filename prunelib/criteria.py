@@ -81,14 +81,14 @@ def block_influence(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarra
 
 @criterion(title="SimDiff (MSSD)", source="SimDiff, arXiv 2604.19520, Eq. 3 and 5-7")
 def simdiff_mssd(
-    stats: LayerStats, alpha: float = 0.5, reduce: str = "mean", tokens: str = "all"
+    stats: LayerStats, alpha: float | int = 0.5, reduce: str = "mean", tokens: str = "all"
 ) -> Float64[np.ndarray, "layer"]:
     """alpha I_diff + (1 - alpha) I_sim with the squared difference; `reduce` as in `layer_difference`; in [0, 1]."""
     return _mixed(stats, alpha, "mssd", reduce, tokens)
 
 
 @criterion(title="SimDiff (MASD)", source="SimDiff, arXiv 2604.19520, Eq. 4-7")
-def simdiff_masd(stats: LayerStats, alpha: float = 0.5, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
+def simdiff_masd(stats: LayerStats, alpha: float | int = 0.5, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
     """alpha I_diff + (1 - alpha) I_sim with the mean absolute difference; in [0, 1]."""
     return _mixed(stats, alpha, "masd", "mean", tokens)
 
@@ -152,7 +152,7 @@ def block_angle(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.n
     return _finite(np.diagonal(stats.angle[subset], offset=n) / count, f"angular distance of {n} layers")
 
 
-def _mixed(stats: LayerStats, alpha: float, kind: str, reduce: str, tokens: str) -> np.ndarray:
+def _mixed(stats: LayerStats, alpha: float | int, kind: str, reduce: str, tokens: str) -> np.ndarray:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
     return alpha * difference_term(stats, kind, reduce, tokens) + (1 - alpha) * similarity_term(stats, tokens)

@@ -14,6 +14,10 @@ from jaxtyping import Float64
 
 LayerSet = tuple[int, ...]
 
+# Where several lines meet in one point, their rounded coefficients make them cross a few 1e-16 apart. The sets in between
+# are artefacts, and no floating-point alpha would reproduce them.
+_NARROWEST = 1e-12
+
 
 @dataclass(frozen=True)
 class AlphaInterval:
@@ -75,8 +79,8 @@ def alpha_path(
 ) -> list[AlphaInterval]:
     """All sets of layers that ``alpha * difference + (1 - alpha) * similarity`` removes, in order of alpha from 0 to 1.
 
-    Intervals touch, cover [0, 1], and no set occurs twice. Where two change places both are right: a set that only ties with
-    its neighbours at a single alpha is not listed. Layers equal at every alpha are ordered as in `lowest`.
+    Intervals touch, cover [0, 1], and no set occurs twice. A set that is lowest at a single alpha only, by a tie, is not
+    listed (nor on less than 1e-12). Layers equal at every alpha are ordered as in `lowest`.
     Raises ValueError like `lowest`, and for terms that are not finite or of different length.
     """
     if len(similarity) != len(difference):
@@ -84,21 +88,17 @@ def alpha_path(
     if not (np.isfinite(similarity).all() and np.isfinite(difference).all()):
         raise ValueError("similarity and difference terms must be finite")
     candidates = _candidates(len(similarity), layers_removed, protect_first, protect_last)
-    intervals = []
-    for low, high, removed in _sweep(similarity.tolist(), difference.tolist(), candidates, layers_removed):
-        # An interval between two neighbouring floats holds no alpha that a caller could use; its ends coincide.
-        if float(low) < float(high):
-            intervals.append(AlphaInterval(float(low), float(high), removed))
-    return intervals
+    sweep = _sweep(similarity.tolist(), difference.tolist(), candidates, layers_removed)
+    found = [(float(low), removed) for low, high, removed in sweep if high - low >= _NARROWEST]
+    lows = [0.0, *(low for low, _ in found[1:])]
+    highs = [*lows[1:], 1.0]
+    return [AlphaInterval(low, high, removed) for low, high, (_, removed) in zip(lows, highs, found, strict=True)]
 
 
 def _sweep(
     similarity: list[float], difference: list[float], candidates: range, layers_removed: int
 ) -> Iterator[tuple[Fraction, Fraction, LayerSet]]:
-    """Walk alpha from 0 to 1 and yield (low, high, removed), in exact arithmetic.
-
-    With floats, crossings that coincide come out a rounding error apart, with a meaningless set between them.
-    """
+    """Walk alpha from 0 to 1 and yield (low, high, removed), in exact arithmetic: no tolerance decides an order."""
     start = {i: Fraction(similarity[i]) for i in candidates}
     slope = {i: Fraction(difference[i]) - Fraction(similarity[i]) for i in candidates}
     alpha = Fraction(0)

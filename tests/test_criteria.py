@@ -1,0 +1,207 @@
+"""Golden values of SimDiff's terms, invariances, and the order that every criterion must give."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from prunelib.criteria import (
+    CRITERIA,
+    block_angle,
+    criterion,
+    difference_term,
+    layer_difference,
+    similarity_term,
+)
+from prunelib.search import lowest
+from prunelib.statistics import LayerStats, collect, from_states
+
+MEASURED = ("block_influence", "simdiff_mssd", "simdiff_masd", "relative_magnitude")
+
+
+@pytest.fixture
+def golden() -> LayerStats:
+    """One layer, two tokens: inputs [1, 0] and [0, 2], outputs [1, 1] and [0, 3]."""
+    return from_states(torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 2.0], [0.0, 3.0]]])[None])
+
+
+@pytest.fixture
+def stats() -> LayerStats:
+    """Seven layers of a random walk whose steps grow unevenly."""
+    steps = torch.tensor([1.0, 0.5, 0.1, 0.3, 0.2, 0.9, 0.15, 0.4])[:, None] * torch.randn(3, 20, 8, 16, dtype=torch.float64)
+    return from_states(steps.cumsum(2))
+
+
+def test_golden_values(golden):
+    assert CRITERIA["block_influence"](golden)[0] == pytest.approx(0.1464466, abs=5e-8)
+    assert layer_difference(golden, "mssd", "sum")[0] == pytest.approx(1.0, rel=1e-14)
+    assert layer_difference(golden, "mssd", "mean")[0] == pytest.approx(0.5, rel=1e-14)
+    assert layer_difference(golden, "masd")[0] == pytest.approx(0.5, rel=1e-14)
+    assert similarity_term(golden)[0] == pytest.approx(0.0732233, abs=5e-8)
+    assert CRITERIA["simdiff_mssd"](golden)[0] == pytest.approx(0.3478413, abs=5e-8)
+    assert CRITERIA["simdiff_masd"](golden, alpha=0.5)[0] == pytest.approx(0.3478413, abs=5e-8)
+    assert CRITERIA["simdiff_mssd"](golden, reduce="sum")[0] == pytest.approx(0.4021409, abs=5e-8)
+    assert CRITERIA["relative_magnitude"](golden)[0] == pytest.approx((1 / np.sqrt(2) + 1 / 3) / 2)
+    assert block_angle(golden, 1, tokens="all")[0] == pytest.approx(0.125)
+    assert block_angle(golden, 1)[0] == pytest.approx(0.0, abs=1e-12)  # the last token is only stretched
+
+
+def test_the_default_is_the_mean_over_the_width(stats):
+    np.testing.assert_array_equal(CRITERIA["simdiff_mssd"](stats), CRITERIA["simdiff_mssd"](stats, reduce="mean"))
+    np.testing.assert_allclose(layer_difference(stats, "mssd", "sum"), 16 * layer_difference(stats, "mssd", "mean"))
+
+
+@pytest.mark.parametrize("name", ["simdiff_mssd", "simdiff_masd"])
+def test_the_ends_of_alpha(stats, name):
+    similarity_only = CRITERIA[name](stats, alpha=0)
+    np.testing.assert_allclose(similarity_only, CRITERIA["block_influence"](stats) / 2, rtol=1e-15)
+    assert np.argsort(similarity_only).tolist() == np.argsort(CRITERIA["block_influence"](stats)).tolist()
+    np.testing.assert_array_equal(CRITERIA[name](stats, alpha=1), difference_term(stats, name.removeprefix("simdiff_")))
+
+
+@pytest.mark.parametrize("tokens", ["all", "without_first", "last"])
+def test_importance_is_linear_in_alpha(stats, tokens):
+    for alpha in (0.1, 0.5, 0.8):
+        expected = alpha * difference_term(stats, "masd", tokens=tokens) + (1 - alpha) * similarity_term(stats, tokens)
+        np.testing.assert_allclose(CRITERIA["simdiff_masd"](stats, alpha=alpha, tokens=tokens), expected, rtol=1e-14)
+
+
+def test_token_subsets_differ(stats):
+    assert len({CRITERIA["block_influence"](stats, tokens=tokens)[0] for tokens in ("all", "without_first", "last")}) == 3
+
+
+def test_scaling_all_states_by_c():
+    states = torch.randn(2, 9, 6, 8, dtype=torch.float64).cumsum(2)
+    plain, scaled = from_states(states), from_states(5 * states)
+    for name in ("block_influence", "relative_magnitude"):
+        np.testing.assert_allclose(CRITERIA[name](scaled), CRITERIA[name](plain), rtol=1e-12)
+    np.testing.assert_allclose(layer_difference(scaled, "masd"), 5 * layer_difference(plain, "masd"), rtol=1e-12)
+    np.testing.assert_allclose(layer_difference(scaled, "mssd"), 25 * layer_difference(plain, "mssd"), rtol=1e-12)
+    np.testing.assert_allclose(block_angle(scaled, 3), block_angle(plain, 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("planted", [0, 2, 5])
+def test_an_identity_layer_is_least_important(tiny_llama, name, planted):
+    with torch.no_grad():
+        tiny_llama.model.layers[planted].self_attn.o_proj.weight.zero_()
+        tiny_llama.model.layers[planted].mlp.down_proj.weight.zero_()
+    stats = collect(tiny_llama, torch.randint(3, 97, (3, 12)), progress=False)
+    importance = CRITERIA[name](stats)
+    assert lowest(importance, 1) == (planted,)
+    assert similarity_term(stats)[planted] == pytest.approx(0, abs=1e-15)
+    assert difference_term(stats)[planted] == 0.5
+    assert block_angle(stats, 1).argmin() == planted
+
+
+def test_the_sigmoid_neither_overflows_nor_loses_small_differences(stats):
+    huge = replace(stats, squared_difference=stats.squared_difference * 1e300)
+    assert difference_term(huge, "mssd").tolist() == [1.0] * 7
+    tiny = replace(stats, squared_difference=np.full_like(stats.squared_difference, 1e-12) * stats.count[:, None] * 16)
+    np.testing.assert_allclose(difference_term(tiny, "mssd") - 0.5, 2.5e-13, rtol=1e-3)
+    moderate = np.linspace(0, 30, 7)
+    spread = replace(stats, squared_difference=np.tile(moderate, (3, 1)) * stats.count[:, None] * 16)
+    np.testing.assert_allclose(difference_term(spread, "mssd"), 1 / (1 + np.exp(-moderate)), rtol=1e-15)
+
+
+def test_block_angle_of_every_block():
+    """States that turn by 10, 20, 30 and 40 degrees in a plane."""
+    degrees = torch.tensor([0.0, 10.0, 30.0, 60.0, 100.0], dtype=torch.float64)
+    states = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)[None, None]
+    stats = from_states(states)
+    np.testing.assert_allclose(block_angle(stats, 1) * 180, [10, 20, 30, 40])
+    np.testing.assert_allclose(block_angle(stats, 2) * 180, [30, 50, 70])
+    np.testing.assert_allclose(block_angle(stats, 4) * 180, [100])
+    for n in (0, 5):
+        with pytest.raises(ValueError, match=f"a block of {n} layers does not exist in 4 layers"):
+            block_angle(stats, n)
+
+
+def test_the_average_of_the_angle_is_not_the_angle_of_the_average():
+    pairs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])[:, None]
+    assert block_angle(from_states(pairs), 1)[0] == pytest.approx(0.25)
+
+
+def test_random_is_seeded_and_nested(stats):
+    first = CRITERIA["random"](stats, seed=3)
+    np.testing.assert_array_equal(first, CRITERIA["random"](stats, seed=3))
+    assert sorted(first.tolist()) == list(range(7))
+    assert any((CRITERIA["random"](stats, seed=seed) != first).any() for seed in range(4))
+    sets = [set(lowest(first, k)) for k in range(7)]
+    assert all(smaller < larger for smaller, larger in pairwise(sets))
+
+
+def test_random_chooses_all_layers_alike(stats):
+    counts = np.zeros(7)
+    for seed in range(700):
+        counts[list(lowest(CRITERIA["random"](stats, seed=seed), 2))] += 1
+    assert counts.min() > 150  # 200 expected, standard deviation 12
+    assert counts.max() < 250
+
+
+def test_deepest_is_contiguous_and_spares_the_last(stats):
+    rule = CRITERIA["deepest"]
+    assert (rule.protect_first, rule.protect_last) == (0, 1)
+    assert lowest(rule(stats), 3, rule.protect_first, rule.protect_last) == (3, 4, 5)
+
+
+def test_registry():
+    assert set(CRITERIA) == {*MEASURED, "random", "deepest"}
+    for name, rule in CRITERIA.items():
+        assert rule.name == name
+        assert rule.title
+        assert rule.source
+    # SimDiff and ShortGPT let any layer go.
+    assert all((CRITERIA[name].protect_first, CRITERIA[name].protect_last) == (0, 0) for name in MEASURED)
+    assert CRITERIA["simdiff_mssd"].options == {"alpha": 0.5, "reduce": "mean", "tokens": "all"}
+
+
+def test_a_criterion_of_ones_own(stats):
+    try:
+
+        @criterion(title="Deep first", source="test", protect_first=2)
+        def own(stats, factor=1.0):
+            return -factor * np.arange(stats.n_layers)
+
+        assert lowest(CRITERIA["own"](stats, factor=2.0), 1) == (6,)
+        assert own.protect_first == 2
+        with pytest.raises(ValueError, match="'own' exists already"):
+            criterion(title="again", source="test")(own.importance)
+    finally:
+        CRITERIA.pop("own", None)
+
+
+def test_unknown_names_list_what_exists(stats):
+    with pytest.raises(ValueError, match="unknown criterion 'cosine'; there are: block_influence, deepest, random"):
+        CRITERIA["cosine"]
+    with pytest.raises(ValueError, match="simdiff_masd has no option reduce; its options are: alpha, tokens"):
+        CRITERIA["simdiff_masd"](stats, reduce="sum")
+    with pytest.raises(ValueError, match="deepest has no option alpha; its options are: none"):
+        CRITERIA["deepest"](stats, alpha=1)
+    with pytest.raises(ValueError, match="unknown tokens 'first'; there are: all, without_first, last"):
+        CRITERIA["block_influence"](stats, tokens="first")
+    with pytest.raises(ValueError, match="unknown reduce 'max'; there are: mean, sum"):
+        CRITERIA["simdiff_mssd"](stats, reduce="max")
+    with pytest.raises(ValueError, match="unknown kind 'l2'; there are: mssd, masd"):
+        difference_term(stats, "l2")
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_alpha_outside_its_range(stats, alpha):
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        CRITERIA["simdiff_masd"](stats, alpha=alpha)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_empty_and_damaged_statistics(stats, name):
+    with pytest.raises(ValueError, match="no tokens in subset 'without_first'"):
+        CRITERIA[name](from_states(torch.randn(2, 1, 4, 8)), tokens="without_first")
+    damaged = {field: getattr(stats, field).copy() for field in ("cosine", "relative_magnitude")}
+    damaged |= {field: getattr(stats, field).copy() for field in ("squared_difference", "absolute_difference")}
+    damaged["cosine"][:, 4, 5] = np.nan
+    for field in ("squared_difference", "absolute_difference", "relative_magnitude"):
+        damaged[field][:, 4] = np.nan
+    with pytest.raises(ValueError, match=r"NaN or infinite at \[4\]"):
+        CRITERIA[name](replace(stats, **damaged))
