@@ -21,7 +21,7 @@ workdir: workflow.basedir
 sys.path.insert(0, workflow.basedir)
 
 from prunelib import grid
-from prunelib.provenance import notebook_source_sha
+from prunelib.provenance import model_fingerprint, notebook_source_sha
 
 if "models" not in config:  # no --configfile; as a plain directive it would be merged into every other profile
     configfile: "profiles/reference.yaml"
@@ -65,7 +65,7 @@ rule statistics:
     log: notebook=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".ipynb")
     params:
         source=notebook_source_sha(grid.STATISTICS),
-        weights=lambda wildcards: grid.fingerprint(PROFILE.models[wildcards.model]["model"]),
+        weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
         arguments=lambda wildcards: grid.arguments(
             grid.statistics_values(PROFILE, wildcards.model, wildcards.corpus, int(wildcards.seed))
         ),
@@ -84,7 +84,7 @@ rule depth:
     log: notebook=PROFILE.depth_run("{model}", "{layers_removed}", ".ipynb")
     params:
         source=notebook_source_sha(grid.DEPTH),
-        weights=lambda wildcards: grid.fingerprint(PROFILE.models[wildcards.model]["model"]),
+        weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
         arguments=lambda wildcards: grid.arguments(
             grid.depth_values(PROFILE, wildcards.model, int(wildcards.layers_removed))
         ),

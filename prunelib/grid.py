@@ -5,7 +5,6 @@ key, a value of the wrong type and a parameter that the profile leaves to the no
 """
 
 import functools
-import hashlib
 import json
 import re
 import shlex
@@ -13,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 
 from prunelib.notebook import Parameter, ParameterError, closest, parameters
-from prunelib.provenance import at_root, file_sha256
+from prunelib.provenance import at_root
 
 NOTEBOOKS = "notebooks"
 STATISTICS = f"{NOTEBOOKS}/experiments/statistics.ipynb"
 DEPTH = f"{NOTEBOOKS}/experiments/depth.ipynb"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
-HASHED_BYTES = 200 * 2**20  # larger local models are told apart by the names and sizes of their files
 
 
 class ProfileError(ValueError):
@@ -187,18 +185,6 @@ def figure_stems(notebook: str) -> list[str]:
 def figure_suffixes(stem: str) -> tuple[str, ...]:
     """A picture is png, pdf, the plotted numbers and their provenance; a table has no picture."""
     return (".csv", ".json") if re.match(r"[a-z0-9_]*_table", stem) else (".png", ".pdf", ".csv", ".json")
-
-
-@functools.cache
-def fingerprint(model: str) -> str:
-    """Hash that changes with the weights of a local model folder; a hub name stands for itself."""
-    folder = at_root(model)
-    if not folder.is_dir():
-        return model
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    small = sum(path.stat().st_size for path in files) <= HASHED_BYTES
-    lines = [f"{path.name} {file_sha256(path) if small else path.stat().st_size}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 @functools.cache

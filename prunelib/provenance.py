@@ -33,6 +33,8 @@ LIBRARIES = (
     "snakemake",
 )
 
+HASHED_BYTES = 200 * 2**20
+
 # What decides a result; data/ and figures/ are left out because the batch itself rewrites them.
 CODE = ("prunelib", "notebooks", "profiles", "Snakefile", "pyproject.toml", "requirements.lock")
 
@@ -67,6 +69,28 @@ def file_sha256(path: str | os.PathLike) -> str:
     """sha256 of the bytes of one file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_source(name: str) -> str:
+    """Where to load a model from: the folder, absolute, when `name` is one (below the project root or anywhere), else the
+    hub name as it is.
+    """
+    folder = at_root(name)
+    return str(folder) if folder.is_dir() else name
+
+
+def model_fingerprint(name: str) -> str:
+    """Hash that changes with the weights of a local model folder; a hub name stands for itself.
+
+    Folders above `HASHED_BYTES` are told apart by the names and sizes of their files alone.
+    """
+    folder = at_root(name)
+    if not folder.is_dir():
+        return name
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    small = sum(path.stat().st_size for path in files) <= HASHED_BYTES
+    lines = [f"{path.name} {file_sha256(path) if small else path.stat().st_size}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def source_sha256(folder: str | os.PathLike | None = None) -> str:

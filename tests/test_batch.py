@@ -24,7 +24,6 @@ RUNS = "data/runs/test"
 def fresh_notebooks():
     """grid remembers parameters cells for the life of a batch; here many projects share one process."""
     grid._known.cache_clear()
-    grid.fingerprint.cache_clear()
 
 
 def wait_for(condition, seconds=60.0):
