@@ -26,6 +26,7 @@ import pandas as pd
 import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -114,7 +115,7 @@ METHODS: dict[str, Method] = _Methods(
             Method("relative_magnitude", "relative magnitude", "#e6b800", "P"),
             Method("simdiff", "SimDiff", "#d55e00", "s"),
             # ShortGPT is block influence under another name: the same colour.
-            Method("shortgpt", "ShortGPT (cosine)", "#0072b2", "o"),
+            Method("shortgpt", "ShortGPT = cosine", "#0072b2", "o"),
             Method("entrodrop", "EntroDrop", "#882255", "X"),
             Method("sleb", "SLEB", "#999933", "p"),
             Method("shortened_llm", "Shortened LLaMA", "#332288", "h"),
@@ -169,7 +170,7 @@ def spread(
     for key, group in present.groupby(by, sort=True, dropna=False, observed=True):
         numbers = group[value].to_numpy(dtype=float)
         middle = float(np.median(numbers) if center == "median" else np.mean(numbers))
-        rows.append([*key, middle, *_bounds(numbers, middle, interval), len(numbers), f"{center}, {words}"])
+        rows.append([*key, middle, *_bounds(numbers, middle, interval), len(numbers), f"{center} and {words}"])
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "interval"])
 
 
@@ -238,15 +239,32 @@ def published_and_ours(
     return figure, (axes[0], axes[1])
 
 
-def legend(figure: Figure, axes: Iterable[Axes] | None = None, *, columns: int = 3) -> None:
-    """One legend below all panels, every label once."""
+def legend(figure: Figure, axes: Iterable[Axes] | None = None, *, columns: int = 3, note: str | None = None) -> None:
+    """One legend below all panels, every label once, in at most `columns` columns: fewer when they would be too wide.
+
+    note: a line above it, the place to say what error bars are (`error_note`).
+    """
     entries: dict[str, Any] = {}
     for one in axes if axes is not None else figure.axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if not entries:
         raise FigureError("nothing in this figure has a label: draw before calling legend")
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)))
+    for fitting in range(min(columns, len(entries)), 0, -1):
+        below = {"loc": "outside lower center", "ncols": fitting, "title": note, "title_fontsize": "medium"}
+        drawn = figure.legend(list(entries.values()), list(entries), handlelength=2.2, **below)
+        if fitting == 1 or drawn.get_window_extent().width < figure.bbox.width:
+            break
+        drawn.remove()
+
+
+def error_note(data: pd.DataFrame, draws: str = "draws") -> str:
+    """What the error bars of a result of `spread` are: `points and error bars: median and min–max of 3 seeds`."""
+    words, counts = data["interval"].unique(), sorted(data["n"].unique())
+    if len(words) != 1:
+        raise FigureError(f"the table mixes intervals ({', '.join(words)}): draw one kind in a figure")
+    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    return f"points and error bars: {words[0]} of {many} {draws}"
 
 
 def log_scale(axes: Axes, axis: str = "y") -> None:
@@ -324,7 +342,9 @@ def random_band(
     position = data[x].to_numpy(dtype=float)
     low, high = (data[name].fillna(data[y]).to_numpy(dtype=float) for name in ("low", "high"))
     axes.fill_between(position, low, high, color=look.color, alpha=0.25, linewidth=0, zorder=0.9)
-    axes.plot(position, data[y].to_numpy(dtype=float), color=look.color, linestyle=look.line, zorder=0.95, label=label)
+    axes.plot(position, data[y].to_numpy(dtype=float), color=look.color, linestyle=look.line, zorder=0.95)
+    # One entry in the legend for line and band: an empty area with the colours of both.
+    axes.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(look.color, 0.25), edgecolor=look.color, label=label))
 
 
 def dense_line(axes: Axes, value: float, *, label: str = "dense (no layer removed)", published: bool = False) -> None:
@@ -343,13 +363,14 @@ def grouped_bars(
     y: str = "value",
     published: bool = False,
     numbers: str | None = None,
+    log: bool = False,
     same: Mapping[Any, Sequence[tuple[str, ...]]] | None = None,
 ) -> None:
     """Bars of several methods (column `method`) side by side at every x; a missing bar stays missing.
 
     Error bars from `low` and `high`. Published bars are hollow and hatched. numbers: a format such as `.1f` to write every
-    value upright above its bar. same: for an x, the groups of methods that chose the same layers there (from `coinciding`);
-    `=` is then written at the foot of every bar after the first of its group.
+    value upright above its bar. log: logarithmic y axis (`log_scale`). same: for an x, the groups of methods that chose the
+    same layers there (from `coinciding`); `=` is then written at the foot of every bar after the first of its group.
     """
     places = sorted(data[x].dropna().unique())
     width = 0.8 / len(methods)
@@ -393,8 +414,24 @@ def grouped_bars(
                     "=", (center, 0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
                     ha="center", va="bottom", fontsize=9, color=look.color if published else "white", fontweight="bold",
                 )  # fmt: skip
+    if log:
+        log_scale(axes)
+    if numbers is not None:
+        _headroom(axes, 0.25 if max(len(format(number, numbers)) for number in data[y].dropna()) > 6 else 0.16)
     axes.set_xticks(range(len(places)), [f"{place:g}" if isinstance(place, float) else str(place) for place in places])
     axes.grid(False, axis="x")
+
+
+def _headroom(axes: Axes, share: float) -> None:
+    """Room for upright numbers above the bars: `share` of the height of the axes, on a linear or logarithmic scale."""
+    transform = axes.yaxis.get_transform()
+    low, high = transform.transform(np.array(axes.get_ylim()))
+    axes.set_ylim(top=float(transform.inverted().transform(np.array([high + (high - low) * share / (1 - share)]))[0]))
+
+
+def mark_same(axes: Axes, x: Sequence[float], y: Sequence[float], *, label: str) -> None:
+    """Rings around the points where methods chose the same layers, so that a hidden curve is not taken for a missing one."""
+    axes.plot(x, y, linestyle="", marker="o", markersize=11, fillstyle="none", color="#333333", zorder=3, label=label)
 
 
 def layer_bars(
@@ -477,6 +514,8 @@ def heatmap(
         cbar=bar,
         cbar_kws={"label": label, "pad": 0.02} if bar else None,
     )
+    if numbers:
+        _readable_numbers(axes)
     for row, column in outlined:
         corner = (list(table.columns).index(column), list(table.index).index(row))
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d55e00", linewidth=1.8, clip_on=False, zorder=3))
@@ -484,6 +523,21 @@ def heatmap(
     axes.tick_params(length=0)
     axes.set_xticklabels(axes.get_xticklabels(), rotation=0)
     axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+
+
+def _readable_numbers(axes: Axes) -> None:
+    """Black or white numbers, whichever stands out more from its cell (contrast as in WCAG 2)."""
+    cells = axes.collections[0]
+    shown = ~np.ma.getmaskarray(cells.get_array()).ravel()
+    for text, color in zip(axes.texts, cells.get_facecolors()[shown], strict=True):
+        text.set_color("black" if luminance(color) > 0.179 else "white")
+
+
+def luminance(color: Any) -> float:
+    """Relative luminance of a colour as WCAG 2 defines it, 0 (black) to 1 (white)."""
+    channels = np.array(to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def _ordered(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
