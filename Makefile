@@ -1,6 +1,6 @@
 # make figures   every figure and table of the reference profile (resumes what was interrupted)
 # make test      style and tests
-# make verify    rerun the smoke profile and compare it with the committed values
+# make verify    check models and corpora, rerun the smoke profile, compare with the committed values
 # make lab       the notebooks in JupyterLab
 # make lock      resolve the dependencies anew
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
@@ -28,8 +28,7 @@ test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/python -m pytest $(ARGS)
 
 verify: $(READY)
-	@$(BIN)/python -m prunelib.batch profiles/smoke.yaml --cores $(CORES) --forceall $(ARGS)
-	@$(BIN)/python -m prunelib.verify
+	@$(BIN)/python -m prunelib.verify $(ARGS)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)

@@ -12,6 +12,7 @@ JSON-lines file under ``data/corpora/``, and `documents` reads it from there.
 """
 
 import ast
+import fcntl
 import hashlib
 import inspect
 import io
@@ -221,12 +222,15 @@ def corpus_path(corpus: str) -> Path:
 def build(corpus: str, *, force: bool = False) -> Path:
     """Write ``data/corpora/<corpus>.jsonl`` (one ``{"name", "split", "text"}`` a line) unless it is there; return its path."""
     path = corpus_path(corpus)
-    if force or not path.exists():
-        lines = (
-            json.dumps({"name": d.name, "split": split_of(corpus, d.name), "text": d.text}, ensure_ascii=False)
-            for d in extract(corpus)
-        )
-        write_text(path, "".join(f"{line}\n" for line in lines))
+    if path.exists() and not force:
+        return path
+    folder().mkdir(parents=True, exist_ok=True)
+    with (folder() / f".{corpus}.lock").open("w") as lock:
+        # The first runs of a batch start together: one reads the packages, the others wait for it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if force or not path.exists():
+            found = [{"name": d.name, "split": split_of(corpus, d.name), "text": d.text} for d in extract(corpus)]
+            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
     return path
 
 

@@ -1,0 +1,169 @@
+"""Does this machine compute what was published? ``make verify``
+
+Compares, in this order: the files of the reference models and the embedded corpora with their committed hashes, then a
+fresh run of the smoke profile with ``data/verify/smoke.csv``, number by number, within `TOLERANCES`. Every difference is
+named; any difference makes the command fail.
+"""
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from prunelib import pydocs, results
+from prunelib.provenance import at_root, file_sha256, from_root, project_root, write_json
+
+EXPECTED = "data/verify/smoke.csv"
+HASHES = "data/verify/sha256.json"
+SMOKE = "build/smoke/results.csv"
+PROFILE = "profiles/smoke.yaml"
+HASHED = ("data/reference/*/*.safetensors", "data/reference/*/*.json")
+
+# Absolute differences allowed on another processor or number of threads: float32 sums in another order move a score in
+# its sixth digit; a token whose two best candidates are that close may change sides. Everything else must be equal.
+TOLERANCES = {"nats": 2e-3, "nats_over_cosine": 2e-3, "alpha_nats": 2e-3, "accuracy": 4e-3, "low": 4e-3, "high": 4e-3}
+RELATIVE = 2e-3  # of every other number
+IGNORED = ("code",)  # the hash of the library that made a row: verify compares numbers, not sources
+MEASURES = ("value", "n", "stderr", "low", "high", "alpha", "alpha_low", "alpha_high", "alpha_nats", "evaluations")
+
+
+def hashes() -> dict[str, str]:
+    """sha256 of every file of the reference models, by path below the project root."""
+    files = sorted(path for pattern in HASHED for path in project_root().glob(pattern))
+    return {from_root(path): file_sha256(path) for path in files}
+
+
+def compare_hashes(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """One line for every file that is missing, changed or not expected."""
+    lines = [f"{path} is missing: git checkout -- {path}" for path in sorted(expected.keys() - found.keys())]
+    lines += [f"{path} is not one of the committed files" for path in sorted(found.keys() - expected.keys())]
+    for path in sorted(expected.keys() & found.keys()):
+        if expected[path] != found[path]:
+            was, now = expected[path][:12], found[path][:12]
+            lines.append(f"{path} was altered: sha256 {now}… instead of {was}…; git checkout -- {path}")
+    return lines
+
+
+def compare_corpora(*, fresh: bool = True) -> list[str]:
+    """One line for every split of an embedded corpus that differs from the manifest.
+
+    First the built files; then, with ``fresh``, the text of the installed packages read anew, because the built files
+    would hide an altered package.
+    """
+    lines = []
+    manifest = json.loads(pydocs.manifest_path().read_text())
+    for corpus, entry in manifest.items():
+        for split in entry["splits"]:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", pydocs.ManifestMismatch)
+                try:
+                    pydocs.check(corpus, split)
+                except ValueError as error:
+                    lines.append(str(error))
+            lines += [str(warning.message) for warning in caught if warning.category is pydocs.ManifestMismatch]
+        if fresh:
+            read = pydocs.extract(corpus)
+            for split, expected in entry["splits"].items():
+                found = pydocs.digest(tuple(document for document in read if pydocs.split_of(corpus, document.name) == split))
+                if found != expected["sha256"]:
+                    was = expected["sha256"]
+                    lines.append(
+                        f"the installed packages give another {corpus}/{split} than the manifest ({found[:12]}… instead of "
+                        f"{was[:12]}…): pip install --force-reinstall -r requirements.lock"
+                    )
+    return lines
+
+
+def compare_tables(expected: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+    """One line for every row that is missing or new and every number that differs by more than its tolerance."""
+    columns = [name for name in expected if name not in IGNORED]
+    unknown = [name for name in found if name not in expected and name not in IGNORED]
+    missing = [name for name in columns if name not in found]
+    if unknown or missing:
+        return [f"the table has other columns: {', '.join(missing) or 'none'} missing, {', '.join(unknown) or 'none'} new"]
+    keys = [name for name in columns if name not in MEASURES]
+
+    def keyed(table: pd.DataFrame) -> dict[tuple, dict]:
+        # Several intervals of alpha may share the same coordinates; their order tells them apart.
+        place = table[keys].astype(str)
+        place["nth"] = place.groupby(keys).cumcount()
+        return dict(zip(place.itertuples(index=False, name=None), table[columns].to_dict("records"), strict=True))
+
+    old, new = keyed(expected), keyed(found)
+    lines = [f"no such row any more: {_label(old[place])}" for place in old if place not in new]
+    lines += [f"a row that was not there: {_label(new[place])}" for place in new if place not in old]
+    for place in old:
+        if place in new:
+            lines += _differences(old[place], new[place])
+    return lines
+
+
+def _differences(old: Mapping, new: Mapping) -> list[str]:
+    lines = []
+    for name in old:
+        if name not in MEASURES or (pd.isna(old[name]) and pd.isna(new[name])):
+            continue
+        kind = old["metric"] if name == "value" else name
+        allowed = TOLERANCES.get(kind, RELATIVE * abs(old[name]))
+        if not abs(new[name] - old[name]) <= allowed:
+            lines.append(f"{_label(old)}: {name} is {new[name]:.6g}, expected {old[name]:.6g} ± {allowed:.2g}")
+    return lines
+
+
+def _label(row: Mapping) -> str:
+    shown = ("run", "method", "layer", "tokens", "calibration", "calibration_seed", "corpus", "removed_layers", "metric")
+    return ", ".join(f"{row[name]}" for name in shown if name in row and not pd.isna(row[name]))
+
+
+def update(table: Path) -> None:
+    """Make what is here the committed expectation."""
+    results.write_table(pd.read_csv(table), EXPECTED)
+    write_json(at_root(HASHES), hashes())
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--update"]):
+        print(f"usage: python -m prunelib.verify [--update]; got {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    steps = []
+    if not arguments:
+        steps = [
+            ("reference models", lambda: compare_hashes(json.loads(at_root(HASHES).read_text()), hashes())),
+            ("embedded corpora", compare_corpora),
+        ]
+    for what, step in steps:
+        lines = step()
+        if lines:
+            # The runs below would only repeat that the input differs, thousands of numbers long.
+            return _fail(what, lines)
+        print(f"verify: {what} are the committed ones")
+    command = [sys.executable, "-m", "prunelib.batch", PROFILE, "--forceall", "--quiet", "all"]
+    if subprocess.run(command, cwd=project_root()).returncode:
+        return _fail("smoke profile", ["a run failed, see above"])
+    if arguments:
+        update(at_root(SMOKE))
+        print(f"verify: wrote {EXPECTED} and {HASHES}")
+        return 0
+    expected = pd.read_csv(at_root(EXPECTED))
+    lines = compare_tables(expected, pd.read_csv(at_root(SMOKE)))
+    if lines:
+        return _fail("smoke profile", lines)
+    print(f"verify: all {len(expected)} numbers of the smoke profile agree with the committed ones")
+    return 0
+
+
+def _fail(what: str, lines: list[str]) -> int:
+    print(f"verify: {what}: {len(lines)} difference{'s' * (len(lines) > 1)}", file=sys.stderr)
+    for line in lines[:20]:
+        print(f"  {line}", file=sys.stderr)
+    if len(lines) > 20:
+        print(f"  … and {len(lines) - 20} more", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
