@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.corpora import Corpus, consecutive_windows
-from prunelib.models import Skip, decoder_layers, layers_as
+from prunelib.prefix import SharedRuns
+from prunelib.prefix import shared_layer_forwards as shared_layer_forwards  # what the dictionaries below cost, beforehand
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,26 @@ class LayerSetPerplexity(dict[tuple[int, ...], Perplexity]):
     ``layer_forwards`` counts the calls of decoder layers, over all batches; ``layer_forwards_alone`` is what evaluating every
     set by itself would have taken.
     """
+
+    layer_forwards: int = 0
+    layer_forwards_alone: int = 0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summed KL divergence from the dense model, in nats, over the scored tokens."""
+
+    kl: float
+    tokens: int
+
+    @property
+    def nats(self) -> float:
+        """Nats per token."""
+        return self.kl / self.tokens
+
+
+class LayerSetDivergence(dict[tuple[int, ...], Divergence]):
+    """Removed layers → `Divergence`, and what it cost (the dense model included), as in `LayerSetPerplexity`."""
 
     layer_forwards: int = 0
     layer_forwards_alone: int = 0
@@ -247,42 +268,6 @@ class _Tally:
 # --- many removals -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Node:
-    """One layer that runs after the layers on the path to it; ``ends`` is the removal whose last kept layer this is."""
-
-    layer: int
-    children: dict[int, "_Node"] = field(default_factory=dict)
-    ends: tuple[int, ...] | None = None
-
-
-def _trie(n_layers: int, layer_sets: Iterable[tuple[int, ...]]) -> tuple[_Node, int]:
-    """The kept layers of every removal as paths from a root, and the number of nodes below the root."""
-    root, nodes = _Node(layer=-1), 0
-    for removed in layer_sets:
-        if list(removed) != sorted(set(removed)) or (removed and not 0 <= removed[0] <= removed[-1] < n_layers):
-            raise ValueError(f"removed layers {removed}: give distinct layers in ascending order, from 0 to {n_layers - 1}")
-        if len(removed) == n_layers:
-            raise ValueError(f"cannot remove {len(removed)} of {n_layers} layers: at least one must stay")
-        node = root
-        for layer in sorted(set(range(n_layers)) - set(removed)):
-            if layer not in node.children:
-                node.children[layer] = _Node(layer)
-                nodes += 1
-            node = node.children[layer]
-        node.ends = removed
-    return root, nodes
-
-
-def shared_layer_forwards(n_layers: int, layer_sets: Iterable[tuple[int, ...]]) -> int:
-    """Layer calls per batch that `layer_set_perplexity` makes: the distinct beginnings of the sequences of kept layers.
-
-    Raises:
-        ValueError: as `layer_set_perplexity`, for a set that is not ascending, out of range, or all layers.
-    """
-    return _trie(n_layers, layer_sets)[1]
-
-
 @torch.inference_mode()
 def layer_set_perplexity(
     model: PreTrainedModel,
@@ -308,87 +293,66 @@ def layer_set_perplexity(
         NotFinite: a likelihood that is not finite; names the removed layers and the window.
     """
     _check(model, windows, stride, batch_size)
-    layers = decoder_layers(model)
-    sets = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
-    root, nodes = _trie(len(layers), sets)
-    tallies = {removed: _Tally(windows, stride) for removed in sets}
-    shell = _Shell(model, layers, windows[:1, :2].to(model.device))
-    results = LayerSetPerplexity()
-    starts = range(0, len(windows), batch_size) if sets else ()
-    with tqdm(total=len(starts) * nodes, desc=f"{len(sets)} layer sets", unit="layer", disable=not progress) as bar:
-        for start in starts:
-            ids = windows[start : start + batch_size].to(model.device)
-            # Depth first. A hidden state lives as long as a branch that starts from it waits on the stack.
-            stack = [(child, shell.enter(ids)) for child in reversed(root.children.values())]
-            while stack:
-                node, hidden = stack.pop()
-                hidden = shell.run(node.layer, hidden)
-                results.layer_forwards += 1
-                bar.update()
-                if node.ends is not None:
-                    try:
-                        tallies[node.ends].add(start, ids, shell.leave(ids, hidden))
-                    except NotFinite as error:
-                        raise NotFinite(f"without the layers {node.ends}: {error}") from None
-                stack += [(child, hidden) for child in reversed(node.children.values())]
-    results.layer_forwards_alone = len(starts) * sum(len(layers) - len(removed) for removed in sets)
-    results.update((removed, tally.result()) for removed, tally in tallies.items())
+    runs = SharedRuns(model, windows, layer_sets, batch_size=batch_size, progress=progress)
+    tallies = {removed: _Tally(windows, stride) for removed in runs.sets}
+    for start, ids, removed, logits in runs:
+        try:
+            tallies[removed].add(start, ids, logits)
+        except NotFinite as error:
+            raise NotFinite(f"without the layers {removed}: {error}") from None
+        del logits  # before the next ones are made
+    results = LayerSetPerplexity((removed, tally.result()) for removed, tally in tallies.items())
+    results.layer_forwards, results.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
     return results
 
 
-class _Shell:
-    """A model without its layers: what stands before, between and behind them, whatever the architecture.
+@torch.inference_mode()
+def layer_set_divergence(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    layer_sets: Iterable[tuple[int, ...]],
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> LayerSetDivergence:
+    """How far the model without each of the given sets of layers predicts from the dense model: KL(dense || pruned).
 
-    A view of the model in which every layer is skipped tells, by hooks on its slots, what the embeddings hand to the first
-    layer and with which other arguments (mask, position embeddings, …) each layer is called. The same view turns a hidden
-    state into logits: it is put in the place of the first slot's input.
+    In nats per token, at the positions that `perplexity` scores (all but the last of a window, which predicts nothing in it):
+    the fitness of EvoPress (arXiv 2410.14649). Shared beginnings run once, as in `layer_set_perplexity`; the dense model
+    runs along with the sets, so that one batch of its logits is all that is held.
+
+    Raises:
+        ValueError, NotFinite: as `layer_set_perplexity`.
     """
-
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, probe: Int64[Tensor, "batch position"]):
-        self.layers = layers
-        self.calls: list[tuple[tuple, dict]] = [((), {})] * len(layers)
-        self.replacement: Tensor | None = None
-        slots = [Skip(layer) for layer in layers]
-        self.view = layers_as(model, slots)
-        for index, slot in enumerate(slots):
-            slot.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-        # A Skip runs its layer once to see what it returns; two tokens are enough for that.
-        self.enter(probe)
-
-    def _hook(self, index: int):
-        def hook(slot: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if self.replacement is None:
-                self.calls[index] = (args, kwargs)
-                return None
-            return _with_hidden(args, kwargs, self.replacement) if index == 0 else None
-
-        return hook
-
-    def enter(self, ids: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch position hidden"]:
-        """The input of the first layer; keeps the arguments of every layer for this batch."""
-        body = self.view.base_model
-        (self.view if body is self.view else body)(input_ids=ids, use_cache=False)
-        args, kwargs = self.calls[0]
-        return args[0] if args else kwargs["hidden_states"]
-
-    def run(self, index: int, hidden: Float[Tensor, "batch position hidden"]) -> Float[Tensor, "batch position hidden"]:
-        args, kwargs = _with_hidden(*self.calls[index], hidden)
-        output = self.layers[index](*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def leave(
-        self, ids: Int64[Tensor, "batch position"], hidden: Float[Tensor, "batch position hidden"]
-    ) -> Float[Tensor, "batch position vocabulary"]:
-        """Final norm, head and whatever else follows the layers."""
-        self.replacement = hidden
-        try:
-            return _logits(self.view, ids)
-        finally:
-            self.replacement = None
+    _check(model, windows, None, batch_size)
+    asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
+    # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
+    runs = SharedRuns(model, windows, [(), *asked] if asked else [], batch_size=batch_size, progress=progress)
+    sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
+    dense = torch.empty(0)
+    for start, ids, removed, logits in runs:
+        dense = logits if removed == () else dense
+        values = torch.stack([_divergence(*pair) for pair in zip(dense, logits, strict=True)]).cpu().numpy()
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise NotFinite(
+                f"without the layers {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
+                "or infinite logits (damaged weights, or an overflow in float16: load it in bfloat16 or float32)"
+            )
+        sums[removed][start : start + len(ids)] = values
+        del logits
+    tokens = len(windows) * (windows.shape[1] - 1)
+    results = LayerSetDivergence((removed, Divergence(math.fsum(sums[removed]), tokens)) for removed in asked)
+    results.layer_forwards, results.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
+    return results
 
 
-def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+def _divergence(
+    dense: Float[Tensor, "position vocabulary"], pruned: Float[Tensor, "position vocabulary"]
+) -> Float64[Tensor, ""]:
+    """KL(dense || pruned) summed over the scored positions of one window."""
+    expected, found = dense[:-1].float().log_softmax(-1), pruned[:-1].float().log_softmax(-1)
+    return functional.kl_div(found, expected, reduction="none", log_target=True).double().sum()
 
 
 # --- comparing two models ------------------------------------------------------------------------------------------------
