@@ -24,6 +24,7 @@ from prunelib.provenance import at_root, from_root, write_json
 SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
 RESERVED = ("run", "experiment", "code")
+PUBLISHED = "data/published/published.csv"
 PATHS = ("output", "data_dir", "statistics")  # parameters that name files of one machine or one batch
 
 
@@ -131,6 +132,24 @@ def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.
     used = sorted(name for name in parameters | coordinates if any(record.get(name) is not None for record in records))
     columns = ["run", "experiment", *used, *VALUES, "code"]
     return pandas.DataFrame({name: _column([record.get(name) for record in records]) for name in columns})
+
+
+def published(paper: str | None = None, item: str | None = None) -> "pandas.DataFrame":
+    """Rows of data/published/published.csv: the numbers that papers printed, never those of runs.
+
+    paper, item: as in that file, for instance "simdiff" and "fig4a"; without them all rows. `layers_removed` holds
+    integers; what is not printed is missing. Raises ResultError naming what there is when a name is unknown.
+    """
+    import pandas
+
+    table = pandas.read_csv(at_root(PUBLISHED), dtype={"layers_removed": "Int64"})
+    for column, name in (("paper", paper), ("item", item)):
+        if name is not None:
+            known = ", ".join(table[column].unique())
+            table = table[table[column] == name]
+            if table.empty:
+                raise ResultError(f"{PUBLISHED} has no {column} {name!r}; there are: {known}")
+    return table.reset_index(drop=True)
 
 
 def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
