@@ -5,7 +5,8 @@
 
 Every repetition times the plain forward pass of the whole model, the forward pass without the LM head (which `collect`
 does not run) and `collect` itself, in turn, so that a machine that slows down slows all three. Printed are the medians and
-the medians of the ratios within a repetition. The target is at most 1.10 times the plain forward pass.
+the medians of the ratios within a repetition. The target is at most 1.10 times the plain forward pass. On a machine that is
+busy with other work only the CPU time with --threads 1 means anything: waiting threads count as busy ones.
 """
 
 import argparse
@@ -62,14 +63,16 @@ def main() -> None:
         "collect": lambda: collect(model, windows, batch_size=args.batch_size, progress=False),
     }
     seconds = {name: [] for name in timed}
+    cpu_seconds = {name: [] for name in timed}
     for repeat in range(args.repeats + 1):
         for name, run in timed.items():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             run()
             if args.device.startswith("cuda"):
                 torch.cuda.synchronize()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
+                cpu_seconds[name].append(time.process_time() - cpu_started)
 
     tokens = windows.numel()
     print(
@@ -78,11 +81,15 @@ def main() -> None:
     )
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"{name:24s} {median:8.3f} s  {median / tokens * 1e6:8.1f} us/token  fastest {min(values):.3f} s")
+        print(
+            f"{name:24s} {median:8.3f} s  {median / tokens * 1e6:8.1f} us/token  fastest {min(values):.3f} s  "
+            f"cpu {statistics.median(cpu_seconds[name]):.3f} s"
+        )
     for name in ("forward", "forward without LM head"):
         ratios = [ours / plain for ours, plain in zip(seconds["collect"], seconds[name], strict=True)]
         fastest = min(seconds["collect"]) / min(seconds[name])
-        print(f"collect / {name:24s} median ratio {statistics.median(ratios):.3f}  ratio of fastest {fastest:.3f}")
+        cpu = statistics.median(cpu_seconds["collect"]) / statistics.median(cpu_seconds[name])
+        print(f"collect / {name:24s} median ratio {statistics.median(ratios):.3f}  of fastest {fastest:.3f}  of cpu {cpu:.3f}")
 
 
 if __name__ == "__main__":
