@@ -1,0 +1,121 @@
+"""The embedded tasks: deterministic, balanced, and nothing but the match tells the answer."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from prunelib import docitems, pydocs
+from prunelib.models import load_tokenizer
+from prunelib.provenance import project_root
+
+TASKS = tuple(docitems.BUILDERS)
+
+
+@pytest.fixture(scope="module")
+def documents() -> tuple[pydocs.Document, ...]:
+    return pydocs.records("pydocs", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def built(documents) -> dict[str, tuple[docitems.Item, ...]]:
+    return {task: docitems.build(task, documents) for task in TASKS}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_corpus_gives_the_same_items_in_any_order(task, documents, built):
+    found = built[task]
+    assert len(found) >= 500
+    again = docitems.build(task, tuple(reversed(documents)))
+    assert again == found
+    assert docitems.digest(again) == docitems.digest(found)
+    assert docitems.digest(found[:-1]) != docitems.digest(found)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_four_distinct_choices_and_an_answer_at_every_place(task, built):
+    found = built[task]
+    for item in found:
+        assert len(item.choices) == len({" ".join(choice.lower().split()) for choice in item.choices}) == 4
+        assert bool(item.query) != bool(item.continuation)
+        assert all(choice.strip() for choice in item.choices)
+    places = Counter(item.label for item in found)
+    assert sorted(places) == [0, 1, 2, 3]
+    assert max(places.values()) < 0.32 * len(found)
+    assert max(Counter(item.document for item in found).values()) <= docitems.PER_DOCUMENT
+
+
+def test_answers_come_from_their_documents(documents, built):
+    texts = {document.name: document.text for document in documents}
+    for item in built["pydocs_next_line"]:
+        lines = [line.rstrip() for line in texts[item.document].splitlines()]
+        query, answer = item.query.splitlines(), item.choices[item.label]
+        start = next(i for i in range(len(lines)) if lines[i : i + len(query) + 1] == [*query, answer])
+        assert all(choice in lines for choice in item.choices)
+        assert not set(item.choices) & set(lines[start : start + len(query)])
+        assert len({len(choice) - len(choice.lstrip()) for choice in item.choices}) == 1
+    for item in built["pydocs_summary"]:
+        assert texts[item.document].strip().startswith(item.choices[item.label] + "\n")
+        assert item.continuation.strip() in texts[item.document]
+    for item in built["pydocs_parameter"]:
+        heads = [choice.splitlines()[-1] for choice in item.choices]
+        assert all(head in texts[item.document] for head in heads)
+        assert heads[item.label] + item.continuation in texts[item.document]
+
+
+def test_summaries_are_told_from_their_neighbours(documents, built):
+    package = {}
+    for document in documents:
+        package.setdefault(document.text.strip().splitlines()[0], set()).add(document.name.split("/")[0])
+    for item in built["pydocs_summary"]:
+        assert all(item.document.split("/")[0] in package[choice] for choice in item.choices)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_requests_are_short(task, built):
+    tokenizer = load_tokenizer(project_root() / "data" / "reference" / "llama32")
+    texts = [item.query + "\n" + c + item.continuation for item in built[task] for c in item.choices]
+    assert max(len(ids) for ids in tokenizer(texts).input_ids) <= 160
+
+
+def test_next_line_on_a_written_example():
+    lines = [
+        "Walk along a road that leads from one town to the next and",
+        "count every tree that stands on the left side of the road as",
+        "well as every stone that lies in the grass behind the trees, but",
+        "leave the flowers alone because nobody would ever believe them",
+        "and the numbers would be far too large for a simple little sum.",
+        "At last the two sums are added and the larger one is returned",
+        "together with the name of the town where the road comes to an end.",
+    ]
+    (item,) = docitems.build("pydocs_next_line", [pydocs.Document("p/m.py:walk", "\n".join(lines))])
+    answer = lines.index(item.choices[item.label])
+    assert item.query.splitlines()[-1] == lines[answer - 1]
+    assert not docitems.build("pydocs_next_line", [pydocs.Document("p/m.py:walk", "\n".join(lines[:3]))])
+
+
+def test_a_shared_description_is_no_answer():
+    text = (
+        "Mix two colours.\n\nParameters\n----------\na : float\n    Weight of the first colour.\n"
+        "b : float\n    The same for both of them.\nc : float\n    The same for both of them.\n"
+        "d : str\n    Name of the mixed colour.\ne : bool\n    Whether to write down the name.\n\n"
+        "Returns\n-------\nf : float\n    What came out of all this mixing.\n"
+    )
+    # Three descriptions of their own are one choice too few; what is returned is no parameter.
+    assert not docitems.build("pydocs_parameter", [pydocs.Document("p/m.py:mix", text)])
+    told = text.replace("c : float\n    The same for both of them.", "c : float\n    Weight of the third of the colours.")
+    items = docitems.build("pydocs_parameter", [pydocs.Document("p/m.py:mix", told)])
+    assert len(items) == docitems.PER_DOCUMENT
+    assert not any("f : float" in choice for item in items for choice in item.choices)
+
+
+def test_unknown_task_and_poor_corpus(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="pydocs_next_line"):
+        docitems.items("pydocs_last_line")
+    path = docitems.write("pydocs_summary", tmp_path / "items.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == docitems.ITEMS
+    assert set(rows[0]) == {"document", "query", "choices", "continuation", "label"}
+    monkeypatch.setattr(pydocs, "records", lambda corpus, split: ())
+    with pytest.raises(ValueError, match=r"requirements\.lock"):
+        docitems.items("pydocs_summary")
