@@ -185,7 +185,7 @@ def perplexity(
             ``batch_size`` or ``stride`` out of range.
         NotFinite: the likelihood is not finite; names the window.
     """
-    _check(model, windows, stride, batch_size)
+    check_windows(model, windows, stride=stride, batch_size=batch_size)
     tally = _Tally(windows, stride)
     for start in _batches(len(windows), batch_size, progress, "perplexity"):
         ids = windows[start : start + batch_size].to(model.device)
@@ -193,7 +193,10 @@ def perplexity(
     return tally.result()
 
 
-def _check(model: PreTrainedModel, windows: Int64[Tensor, "window position"], stride: int | None, batch_size: int) -> None:
+def check_windows(
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], *, stride: int | None = None, batch_size: int = 1
+) -> None:
+    """Raise ValueError, before any work, when a loss of this model on these windows would make no sense."""
     count, length = windows.shape
     if count < 1 or length < 2:
         raise ValueError(f"windows of shape {tuple(windows.shape)}: at least 1 window of at least 2 tokens is needed")
@@ -292,7 +295,7 @@ def layer_set_perplexity(
         ValueError: a set that is not ascending, out of range, or all layers; and as `perplexity`.
         NotFinite: a likelihood that is not finite; names the removed layers and the window.
     """
-    _check(model, windows, stride, batch_size)
+    check_windows(model, windows, stride=stride, batch_size=batch_size)
     runs = SharedRuns(model, windows, layer_sets, batch_size=batch_size, progress=progress)
     tallies = {removed: _Tally(windows, stride) for removed in runs.sets}
     for start, ids, removed, logits in runs:
@@ -324,7 +327,7 @@ def layer_set_divergence(
     Raises:
         ValueError, NotFinite: as `layer_set_perplexity`.
     """
-    _check(model, windows, None, batch_size)
+    check_windows(model, windows, batch_size=batch_size)
     asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
     # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
     runs = SharedRuns(model, windows, [(), *asked] if asked else [], batch_size=batch_size, progress=progress)

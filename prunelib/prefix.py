@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models import Skip, decoder_layers, layers_as
-
-LayerSet = tuple[int, ...]
+from prunelib.search import LayerSet
 
 
 @dataclass

@@ -1,18 +1,33 @@
-"""Which layers go, given their importance, and which alpha of SimDiff: its ternary search, and the exact answer.
+"""Who decides which layers go: importance (one shot, or one contiguous block), SimDiff's alpha, or a search over sets.
 
-SimDiff's importance (arXiv 2604.19520, Eq. 7) of each layer is linear in alpha. A set of K layers is therefore the K least
-important on at most one interval of alpha, few sets occur at all, and each needs only one evaluation.
+Importance alone: `lowest` and `lowest_block`. SimDiff's importance (arXiv 2604.19520, Eq. 7) of each layer is linear in
+alpha. A set of K layers is therefore the K least important on at most one interval of alpha, few sets occur at all, and each
+needs only one evaluation: `alpha_path`, `exact_alpha`, and the paper's `ternary_alpha`.
+
+Searches that ask for the loss of sets, many at a time so that the evaluation can share the work between them
+(`prunelib.ablations.LayerSetLoss` does): `greedy`, `beam`, `evolutionary`, and `exhaustive`, the optimum itself.
 """
 
+import itertools
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
+from tqdm.auto import tqdm
 
 LayerSet = tuple[int, ...]
+
+Evaluate = Callable[[list[LayerSet]], list[float]]
+"""Loss of the model without each of the given sets of layers, in their order; lower is better."""
+
+Fitness = Callable[[list[LayerSet], list[int]], list[float]]
+"""As `Evaluate`, on the windows of the given indices only."""
 
 # Where several lines meet in one point, their rounded coefficients make them cross a few 1e-16 apart. The sets in between
 # are artefacts, and no floating-point alpha would reproduce them.
@@ -53,6 +68,29 @@ class AlphaChoice:
     trace: tuple[AlphaProbe, ...]
 
 
+@dataclass(frozen=True)
+class SearchStep:
+    """The best set after one step of a search, its value, and the evaluations of sets spent until then."""
+
+    removed: LayerSet
+    value: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found: the layers removed, their value, the evaluations of sets spent, and the way there.
+
+    ``values`` holds every set that was evaluated on all windows.
+    """
+
+    removed: LayerSet
+    value: float
+    evaluations: int
+    steps: tuple[SearchStep, ...]
+    values: dict[LayerSet, float] = field(repr=False)
+
+
 def lowest(
     importance: Float64[np.ndarray, "layer"],
     layers_removed: int,
@@ -68,6 +106,26 @@ def lowest(
         raise ValueError(f"importance of layers {np.flatnonzero(np.isnan(importance)).tolist()} is NaN")
     order = np.argsort(importance[candidates.start : candidates.stop], kind="stable")
     return tuple(sorted((order[:layers_removed] + candidates.start).tolist()))
+
+
+def lowest_block(
+    importance: Float64[np.ndarray, "start"], n_layers: int, protect_first: int = 0, protect_last: int = 0
+) -> LayerSet:
+    """The contiguous block of lowest importance: l*(n) = argmin over l (Gromov et al., arXiv 2403.17887).
+
+    Element l of `importance` is that of the layers l .. l+n-1, as `criteria.block_angle` gives it, so its length
+    n_layers + 1 - n states the size n of the block. Among equals the shallower block goes. Raises ValueError when no block of
+    that size may go, or for NaN importance.
+    """
+    size = n_layers + 1 - len(importance)
+    if not 1 <= size <= n_layers:
+        raise ValueError(f"{len(importance)} blocks do not exist in {n_layers} layers: give one number per first layer")
+    candidates = _candidates(n_layers, size, protect_first, protect_last)
+    starts = importance[candidates.start : candidates.stop - size + 1]
+    if np.isnan(starts).any():
+        raise ValueError(f"importance of blocks {(np.flatnonzero(np.isnan(starts)) + candidates.start).tolist()} is NaN")
+    first = candidates.start + int(np.argmin(starts))
+    return tuple(range(first, first + size))
 
 
 def alpha_path(
@@ -179,6 +237,271 @@ def _choice(alphas: list[float], sets: list[LayerSet], memo: _Memo) -> AlphaChoi
     trace = tuple(AlphaProbe(alpha, removed, memo(removed)) for alpha, removed in zip(alphas, sets, strict=True))
     best = min(trace, key=lambda probe: probe.value)  # the first among equals
     return AlphaChoice(best.alpha, best.removed, best.value, len(memo.values), trace)
+
+
+def greedy(
+    n_layers: int,
+    layers_removed: int,
+    evaluate: Evaluate,
+    protect_first: int = 1,
+    protect_last: int = 1,
+    *,
+    progress: bool = True,
+) -> SearchResult:
+    """SLEB (arXiv 2402.09025): remove the layer without which the current model is best, score the others again, repeat.
+
+    The defaults are SLEB's barriers: the first and the last layer stay. Among equals the shallower layer goes, as by the strict
+    comparison of the released code. Step k of the result holds the choice for k + 1 layers, so that one run serves all
+    smaller numbers. L = 32 and K = 7 take 189 evaluations.
+
+    Raises ValueError when so many layers cannot be removed, and RuntimeError for a NaN value.
+    """
+    return beam(n_layers, layers_removed, evaluate, 1, protect_first, protect_last, progress=progress)
+
+
+def beam(
+    n_layers: int,
+    layers_removed: int,
+    evaluate: Evaluate,
+    width: int = 4,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    *,
+    progress: bool = True,
+) -> SearchResult:
+    """`greedy` that carries on the `width` best sets of every size instead of one.
+
+    Each distinct set is evaluated once. Raises ValueError for a width below 1, and as `greedy`.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    candidates = _candidates(n_layers, layers_removed, protect_first, protect_last)
+    values = _Values(evaluate)
+    carried: list[LayerSet] = [()]
+    steps = []
+    for _ in tqdm(range(layers_removed), desc="layers removed", unit="layer", disable=not progress):
+        grown = dict.fromkeys(
+            tuple(sorted((*removed, layer))) for removed in carried for layer in candidates if layer not in removed
+        )
+        found = values(list(grown))
+        ranked = sorted(zip(grown, found, strict=True), key=lambda scored: scored[1])  # stable: the first among equals
+        carried = [removed for removed, _ in ranked[:width]]
+        steps.append(SearchStep(*ranked[0], len(values.known)))
+    value = values(carried[:1])[0]
+    return SearchResult(carried[0], value, len(values.known), tuple(steps), values.known)
+
+
+def exhaustive(
+    n_layers: int,
+    layers_removed: int,
+    evaluate: Evaluate,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    *,
+    limit: int = 50_000,
+    chunk: int = 512,
+    journal: str | os.PathLike | None = None,
+    key: str = "",
+    progress: bool = True,
+) -> SearchResult:
+    """Every set of `layers_removed` layers, and the best of them: the optimum that other choices are measured against.
+
+    The sets come in lexicographic order, `chunk` at a time: neighbours share their first removed layers, and with them nearly
+    all beginnings that any order could share. Among equals the first in that order wins.
+
+    Args:
+        limit: refuse when there are more sets than this.
+        chunk: sets handed to one evaluation, the bound on what it must hold at a time.
+        journal: a file that takes the values chunk by chunk. When it exists, its values are not computed again.
+        key: whatever identifies what is evaluated (model, windows), so that a journal of something else is refused.
+
+    Raises:
+        ValueError: when so many layers cannot be removed, more than `limit` sets, a journal of another search.
+        RuntimeError: a NaN value.
+    """
+    candidates = _candidates(n_layers, layers_removed, protect_first, protect_last)
+    count = math.comb(len(candidates), layers_removed)
+    if count > limit:
+        raise ValueError(
+            f"{count} sets of {layers_removed} of {len(candidates)} layers are more than limit={limit}: raise the limit, "
+            "protect more layers, or search with beam or evolutionary"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    header = {"n_layers": n_layers, "layers_removed": layers_removed, "key": key}
+    values = _Values(evaluate)
+    if journal is not None:
+        values.known.update(_read_journal(Path(journal), header))
+    sets = (removed for removed in itertools.combinations(candidates, layers_removed) if removed not in values.known)
+    with tqdm(total=count, initial=len(values.known), desc="all sets", unit="set", disable=not progress) as bar:
+        while part := list(itertools.islice(sets, chunk)):
+            found = values(part)
+            if journal is not None:
+                _append_journal(Path(journal), zip(part, found, strict=True))
+            bar.update(len(part))
+    all_values = {removed: values.known[removed] for removed in itertools.combinations(candidates, layers_removed)}
+    best = min(all_values, key=all_values.__getitem__)
+    step = SearchStep(best, all_values[best], count)
+    return SearchResult(best, step.value, count, (step,), all_values)
+
+
+def evolutionary(
+    n_layers: int,
+    layers_removed: int,
+    fitness: Fitness,
+    n_windows: int,
+    *,
+    seed: int = 0,
+    generations: int | None = None,
+    initial: int = 64,
+    initial_windows: int = 1,
+    offspring: int = 32,
+    max_swaps: int = 3,
+    stages: Sequence[tuple[int, int]] = ((2, 1), (1, 16)),
+    resample: bool = True,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    progress: bool = True,
+) -> SearchResult:
+    """EvoPress's search (arXiv 2410.14649, `run_drop_search.sh`) over whole layers: swap removed and kept ones, keep the best.
+
+    `initial` random sets are scored on `initial_windows` windows, the best ones are the parents. Every generation makes
+    `offspring` distinct sets, each from a parent by min(u1, u2) swaps with u uniform in 1 .. `max_swaps`, and selects in
+    `stages` of (survivors, windows); the parents take part in the last stage, so the best never gets worse on the same
+    windows. Each selection draws its own windows out of the `n_windows`, or with resample=False always those of the first
+    time. The published settings are in tokens, 2,048 for the first and 32,768 for the last stage: the defaults, for
+    windows of 2,048 tokens. A stage larger than `n_windows` takes them all.
+
+    generations is int(K (n - K) / 1.5) by default, for n layers that may go. The number of layers removed never changes.
+    (In the released code half of the swaps of whole layers fall on a list that is then overwritten; here each one counts.)
+    Steps hold each generation's best and its value in the last stage; the value of the result is that on all windows, and
+    `evaluations` counts (set, stage) pairs plus that one.
+
+    Raises ValueError for settings out of range and when so many layers cannot be removed, RuntimeError for a NaN value.
+    """
+    candidates = _candidates(n_layers, layers_removed, protect_first, protect_last)
+    kept = len(candidates) - layers_removed
+    generations = int(layers_removed * kept / 1.5) if generations is None else generations
+    counts = [initial, initial_windows, offspring, max_swaps, n_windows, *itertools.chain(*stages)]
+    if not stages or min(counts) < 1 or generations < 0:
+        raise ValueError(
+            f"initial={initial}, initial_windows={initial_windows}, offspring={offspring}, max_swaps={max_swaps}, "
+            f"n_windows={n_windows}, stages={stages}: all from 1, with at least one stage; generations={generations}: from 0"
+        )
+    rng = np.random.default_rng(seed)
+    values = _Fitness(fitness, n_windows, rng, resample)
+    parents = _random_sets(candidates, layers_removed, initial, rng)
+    if len(parents) > 1:
+        parents, _ = values.select(parents, stages[-1][0], initial_windows, stage=-1)
+    steps = []
+    for _ in tqdm(range(generations if kept and layers_removed else 0), desc="generations", disable=not progress):
+        pool = _mutants(parents, candidates, offspring, max_swaps, rng)
+        for stage, (survivors, windows) in enumerate(stages):
+            if stage == len(stages) - 1:
+                pool += [parent for parent in parents if parent not in pool]
+            pool, found = values.select(pool, survivors, windows, stage)
+        parents = pool
+        steps.append(SearchStep(parents[0], found[0], values.evaluations))
+    value = values.on(parents[:1], list(range(n_windows)))[0]
+    return SearchResult(parents[0], value, values.evaluations, tuple(steps), {parents[0]: value})
+
+
+def _random_sets(candidates: range, layers_removed: int, count: int, rng: np.random.Generator) -> list[LayerSet]:
+    """Distinct sets, all of them where there are no more than `count`."""
+    if math.comb(len(candidates), layers_removed) <= count:
+        return list(itertools.combinations(candidates, layers_removed))
+    found: dict[LayerSet, None] = {}
+    while len(found) < count:
+        found[tuple(sorted(rng.choice(candidates, layers_removed, replace=False).tolist()))] = None
+    return list(found)
+
+
+def _mutants(
+    parents: list[LayerSet], candidates: range, count: int, max_swaps: int, rng: np.random.Generator
+) -> list[LayerSet]:
+    """Distinct sets other than the parents; fewer than `count` where so many are hard to come by."""
+    found: dict[LayerSet, None] = {}
+    for _ in range(100 * count):
+        removed = set(parents[rng.integers(len(parents))])
+        for _ in range(rng.integers(1, max_swaps + 1, size=2).min()):
+            into = rng.choice([layer for layer in candidates if layer not in removed])
+            removed ^= {int(into), int(rng.choice(sorted(removed)))}
+        mutant = tuple(sorted(removed))
+        if mutant not in parents:
+            found[mutant] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
+class _Fitness:
+    """Fitness on drawn windows, and selection by it."""
+
+    def __init__(self, fitness: Fitness, n_windows: int, rng: np.random.Generator, resample: bool):
+        self.fitness, self.n_windows, self.rng, self.resample = fitness, n_windows, rng, resample
+        self.drawn: dict[int, list[int]] = {}
+        self.evaluations = 0
+
+    def on(self, sets: list[LayerSet], rows: list[int]) -> list[float]:
+        self.evaluations += len(sets)
+        return _checked(sets, self.fitness(sets, rows) if sets else [])
+
+    def select(self, sets: list[LayerSet], survivors: int, windows: int, stage: int) -> tuple[list[LayerSet], list[float]]:
+        """The best sets and their values, best first; the first among equals."""
+        if self.resample or stage not in self.drawn:
+            size = min(windows, self.n_windows)
+            self.drawn[stage] = sorted(self.rng.choice(self.n_windows, size, replace=False).tolist())
+        found = self.on(sets, self.drawn[stage])
+        ranked = sorted(zip(sets, found, strict=True), key=lambda scored: scored[1])[:survivors]
+        return [removed for removed, _ in ranked], [value for _, value in ranked]
+
+
+class _Values:
+    """An evaluation of many layer sets that runs once per set."""
+
+    def __init__(self, evaluate: Evaluate):
+        self.evaluate = evaluate
+        self.known: dict[LayerSet, float] = {}
+
+    def __call__(self, sets: list[LayerSet]) -> list[float]:
+        new = [removed for removed in sets if removed not in self.known]
+        if new:
+            self.known.update(zip(new, _checked(new, self.evaluate(new)), strict=True))
+        return [self.known[removed] for removed in sets]
+
+
+def _checked(sets: list[LayerSet], found: Sequence[float]) -> list[float]:
+    """Values as floats, one per set and none NaN: NaN would make every comparison false, while infinity is a result."""
+    values = [float(value) for value in found]
+    if len(values) != len(sets):
+        raise RuntimeError(f"the evaluation of {len(sets)} sets gave {len(values)} values")
+    for removed, value in zip(sets, values, strict=True):
+        if math.isnan(value):
+            raise RuntimeError(f"the evaluation of the model without layers {list(removed)} gave NaN")
+    return values
+
+
+def _read_journal(path: Path, header: dict) -> dict[LayerSet, float]:
+    """The values of an earlier run that was stopped; a new file with its header where there is none."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return {}
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    lines = complete.splitlines()
+    if not lines or json.loads(lines[0]) != header:
+        raise ValueError(f"journal {path} is of another search ({lines[:1]}, not {header}): delete it or name another file")
+    if complete != text:  # the run was killed while it wrote its last line
+        path.write_text(complete, encoding="utf-8")
+    return {tuple(removed): value for removed, value in map(json.loads, lines[1:])}
+
+
+def _append_journal(path: Path, scored: Iterator[tuple[LayerSet, float]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps([list(removed), value]) + "\n" for removed, value in scored)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _candidates(n_layers: int, layers_removed: int, protect_first: int, protect_last: int) -> range:

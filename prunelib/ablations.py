@@ -1,0 +1,378 @@
+"""Importance that needs the model itself: what its loss says when a layer is left out, its weights, their gradients.
+
+`ABLATIONS` maps names to `Ablation` objects, each called with a model, calibration windows and its own options; like every
+importance, higher = keep. `LayerSetLoss` is the loss of many sets of layers as the searches of `prunelib.search` ask for it.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prunelib.evaluation import check_windows, layer_set_divergence, layer_set_perplexity
+from prunelib.models import UnsupportedModel, decoder_layers
+from prunelib.prefix import Shell, shared_layer_forwards
+from prunelib.search import LayerSet
+
+# Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2")  # OPT's layer holds the two matrices itself
+
+
+class LayerSetLoss:
+    """Loss of one model without sets of layers, on fixed windows, in nats per token: the evaluation that searches call.
+
+    Two metrics (`METRICS`): "nll", the negative log-likelihood, and "kl", the divergence from the dense model. The sets of
+    one call share the hidden states of their common beginnings.
+
+    ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included), and
+    ``layer_windows_alone`` what evaluating every set by itself would have run. Raises ValueError for an unknown metric and
+    windows that do not fit the model; a call raises as `evaluation.layer_set_perplexity`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Int64[Tensor, "window position"],
+        metric: str = "nll",
+        *,
+        batch_size: int = 8,
+        progress: bool = False,
+    ):
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(METRICS)}")
+        self.n_layers = len(decoder_layers(model))
+        check_windows(model, windows, batch_size=batch_size)
+        self.model, self.windows, self.metric = model, windows, metric
+        self.batch_size, self.progress = batch_size, progress
+        self.layer_windows = 0
+        self.layer_windows_alone = 0
+
+    def __call__(self, layer_sets: Sequence[LayerSet], rows: Sequence[int] | None = None) -> list[float]:
+        """Nats per token without each of the sets, in their order; on the windows of the indices `rows` only, if given."""
+        windows = self.windows if rows is None else self.windows[list(rows)]
+        measure, beside = METRICS[self.metric]
+        found = measure(self.model, windows, layer_sets, batch_size=self.batch_size, progress=self.progress)
+        sets = list(dict.fromkeys([*beside, *layer_sets])) if layer_sets else []
+        self.layer_windows += shared_layer_forwards(self.n_layers, sets) * len(windows)
+        self.layer_windows_alone += sum(self.n_layers - len(removed) for removed in sets) * len(windows)
+        return [found[removed].nats for removed in layer_sets]
+
+
+# How a loss is measured, and which sets the measurement runs beside those asked for.
+METRICS: dict[str, tuple[Callable, tuple[LayerSet, ...]]] = {
+    "nll": (layer_set_perplexity, ()),
+    "kl": (layer_set_divergence, ((),)),
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A named rule for the importance of layers, called as ``ablation(model, windows, **options)``.
+
+    title: label in plots. source: where the rule was published. protect_first, protect_last: how many layers at either end
+    the published method never removes; callers pass them on to `prunelib.search.lowest`, or others in their place.
+    """
+
+    name: str
+    title: str
+    source: str
+    protect_first: int
+    protect_last: int
+    importance: Callable[..., np.ndarray]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        parameters = list(inspect.signature(self.importance).parameters.values())[2:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def __call__(
+        self, model: PreTrainedModel, windows: Int64[Tensor, "window position"], **options: Any
+    ) -> Float64[np.ndarray, "layer"]:
+        """Importance of each layer, higher = keep. The model is left as it was, gradients included.
+
+        Raises ValueError for options the rule does not have and windows that do not fit the model, UnsupportedModel for an
+        architecture it does not know, and RuntimeError (`evaluation.NotFinite` where a loss is) for NaN or infinity.
+        """
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"ablation {self.name} has no option {', '.join(unknown)}; its options are: {known}")
+        importance = np.asarray(self.importance(model, windows, **options), dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(importance)).tolist()
+        if bad:
+            raise RuntimeError(f"importance by {self.name} is NaN or infinite at {bad}; check the weights, or use float32")
+        return importance
+
+
+class _Registry(dict[str, Ablation]):
+    def __missing__(self, name: str) -> Ablation:
+        raise ValueError(f"unknown ablation {name!r}; there are: {', '.join(sorted(self))}")
+
+
+ABLATIONS: dict[str, Ablation] = _Registry()
+"""All ablations by name; an unknown name raises ValueError listing the known ones."""
+
+
+def ablation(*, title: str, source: str, protect_first: int = 0, protect_last: int = 0) -> Callable[[Callable], Ablation]:
+    """Register a function of model, windows and keyword options under its own name. The name must be new."""
+
+    def register(importance: Callable[..., np.ndarray]) -> Ablation:
+        name = importance.__name__
+        if name in ABLATIONS:
+            raise ValueError(f"ablation {name!r} exists already; give the function another name")
+        ABLATIONS[name] = Ablation(name, title, source, protect_first, protect_last, importance)
+        return ABLATIONS[name]
+
+    return register
+
+
+# --- leave one out -------------------------------------------------------------------------------------------------------
+
+
+@ablation(title="Leave-one-out NLL", source="Shortened LLaMA (PPL), arXiv 2402.02834", protect_first=4, protect_last=2)
+def leave_one_out_nll(
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8, progress: bool = False
+) -> Float64[np.ndarray, "layer"]:
+    """Nats per token that the dense model loses without the layer; negative where it does better.
+
+    The order is that of the perplexity without the layer, the paper's PPL criterion, and of the first step of SLEB. The
+    paper's "plus" rule protects the first four and the last two layers, for this and the next two of its criteria.
+    Published calibration: 10 samples of 128 tokens of BookCorpus.
+    """
+    everything = [(), *((layer,) for layer in range(len(decoder_layers(model))))]
+    dense, *without = LayerSetLoss(model, windows, "nll", batch_size=batch_size, progress=progress)(everything)
+    return np.array(without) - dense
+
+
+@ablation(title="Leave-one-out KL", source="fitness of EvoPress, arXiv 2410.14649, for one layer")
+def leave_one_out_kl(
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8, progress: bool = False
+) -> Float64[np.ndarray, "layer"]:
+    """KL(dense || without the layer) of the predicted distributions, nats per token; >= 0."""
+    singles = [(layer,) for layer in range(len(decoder_layers(model)))]
+    return np.array(LayerSetLoss(model, windows, "kl", batch_size=batch_size, progress=progress)(singles))
+
+
+# --- weights and their gradients -----------------------------------------------------------------------------------------
+
+
+@ablation(title="Taylor+", source="Shortened LLaMA (Taylor+), arXiv 2402.02834, Eq. 2", protect_first=4, protect_last=2)
+def taylor(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    batch_size: int = 10,
+    power: int = 1,
+    progress: bool = False,
+) -> Float64[np.ndarray, "layer"]:
+    """Sum over the weights w of a layer of |w dLoss/dw| to the power `power`; >= 0.
+
+    The first-order change of the loss (mean negative log-likelihood of all scored tokens) when a weight is set to zero. All
+    matrices and norms of the layer count, biases do not, as in the released code; the products are summed over the samples
+    first, the absolute value comes after, so the batch size changes nothing. Needs the memory of one gradient of all layers.
+    """
+    check_windows(model, windows, batch_size=batch_size)
+    weights = [_weights(layer) for layer in decoder_layers(model)]
+    flat = [weight for layer in weights for weight in layer]
+    tokens = windows[:, 1:].numel()
+    gradients: list[Tensor | None] = [None] * len(flat)
+    starts = range(0, len(windows), batch_size)
+    with _requiring_gradients(flat), torch.enable_grad():
+        for start in tqdm(starts, desc="gradients", unit="batch", disable=not progress):
+            ids = windows[start : start + batch_size].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / tokens
+            parts = torch.autograd.grad(loss, flat, allow_unused=True)
+            gradients = [_sum(total, part) for total, part in zip(gradients, parts, strict=True)]
+    found = iter(gradients)
+    return np.array([math.fsum(_salience(weight, next(found), power) for weight in layer) for layer in weights])
+
+
+@ablation(title="Mag+", source="Shortened LLaMA (Mag+), arXiv 2402.02834, Eq. 1", protect_first=4, protect_last=2)
+def magnitude(
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], power: int = 1
+) -> Float64[np.ndarray, "layer"]:
+    """Sum over the weights of a layer of |w| to the power `power`; biases do not count; >= 0. The windows do not matter."""
+    return np.array([math.fsum(_norm(weight, power) for weight in _weights(layer)) for layer in decoder_layers(model)])
+
+
+def _weights(layer: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in layer.named_parameters() if not name.endswith("bias")]
+
+
+@contextmanager
+def _requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters only, which others then do not cost; and the model as it was, after that."""
+    changed = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(False)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    # In float32 whatever the model: sums of float16 gradients overflow. An expert that no token reached has none.
+    if part is None:
+        return total
+    return part.float() if total is None else total.add_(part.float())
+
+
+def _salience(weight: Tensor, gradient: Tensor | None, power: int) -> float:
+    return 0.0 if gradient is None else _norm(weight.detach().float() * gradient, power)
+
+
+def _norm(values: Tensor, power: int) -> float:
+    return values.detach().float().abs().pow(power).sum(dtype=torch.float64).item()
+
+
+# --- entropy -------------------------------------------------------------------------------------------------------------
+
+
+@ablation(title="EntroDrop", source="EntroDrop, arXiv 2504.03794", protect_first=2, protect_last=1)
+def entropy_gain(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    neighbours: int = 25,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Float64[np.ndarray, "layer"]:
+    """H(output) - H(input) of the hidden states of a layer, by `knn_entropy` in nats; mean over batches.
+
+    As published for a whole layer. The first stage, in which entropy falls, is never pruned: the first two layers are
+    protected, and the last. A layer that changes nothing has 0, which is not the lowest where others lower the entropy.
+    Entropies are those of the tokens of one batch together, which must be more than `neighbours`. Published calibration:
+    128 windows of 256 tokens of C4.
+    """
+    return _entropy_gains(model, windows, neighbours, batch_size, progress, _after_the_layer)
+
+
+@ablation(title="EntroDrop (as released)", source="EntroDrop's released code", protect_first=2, protect_last=1)
+def entropy_gain_attention(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    neighbours: int = 25,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Float64[np.ndarray, "layer"]:
+    """H(input + attention(input)) - H(input), otherwise as `entropy_gain`.
+
+    The released code computes the score of the layer, then ranks whole layers by this one of the attention sublayer alone.
+    Raises UnsupportedModel where the sublayers of a layer cannot be told apart, or do not simply add to its input.
+    """
+    return _entropy_gains(model, windows, neighbours, batch_size, progress, _AfterTheAttention)
+
+
+def knn_entropy(states: Float[Tensor, "token dim"], neighbours: int = 25) -> float:
+    """Differential entropy in nats, from the distance r of each token to its k-th nearest neighbour (not itself).
+
+    d mean(log r) + log(pi^(d/2) / Gamma(d/2 + 1)) + log(n) - log(k), for n tokens of width d, as EntroDrop estimates it: the
+    estimator of Kozachenko and Leonenko with logarithms in the place of digamma functions. Distances below 1e-10 count as
+    that. Raises ValueError when there are not more than `neighbours` tokens.
+    """
+    tokens, width = states.shape
+    if not 1 <= neighbours < tokens:
+        raise ValueError(
+            f"{tokens} tokens: the distance to neighbour {neighbours} needs more than {neighbours} (and a neighbour from 1); "
+            "take longer windows or a larger batch_size"
+        )
+    # Products of matrices would lose small distances between large states.
+    distance = torch.cdist(states.float(), states.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    radius = distance.kthvalue(neighbours + 1, dim=1).values.double()
+    volume = width / 2 * math.log(math.pi) - math.lgamma(width / 2 + 1)
+    return width * (radius + 1e-10).log().mean().item() + volume + math.log(tokens) - math.log(neighbours)
+
+
+def _after_the_layer(shell: Shell) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """The state that a layer's score looks at: its output."""
+    return lambda index, hidden, output: output
+
+
+class _AfterTheAttention:
+    """The state that a layer's score looks at: its input plus what its attention adds.
+
+    It is the output of the layer while its MLP gives zeros, which holds whatever norms and factors stand in between. That
+    the layer with both sublayers at zero gives back its input is checked, once for each layer.
+    """
+
+    def __init__(self, shell: Shell):
+        self.shell = shell
+        self.sublayers = [(_sublayer(layer, ATTENTION_NAMES), _sublayer(layer, MLP_NAMES)) for layer in shell.layers]
+        self.checked: set[int] = set()
+
+    def __call__(self, index: int, hidden: Tensor, output: Tensor) -> Tensor:
+        attention, mlp = self.sublayers[index]
+        if index not in self.checked:
+            with _silent(attention), _silent(mlp):
+                if not torch.equal(self.shell.run(index, hidden), hidden):
+                    raise UnsupportedModel(
+                        f"layer {index}, a {type(self.shell.layers[index]).__name__}, does not add its attention and its MLP "
+                        "to its input; use entropy_gain, which looks at whole layers"
+                    )
+            self.checked.add(index)
+        with _silent(mlp):
+            return self.shell.run(index, hidden)
+
+
+def _sublayer(layer: nn.Module, names: Sequence[str]) -> nn.Module:
+    for name in names:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return getattr(layer, name)
+    raise UnsupportedModel(f"no sublayer {' or '.join(names)} in a {type(layer).__name__}; use entropy_gain")
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """While this lasts, the module gives zeros, in the form of its output."""
+    handle = module.register_forward_hook(lambda module, args, output: _zeroed(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _zeroed(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
+    return type(output)([torch.zeros_like(output[0]), *output[1:]])
+
+
+@torch.inference_mode()
+def _entropy_gains(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    neighbours: int,
+    batch_size: int,
+    progress: bool,
+    view: Callable[[Shell], Callable[[int, Tensor, Tensor], Tensor]],
+) -> Float64[np.ndarray, "layer"]:
+    check_windows(model, windows, batch_size=batch_size)
+    layers = decoder_layers(model)
+    shell = Shell(model, layers, windows[:1, :2].to(model.device))
+    looked_at = view(shell)
+    gains = []
+    for start in tqdm(range(0, len(windows), batch_size), desc="entropy", unit="batch", disable=not progress):
+        hidden = shell.enter(windows[start : start + batch_size].to(model.device))
+        entropy = knn_entropy(hidden.flatten(0, 1), neighbours)
+        gain = []
+        for index in range(len(layers)):
+            output = shell.run(index, hidden)
+            state = looked_at(index, hidden, output)
+            after = knn_entropy(state.flatten(0, 1), neighbours)
+            gain.append(after - entropy)
+            hidden, entropy = output, after if state is output else knn_entropy(output.flatten(0, 1), neighbours)
+        gains.append(gain)
+    return np.mean(gains, axis=0)

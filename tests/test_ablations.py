@@ -1,0 +1,280 @@
+"""Importance by ablation: against independent computations, finite differences, and a layer that does nothing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+
+from prunelib.ablations import ABLATIONS, LayerSetLoss, ablation, knn_entropy
+from prunelib.criteria import CRITERIA
+from prunelib.evaluation import layer_set_divergence, perplexity, shared_layer_forwards
+from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
+from prunelib.search import exhaustive, greedy, lowest
+from prunelib.statistics import collect
+
+FAMILIES = ("llama", "gpt_neox", "gemma2", "opt", "qwen2", "mixtral")
+SMALL_ENTROPY = {"entropy_gain": {"neighbours": 5}, "entropy_gain_attention": {"neighbours": 5}}
+
+
+def random_windows(count: int = 4, length: int = 16, vocabulary: int = 128) -> torch.Tensor:
+    return torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def plant_identity(model: torch.nn.Module, index: int) -> None:
+    """A Llama layer that gives back its input."""
+    layer = decoder_layers(model)[index]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
+def mean_loss(model, windows) -> torch.Tensor:
+    logits = model(windows, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+# --- leave one out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leave_one_out_equals_pruned_models(family):
+    model, windows = build(family), random_windows()
+    found = ABLATIONS["leave_one_out_nll"](model, windows, batch_size=3)
+    dense = perplexity(model, windows).nats
+    expected = [perplexity(remove_layers(model, [layer]), windows).nats - dense for layer in range(6)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.argmin() == np.argmin([perplexity(remove_layers(model, [layer]), windows).ppl for layer in range(6)])
+
+
+def test_leave_one_out_kl_is_the_divergence_of_single_layers():
+    model, windows = build("llama"), random_windows()
+    found = ABLATIONS["leave_one_out_kl"](model, windows)
+    expected = layer_set_divergence(model, windows, [(layer,) for layer in range(6)], progress=False)
+    np.testing.assert_allclose(found, [result.nats for result in expected.values()])
+    assert (found > 0).all()
+
+
+@pytest.mark.parametrize("metric", ["nll", "kl"])
+def test_loss_of_some_windows_and_its_cost(metric):
+    model, windows = build("llama"), random_windows(6)
+    loss = LayerSetLoss(model, windows, metric, batch_size=2)
+    sets = [(2,), (1, 3), (2,)]
+    everywhere = loss(sets)
+    assert everywhere[0] == everywhere[2]
+    dense = [()] if metric == "kl" else []
+    assert loss.layer_windows == 6 * shared_layer_forwards(6, [*dense, *sets])
+    assert loss.layer_windows_alone == 6 * (5 + 4 + 6 * len(dense))
+    halves = [loss(sets, rows) for rows in ([4, 0, 2], [1, 3, 5])]
+    np.testing.assert_allclose(np.mean(halves, axis=0), everywhere, rtol=1e-5)
+    assert loss.layer_windows == 12 * shared_layer_forwards(6, [*dense, *sets])
+    assert loss([]) == []
+
+
+def test_loss_refuses_before_work():
+    windows = random_windows()
+    with pytest.raises(ValueError, match="unknown metric 'ppl'; there are: nll, kl"):
+        LayerSetLoss(build("llama"), windows, "ppl")
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        LayerSetLoss(build("llama"), windows + 100)
+    unknown = build("llama")
+    unknown.model.blocks = unknown.model.layers
+    del unknown.model.layers
+    # SLEB's released code takes such a model for one whose layers all cost the same.
+    with pytest.raises(UnsupportedModel, match="no decoder layers"):
+        greedy(6, 1, LayerSetLoss(unknown, windows), progress=False)
+    for name in ABLATIONS:
+        with pytest.raises(UnsupportedModel, match="no decoder layers"):
+            ABLATIONS[name](unknown, windows)
+
+
+# --- weights and gradients
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "opt"])  # Llama's norms compute in float32 in any case
+def test_taylor_matches_finite_differences(family):
+    """One weight matrix of one layer, weight by weight, in float64; all others by the sum over them."""
+    model, windows = build(family).double(), random_windows(2, 7)
+    layer = decoder_layers(model)[3]
+    name, weight = next((name, weight) for name, weight in layer.named_parameters() if weight.ndim == 2)
+    others = {other for other, _ in layer.named_parameters() if not other.endswith("bias")} - {name}
+    total, step = 0.0, 1e-5
+    with torch.no_grad():
+        for place in range(0, weight.numel(), 211):
+            value = weight.view(-1)[place].item()
+            sides = []
+            for side in (value + step, value - step):
+                weight.view(-1)[place] = side
+                sides.append(mean_loss(model, windows).item())
+            weight.view(-1)[place] = value
+            total += abs(value * (sides[0] - sides[1]) / (2 * step))
+    gradients = torch.autograd.grad(mean_loss(model, windows), list(dict(layer.named_parameters()).values()))
+    products = {
+        other: (parameter * gradient).detach().abs()
+        for (other, parameter), gradient in zip(layer.named_parameters(), gradients, strict=True)
+    }
+    assert products[name].view(-1)[::211].sum().item() == pytest.approx(total, rel=1e-4)
+    found = ABLATIONS["taylor"](model, windows)
+    assert found[3] == pytest.approx(sum(products[other].sum().item() for other in {name, *others}), rel=1e-4)
+
+
+def test_taylor_sums_over_samples_before_the_absolute_value():
+    model, windows = build("llama"), random_windows(5)
+    whole = ABLATIONS["taylor"](model, windows, batch_size=5)
+    np.testing.assert_allclose(ABLATIONS["taylor"](model, windows, batch_size=2), whole, rtol=1e-4)
+    apart = np.mean([ABLATIONS["taylor"](model, windows[row : row + 1]) for row in range(5)], axis=0)
+    assert (apart > 1.2 * whole).all()
+    assert not np.allclose(ABLATIONS["taylor"](model, windows, power=2), whole)
+
+
+def test_magnitude_is_the_sum_of_absolute_weights():
+    model = build("qwen2")  # with biases, which do not count
+    layer = decoder_layers(model)[2]
+    expected = sum(p.abs().double().sum().item() for name, p in layer.named_parameters() if not name.endswith("bias"))
+    assert sum(name.endswith("bias") for name, _ in layer.named_parameters()) == 3
+    assert ABLATIONS["magnitude"](model, random_windows())[2] == pytest.approx(expected, rel=1e-6)
+    squares = sum((p.double() ** 2).sum().item() for name, p in layer.named_parameters() if not name.endswith("bias"))
+    assert ABLATIONS["magnitude"](model, random_windows(), power=2)[2] == pytest.approx(squares, rel=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    model, windows = build("llama"), random_windows()
+    model.model.layers[1].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, rule in ABLATIONS.items():
+        rule(model, windows, **SMALL_ENTROPY.get(name, {}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.model.layers[1].parameters()] == [False] * 9
+    assert all(parameter.requires_grad for parameter in model.model.layers[2].parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --- entropy
+
+
+def test_entropy_of_known_distributions():
+    points = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
+    gaussian = 1.5 * math.log(2 * math.pi * math.e)
+    assert knn_entropy(points, 5) == pytest.approx(gaussian, abs=0.15)
+    # Scaling by c adds d log c, exactly; a shift adds nothing.
+    assert knn_entropy(4 * points, 5) - knn_entropy(points, 5) == pytest.approx(3 * math.log(4), abs=1e-6)
+    assert knn_entropy(points + 100, 5) == pytest.approx(knn_entropy(points, 5), abs=1e-3)
+    assert math.isfinite(knn_entropy(torch.ones(30, 4), 5))
+    with pytest.raises(ValueError, match="25 tokens: the distance to neighbour 25 needs more than 25"):
+        knn_entropy(points[:25])
+
+
+def test_entropy_of_a_grid_by_hand():
+    """Four corners of a unit square: the second neighbour of each is at distance 1, so that mean(log r) = 0."""
+    corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    assert knn_entropy(corners, 2) == pytest.approx(math.log(math.pi) + math.log(4) - math.log(2), abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "opt", "granite"])
+def test_entropy_gains_against_states_taken_by_hooks(family):
+    model, windows = build(family), random_windows(2, 20)
+    states, attentions = [], []
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda _, args, kwargs: states.append((*args, *kwargs.values())[0]), with_kwargs=True)
+        # What follows the attention and a norm in each of these families.
+        inner = {"llama": "post_attention_layernorm", "granite": "post_attention_layernorm", "opt": "final_layer_norm"}
+        inner["gemma2"] = "pre_feedforward_layernorm"
+        if family in inner:
+            getattr(layer, inner[family]).register_forward_pre_hook(lambda _, args: attentions.append(args[0]))
+        else:  # parallel sublayers, both fed by the input
+            layer.attention.register_forward_hook(lambda _, args, output: attentions.append(states[-1] + output[0]))
+    decoder_layers(model)[5].register_forward_hook(lambda _, args, output: states.append(output))
+    expected, expected_attention = np.zeros(6), np.zeros(6)
+    for window in windows:
+        states.clear()
+        attentions.clear()
+        with torch.no_grad():
+            model(window[None], use_cache=False)
+        entropy = [knn_entropy(state[0], 5) for state in states]
+        expected += np.diff(entropy) / 2
+        within = [knn_entropy(state.reshape(20, -1), 5) for state in attentions]
+        expected_attention += (np.array(within) - entropy[:-1]) / 2
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    np.testing.assert_allclose(ABLATIONS["entropy_gain"](model, windows, neighbours=5), expected, atol=1e-3)
+    found = ABLATIONS["entropy_gain_attention"](model, windows, neighbours=5)
+    np.testing.assert_allclose(found, expected_attention, atol=1e-3)
+    assert np.abs(expected - expected_attention).max() > 0.1
+
+
+@pytest.mark.parametrize(("family", "message"), [("bloom", "does not add its attention"), ("lfm2", "no sublayer self_attn or")])
+def test_attention_that_cannot_be_told_apart_is_refused(family, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        ABLATIONS["entropy_gain_attention"](build(family), random_windows(), neighbours=5)
+    assert np.isfinite(ABLATIONS["entropy_gain"](build(family), random_windows(), neighbours=5)).all()
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize("planted", [1, 3, 4])
+def test_all_rules_agree_on_a_layer_that_does_nothing(tiny_llama, planted):
+    """Every criterion and ablation, and the searches on both losses, in a model whose other layers all matter."""
+    with torch.no_grad():
+        for parameter in tiny_llama.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    plant_identity(tiny_llama, planted)
+    windows = random_windows(6, 16, 97)
+    stats = collect(tiny_llama, windows, progress=False)
+    for name in ("block_influence", "simdiff_mssd", "simdiff_masd", "relative_magnitude"):
+        assert lowest(CRITERIA[name](stats), 1) == (planted,), name
+    for name in ("leave_one_out_kl", "taylor", "magnitude", "entropy_gain", "entropy_gain_attention"):
+        assert lowest(ABLATIONS[name](tiny_llama, windows, **SMALL_ENTROPY.get(name, {})), 1) == (planted,), name
+    assert ABLATIONS["taylor"](tiny_llama, windows)[planted] == 0
+    assert ABLATIONS["entropy_gain"](tiny_llama, windows, neighbours=5)[planted] == 0
+    assert ABLATIONS["entropy_gain_attention"](tiny_llama, windows, neighbours=5)[planted] == 0
+    # A random model predicts no better with all its layers: its likelihood may gain from a loss, but not from this one.
+    assert ABLATIONS["leave_one_out_nll"](tiny_llama, windows)[planted] == pytest.approx(0, abs=1e-6)
+    for search in (greedy, exhaustive):
+        assert search(6, 1, LayerSetLoss(tiny_llama, windows, "kl"), 1, 1, progress=False).removed == (planted,)
+
+
+def test_shortgpt_is_simdiff_at_alpha_0(tiny_llama):
+    stats = collect(tiny_llama, random_windows(4, 16, 97), progress=False)
+    for name in ("simdiff_mssd", "simdiff_masd"):
+        for count in range(1, 6):
+            assert lowest(CRITERIA[name](stats, alpha=0), count) == lowest(CRITERIA["block_influence"](stats), count)
+
+
+def test_registry():
+    protected = {name: (rule.protect_first, rule.protect_last) for name, rule in ABLATIONS.items()}
+    assert protected == {
+        "leave_one_out_nll": (4, 2),
+        "leave_one_out_kl": (0, 0),
+        "taylor": (4, 2),
+        "magnitude": (4, 2),
+        "entropy_gain": (2, 1),
+        "entropy_gain_attention": (2, 1),
+    }
+    for name, rule in ABLATIONS.items():
+        assert rule.name == name
+        assert rule.title
+        assert rule.source
+    assert ABLATIONS["entropy_gain"].options == {"neighbours": 25, "batch_size": 1, "progress": False}
+    model, windows = build("llama"), random_windows()
+    with pytest.raises(ValueError, match="unknown ablation 'hessian'; there are: entropy_gain, entropy_gain_attention"):
+        ABLATIONS["hessian"]
+    with pytest.raises(ValueError, match="ablation magnitude has no option alpha; its options are: power"):
+        ABLATIONS["magnitude"](model, windows, alpha=1)
+    with pytest.raises(ValueError, match="'taylor' exists already"):
+        ablation(title="again", source="test")(ABLATIONS["taylor"].importance)
+
+
+def test_damaged_weights_are_an_error():
+    model, windows = build("llama"), random_windows()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"importance by magnitude is NaN or infinite at \[2\]"):
+        ABLATIONS["magnitude"](model, windows)
+    for name in ("leave_one_out_nll", "leave_one_out_kl"):
+        with pytest.raises(RuntimeError, match="not finite"):
+            ABLATIONS[name](model, windows)
