@@ -38,7 +38,7 @@ FIGURES = [file for files in CHAPTERS.values() for file in files]
 # `source` in the params below is a plain value: a function of the input would be no reason to run again (Snakemake 9).
 # `exec`: Snakemake is then the parent of the runner itself, which ends when that parent is killed.
 RUN = (
-    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.notebook --follow=$PPID"
+    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.notebook --quiet --follow=$PPID"
     " {input.notebook:q} {output.run:q} {params.arguments}"
 )
 

@@ -8,6 +8,7 @@ the owner may be alive on another machine that shares the disk.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,12 @@ import psutil
 from prunelib.provenance import at_root, project_root, write_json
 
 HABITS = ("--keep-going", "--rerun-incomplete", "--quiet", "host", "reason", "rules")
+
+# Snakemake's talk to itself. One line per finished run, the count of steps and everything about failures remain.
+CHATTER = re.compile(
+    r"Assuming unrestricted|Building DAG|Using shell|Provided cores|Rules claiming|Select jobs|Execute \d+ job|Finished job|"
+    r"\[\w{3} \w{3} +\d+ [\d:]+ \d{4}\]$|Complete log|Storing output|Job stats|-+ +-+$|job +count$|$"
+)
 
 
 class BatchError(RuntimeError):
@@ -41,11 +48,15 @@ def run(profile: str | os.PathLike, arguments: Sequence[str] = (), *, root: Path
     cores = [] if any(argument.startswith(("--cores", "-c", "-j", "--jobs")) for argument in arguments) else ["--cores", "2"]
     owner = _owner_file(root)
     # The caller's arguments first: --configfile and --quiet would take a figure that follows them for one of theirs.
-    with subprocess.Popen([*snakemake, *arguments, *configuration, *cores, *HABITS], cwd=root) as process:
+    command = [*snakemake, *arguments, *configuration, *cores, *HABITS]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         write_json(owner, {"host": socket.gethostname(), "pid": process.pid, "started": _started(process.pid)})
         # Ctrl-C reaches Snakemake too, which ends its runs first; a SIGTERM to us alone is passed on.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        for line in process.stderr or ():
+            if not CHATTER.match(line):
+                print(line, end="", file=sys.stderr, flush=True)
         status = process.wait()
     if status >= 0:  # it ended by itself and has taken its lock away, if the lock was its own
         owner.unlink(missing_ok=True)

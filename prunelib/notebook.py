@@ -2,7 +2,8 @@
 
 papermill alone runs a sweep with a misspelt parameter on its defaults and exits 0, and a killed kernel can leave an
 executed notebook in which every cell says `completed`. Here parameters are checked before a kernel starts, and a run has
-succeeded only when the notebook itself wrote OUTPUT. The executed copy stays beside OUTPUT with the suffix `.ipynb`.
+succeeded only when the notebook itself wrote OUTPUT. The executed copy stays beside OUTPUT with the suffix `.ipynb`; with
+`--quiet`, as in batches, what the cells print goes to the suffix `.log` and one line is printed at the end.
 """
 
 import ast
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunelib.provenance import from_root
+from prunelib.results import summary
 
 KERNEL = "python3"
 KERNEL_LOG = "kernel.log"
@@ -444,8 +446,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _log_cells() -> None:
-    """What the cells print goes to stderr, without papermill's own lines about each cell."""
+def _log_cells(log: Path | None = None) -> None:
+    """What the cells print goes to stderr, or to a file, without papermill's own lines about each cell."""
     chatter = ("Executing Cell", "Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook")
 
     def tidy(message: logging.LogRecord) -> bool:
@@ -453,7 +455,7 @@ def _log_cells() -> None:
         message.msg, message.args = "\n".join(filter(None, lines)), ()
         return bool(message.msg) and not message.msg.startswith(chatter)
 
-    handler = logging.StreamHandler()
+    handler = logging.FileHandler(log, mode="w", encoding="utf-8") if log else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(tidy)
     logger = logging.getLogger("papermill")
@@ -465,14 +467,14 @@ def _log_cells() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 done, 1 no result, 2 refused before a kernel started, 130 interrupted."""
     follow = [argument for argument in arguments if argument.startswith("--follow=")]
-    arguments = [argument for argument in arguments if argument not in follow]
+    quiet = "--quiet" in arguments
+    arguments = [argument for argument in arguments if argument not in (*follow, "--quiet")]
     if len(arguments) < 2:
-        print("usage: python -m prunelib.notebook NOTEBOOK OUTPUT name=value …", file=sys.stderr)
+        print("usage: python -m prunelib.notebook [--quiet] NOTEBOOK OUTPUT name=value …", file=sys.stderr)
         return 2
     notebook, output, *settings = arguments
     if follow:
         _follow(int(follow[-1].partition("=")[2]))
-    _log_cells()
     try:
         texts: dict[str, object] = {}
         for setting in settings:
@@ -482,8 +484,12 @@ def main(arguments: Sequence[str]) -> int:
             if name in texts:
                 raise ParameterError(f"`{name}` is given twice")
             texts[name] = text
+        values = check(notebook, texts, text=True)
+        if quiet:
+            _check_place(Path(output))
+        _log_cells(Path(output).with_suffix(".log") if quiet else None)
         with _terminable():
-            done = _run(Path(notebook), Path(output), check(notebook, texts, text=True))
+            done = _run(Path(notebook), Path(output), values)
     except ParameterError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
@@ -493,7 +499,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {notebook} has written no result to {output}", file=sys.stderr)
         return 130
-    print(f"{from_root(done)}: written by {from_root(notebook)}")
+    print(summary(done) if quiet else f"{from_root(done)}: written by {from_root(notebook)}")
     return 0
 
 

@@ -1,0 +1,101 @@
+"""The embedded corpora: what is read, how it is split, and that it is what the manifest says."""
+
+import json
+
+import pytest
+
+from prunelib import pydocs
+from prunelib.pydocs import Document, digest, split_of, without_near_duplicates
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A made-up installed package."""
+    folder = tmp_path / "seaborn"
+    (folder / "tests").mkdir(parents=True)
+    (folder / "__init__.py").write_text('"""Package docstring."""\n')
+    (folder / "module.py").write_text(
+        '"""Module."""\n'
+        "import definitely_not_installed_anywhere\n"
+        "# First line of a paragraph,\n# second line of it.\n\n# A lone comment.\n"
+        "class A:\n"
+        '    """Class."""\n'
+        "    if True:\n"
+        "        def method(self):\n"
+        '            """Method.\n\n            Indented."""\n'
+        '            return "# not a comment\\n# nor this"\n'
+    )
+    (folder / "tests" / "test_a.py").write_text('"""Never read."""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("seaborn", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    monkeypatch.setattr(pydocs, "find_spec", lambda name: spec)
+    return "seaborn"
+
+
+def test_docstrings_are_read_without_importing_the_package(package):
+    found = {document.name: document.text for document in pydocs._docstrings(package)}
+    assert found == {
+        "seaborn/__init__.py:": "Package docstring.",
+        "seaborn/module.py:": "Module.",
+        "seaborn/module.py:A": "Class.",
+        "seaborn/module.py:A.method": "Method.\n\nIndented.",
+    }
+
+
+def test_comment_paragraphs_are_read_and_strings_are_not(package):
+    found = {document.name: document.text for document in pydocs._comments(package)}
+    assert found == {
+        "seaborn/module.py:3": "First line of a paragraph,\nsecond line of it.",
+        "seaborn/module.py:6": "A lone comment.",
+    }
+
+
+def test_a_package_that_is_not_installed_is_named():
+    with pytest.raises(RuntimeError, match="'no_such_package', which is not installed"):
+        list(pydocs._docstrings("no_such_package"))
+
+
+def test_near_duplicates_go_and_the_first_stays():
+    words = [f"word{i}" for i in range(200)]
+    near = [*words[:195], "changed", *words[196:]]
+    other = [f"other{i}" for i in range(200)]
+    kept = without_near_duplicates([Document(n, " ".join(w)) for n, w in [("a", words), ("b", near), ("c", other)]])
+    assert [document.name for document in kept] == ["a", "c"]
+
+
+def test_the_split_depends_on_the_name_alone_and_has_the_stated_shares():
+    splits = [split_of("pydocs", f"numpy/a.py:f{i}") for i in range(4000)]
+    assert splits == [split_of("pydocs", f"numpy/a.py:f{i}") for i in range(4000)]
+    assert 0.77 < splits.count("train") / 4000 < 0.83
+    assert 0.08 < splits.count("evaluation") / 4000 < 0.12
+    assert {split_of("pyreadmes", f"package{i}") for i in range(100)} == {"calibration", "evaluation"}
+
+
+def test_the_hash_sees_every_byte_and_every_border():
+    base = (Document("a", "xy"), Document("b", "z"))
+    assert digest(base) == digest((Document("a", "xy"), Document("b", "z")))
+    others = [(Document("a", "x"), Document("b", "yz")), (Document("a", "xy"),), (Document("ax", "y"), Document("b", "z"))]
+    assert len({digest(base), *map(digest, others)}) == 4
+
+
+@pytest.mark.parametrize("corpus", pydocs.EMBEDDED)
+def test_the_installed_packages_give_the_text_of_the_manifest(corpus):
+    manifest = json.loads(pydocs.manifest_path().read_text())[corpus]
+    assert pydocs.describe(corpus) == manifest
+
+
+def test_no_document_is_in_two_splits_and_none_is_short():
+    names = [{d.name for d in pydocs.records("pydocs", split)} for split in pydocs.SPLITS]
+    assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
+    assert min(len(d.text) for d in pydocs.records("pydocs", "evaluation")) >= pydocs.SHORTEST
+
+
+def test_corpora_without_a_train_split_say_so():
+    with pytest.raises(ValueError, match="pyreadmes has no train split"):
+        pydocs.documents("pyreadmes", "train")
+    with pytest.raises(ValueError, match="unknown split 'test' of pydocs: choose one of train, calibration, evaluation"):
+        pydocs.documents("pydocs", "test")
+    with pytest.raises(ValueError, match="unknown embedded corpus 'docs'"):
+        pydocs.documents("docs", "train")

@@ -1,0 +1,124 @@
+"""What `make verify` notices: altered weights, altered text, other numbers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from prunelib import pydocs, verify
+from prunelib.provenance import at_root, project_root
+
+
+def flip(path: Path, where: int) -> None:
+    """Change one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_committed_models_have_the_committed_hashes():
+    assert verify.compare_hashes(json.loads(at_root(verify.HASHES).read_text()), verify.hashes()) == []
+
+
+def test_hashes_name_what_is_missing_altered_and_new():
+    lines = verify.compare_hashes({"a": "1" * 64, "b": "2" * 64}, {"b": "3" * 64, "c": "4" * 64})
+    assert len(lines) == 3
+    assert "a is missing" in lines[0]
+    assert "c is not one" in lines[1]
+    assert "b was altered" in lines[2]
+    assert "222222222222" in lines[2]
+
+
+def test_one_flipped_bit_of_a_weight_fails_verification_before_any_run(tmp_path):
+    root = tmp_path / "clone"
+    for name in ("prunelib", "profiles", "data/reference", "data/verify"):
+        shutil.copytree(project_root() / name, root / name)
+    shutil.copy(project_root() / "pyproject.toml", root)
+    weights = root / "data/reference/neox24/model.safetensors"
+    flip(weights, weights.stat().st_size - 1)
+    done = subprocess.run([sys.executable, "-m", "prunelib.verify"], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "data/reference/neox24/model.safetensors was altered" in done.stderr
+    assert "git checkout -- data/reference/neox24/model.safetensors" in done.stderr
+    assert not (root / "build").exists()
+
+
+@pytest.fixture
+def copied_corpora(tmp_path, monkeypatch):
+    folder = tmp_path / "corpora"
+    for corpus in pydocs.EMBEDDED:
+        pydocs.build(corpus)
+    shutil.copytree(pydocs.folder(), folder)
+    monkeypatch.setattr(pydocs, "folder", lambda: folder)
+    return folder
+
+
+def test_unaltered_corpora_are_those_of_the_manifest(copied_corpora):
+    assert verify.compare_corpora(fresh=False) == []
+
+
+def test_one_altered_letter_of_a_corpus_is_reported_with_its_split(copied_corpora):
+    path = copied_corpora / "pycomments.jsonl"
+    text = path.read_text()
+    line = next(line for line in text.splitlines() if '"split": "evaluation"' in line)
+    start = text.index(line) + line.index('"text": "') + len('"text": "')
+    path.write_text(text[:start] + chr(ord(text[start]) + 1) + text[start + 1 :])
+    lines = verify.compare_corpora(fresh=False)
+    assert len(lines) == 1
+    assert "pycomments/evaluation" in lines[0]
+    assert "was altered" in lines[0]
+
+
+def test_a_damaged_line_of_a_corpus_is_reported_with_its_number(copied_corpora):
+    path = copied_corpora / "pyreadmes.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][: len(lines[2]) // 2]
+    path.write_text("\n".join(lines) + "\n")
+    assert any("line 3" in line and "delete the file" in line for line in verify.compare_corpora(fresh=False))
+
+
+def table(**changes) -> pd.DataFrame:
+    rows = [
+        {"run": "depth/m__k2", "method": "dense", "metric": "nats", "value": 2.0, "n": 100, "code": "abc"},
+        {"run": "depth/m__k2", "method": "random", "metric": "accuracy", "value": 0.5, "n": 100, "code": "abc"},
+        {"run": "statistics/m", "method": None, "metric": "mssd", "value": 40.0, "n": 64, "code": "abc"},
+    ]
+    for place, (name, value) in changes.items():
+        rows[int(place[1:])][name] = value
+    return pd.DataFrame(rows)
+
+
+def test_equal_numbers_and_numbers_within_tolerance_agree_whatever_the_code():
+    assert verify.compare_tables(table(), table(_0=("code", "def"))) == []
+    assert verify.compare_tables(table(), table(_0=("value", 2.0015), _2=("value", 40.05))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_0": ("value", 2.01)}, "nats: value is 2.01, expected 2 ± 0.002"),
+        ({"_1": ("value", 0.49)}, "accuracy: value is 0.49, expected 0.5"),
+        ({"_2": ("value", 40.2)}, "mssd: value is 40.2, expected 40"),
+        ({"_2": ("value", float("nan"))}, "mssd: value is nan"),
+        ({"_0": ("n", 99)}, "n is 99, expected 100"),
+    ],
+)
+def test_other_numbers_are_named_with_what_was_expected(change, said):
+    lines = verify.compare_tables(table(), table(**change))
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_missing_and_new_rows_are_named():
+    lines = verify.compare_tables(table(), table(_1=("method", "deepest")))
+    assert len(lines) == 2
+    assert "no such row any more: depth/m__k2, random, accuracy" in lines[0]
+    assert "a row that was not there: depth/m__k2, deepest, accuracy" in lines[1]
+
+
+def test_other_columns_are_named():
+    assert verify.compare_tables(table(), table().drop(columns="n")) == ["the table has other columns: n missing, none new"]
