@@ -1,0 +1,430 @@
+"""Tasks through lm-eval: the same numbers as by hand, as lm-eval's own route, and as the saved model; and the paired tests."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prunelib import models, tasks
+from prunelib.provenance import project_root
+from prunelib.tasks import TaskResult, TaskResults, evaluate_tasks
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer(project_root() / "data" / "reference" / "llama32")
+
+
+@pytest.fixture(scope="module")
+def small() -> LlamaForCausalLM:
+    """A random model for the tokenizer of the embedded models."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.5,  # so that the choices differ by more than rounding
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def stories(request):
+    """A real tiny model with a Llama tokenizer, which puts BOS before every text by itself."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("needs the development data beside the repository")
+    return models.load(folder), models.load_tokenizer(folder)
+
+
+@pytest.fixture
+def scripted(monkeypatch, small, tokenizer):
+    """`evaluate_tasks` on a function (request → log-likelihood) instead of a model."""
+
+    def run(score, task_set, **settings):
+        from lm_eval.api.model import LM
+
+        class Scripted(LM):
+            max_length, truncated = 512, 0
+
+            def loglikelihood(self, requests, disable_tqdm=False):
+                return [(score(request), False) for request in requests]
+
+            def loglikelihood_rolling(self, requests):
+                raise NotImplementedError
+
+            def generate_until(self, requests):
+                raise NotImplementedError
+
+        monkeypatch.setattr(tasks, "_language_model", lambda *_: Scripted())
+        return evaluate_tasks(small, tokenizer, task_set, bos=False, progress=False, **settings)
+
+    return run
+
+
+# --- the embedded tasks --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(scripted):
+    right = scripted(lambda request: 0.0 if request.idx == request.doc["label"] else -1e6, "embedded", limit=100)
+    assert [(result.task, result.n, result.acc) for result in right.tasks.values()] == [
+        (name, 100, 1.0) for name in tasks.EMBEDDED
+    ]
+    assert right["pydocs_next_line"].acc_norm == 1.0
+    assert right["pydocs_summary"].acc_norm is None  # one text is scored for all choices: there is nothing to normalise
+    wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=100)
+    assert [result.acc for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
+
+
+def test_random_scores_give_chance_and_every_item_is_asked(scripted):
+    def noise(request):
+        return -float(int(hashlib.sha256(repr(request.args).encode()).hexdigest()[:8], 16))
+
+    results = scripted(noise, "embedded")
+    for result in results.tasks.values():
+        assert result.n >= 500
+        assert result.chance == 0.25
+        assert abs(result.acc - 0.25) < 3.5 * result.stderr()
+        assert result.constant_answer is None and result.best_constant is None
+        assert len(set(result.items)) >= result.n // 2
+    assert json.loads(json.dumps(results.describe()))["tasks"]["pydocs_summary"]["embedded_items_sha256"]
+    assert str(project_root()) not in json.dumps([results.describe(), results.rows()])
+
+
+def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
+    pruned = models.remove_layers(small, [1])
+    here = evaluate_tasks(pruned, tokenizer, "embedded", bos=True, limit=12, progress=False)
+    models.save(pruned, tokenizer, tmp_path / "pruned")
+    folder = tmp_path / "pruned"
+    there = evaluate_tasks(models.load(folder), models.load_tokenizer(folder), "embedded", bos=True, limit=12, progress=False)
+    for name in tasks.EMBEDDED:
+        assert here[name] == there[name]
+    dense = evaluate_tasks(small, tokenizer, "embedded", bos=True, limit=12, progress=False)
+    assert any(dense[name].predicted != here[name].predicted for name in tasks.EMBEDDED)
+    differences = tasks.compare(here, dense)
+    assert [entry.task for entry in differences] == [*tasks.EMBEDDED, "average"]
+    assert differences[0].difference.difference == pytest.approx(here["pydocs_next_line"].acc - dense["pydocs_next_line"].acc)
+
+
+def test_bos_is_there_or_not_whatever_the_tokenizer_does(small, tokenizer, stories):
+    assert tokenizer("a tree").input_ids == tokenizer("a tree", add_special_tokens=False).input_ids  # never adds it
+    assert stories[1]("a tree").input_ids[0] == stories[1].bos_token_id  # always adds it
+    for model, words in ((small, tokenizer), stories):
+        plain = words.encode("a tree", add_special_tokens=False)
+        for bos in (True, False):
+            lm = tasks._language_model(model, words, bos, 4, False)
+            wanted = [words.bos_token_id, *plain] if bos else plain
+            assert lm.tok_encode("a tree") == wanted
+            assert lm.tok_encode(words.bos_token + "a tree")[:2] == [words.bos_token_id, *plain][:2]
+            assert lm.tok_encode("a tree", add_special_tokens=False) == plain
+            context, continuation = lm._encode_pair("a tree", " stands")
+            assert context == wanted and continuation == words.encode("a tree stands", add_special_tokens=False)[len(plain) :]
+            ids, mask = lm.tok_batch_encode(["a tree", "a tree stands here"])
+            assert int((ids[1] == words.bos_token_id)[mask[1].bool()].sum()) == int(bos)
+    assert tokenizer.pad_token is None  # lm-eval gave one to its own copy
+
+
+def test_settings_are_stated_and_the_callers_generators_left_alone(small, tokenizer):
+    states = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    results = evaluate_tasks(small, tokenizer, ["pydocs_summary"], bos=False, limit=3, seed=9, progress=False)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    state = random.getstate()  # not around a whole call: the type checks of the tests draw from this generator
+    with tasks._generators(9):
+        assert random.random() == random.Random(9).random()
+    assert state == random.getstate()
+    settings = results.settings
+    assert settings["bos"] is False and settings["limit"] == 3 and settings["num_fewshot"] == 0
+    assert settings["seeds"] == {"random": 9, "numpy": 9, "torch": 9, "fewshot": 9}
+    assert settings["dtype"] == "float32" and settings["lm_eval"] and settings["truncated_requests"] == 0
+
+
+# --- official tasks on offline copies ------------------------------------------------------------------------------------
+
+
+def by_hand(model, tokenizer, context: str, continuations: list[str], bos: bool) -> list[float]:
+    """Log-likelihood of each continuation, one unpadded sequence at a time."""
+    first = [tokenizer.bos_token_id] if bos else []
+    found = []
+    for continuation in continuations:
+        before = first + tokenizer.encode(context, add_special_tokens=False)
+        ids = torch.tensor([first + tokenizer.encode(context + continuation, add_special_tokens=False)])
+        with torch.inference_mode():
+            likelihood = model(ids).logits[0, :-1].double().log_softmax(-1)
+        tail = slice(len(before) - 1, None)
+        found.append(float(likelihood[tail].gather(-1, ids[0, 1:][tail, None]).sum()))
+    return found
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_fifty_items_of_piqa_equal_a_computation_by_hand(stories, shared_data, bos):
+    model, tokenizer = stories
+    result = evaluate_tasks(model, tokenizer, "piqa", bos=bos, limit=50, data_dir=shared_data / "benchmarks", progress=False)[
+        "piqa"
+    ]
+    lines = (shared_data / "benchmarks" / "piqa" / "validation.jsonl").read_text().splitlines()[:50]
+    predicted, normed, answers = [], [], []
+    for row in map(json.loads, lines):
+        choices = [row["sol1"], row["sol2"]]
+        scores = by_hand(model, tokenizer, f"Question: {row['goal']}\nAnswer:", [f" {choice}" for choice in choices], bos)
+        predicted.append(int(np.argmax(scores)))
+        normed.append(int(np.argmax([score / len(choice) for score, choice in zip(scores, choices, strict=True)])))
+        answers.append(row["label"])
+    assert result.predicted == tuple(predicted)
+    assert result.answers == tuple(answers)
+    assert result.acc == np.mean([p == a for p, a in zip(predicted, answers, strict=True)])
+    assert result.acc_norm == np.mean([p == a for p, a in zip(normed, answers, strict=True)])
+    assert (result.n, result.chance) == (50, 0.5)
+
+
+def test_equals_lm_evals_own_route(stories, shared_data):
+    """`simple_evaluate` with the overrides that lm-eval documents for local files."""
+    import lm_eval
+
+    model, tokenizer = stories
+    ours = evaluate_tasks(
+        model, tokenizer, "arc_easy", bos=True, limit=20, num_fewshot=1, data_dir=shared_data / "benchmarks", progress=False
+    )["arc_easy"]
+    files = {path.stem: str(path) for path in (shared_data / "benchmarks" / "arc_easy").glob("*.jsonl")}
+    local = {
+        "task": "arc_easy",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        "validation_split": None,
+    }
+    theirs = lm_eval.simple_evaluate(
+        model=lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+        tasks=[{"group": "local", "task": [local]}],
+        task_manager=tasks._task_manager(),
+        num_fewshot=1,
+        limit=20,
+        fewshot_random_seed=1234,
+        log_samples=False,
+    )["results"]["arc_easy"]
+    assert ours.acc == theirs["acc,none"] and ours.acc_norm == theirs["acc_norm,none"]
+    assert ours.stderr() == pytest.approx(theirs["acc_stderr,none"], rel=1e-12)
+
+
+def test_every_family_of_official_tasks_runs_offline(stories, shared_data):
+    names = [*(name for name in tasks.TASK_SETS["simdiff_zero_shot"] if name != "boolq"), "mmlu", "lambada_openai", "wsc273"]
+    results = evaluate_tasks(*stories, names, bos=True, limit=2, data_dir=shared_data / "benchmarks", progress=False)
+    assert list(results.tasks) == names
+    counts = {name: result.n for name, result in results.tasks.items()}
+    assert counts.pop("mmlu") == 57 * 2
+    assert set(counts.values()) == {2}
+    mmlu = results["mmlu"]
+    assert mmlu.chance == 0.25 and mmlu.choices == ("A", "B", "C", "D") and len(mmlu.settings["members"]) == 57
+    assert mmlu.items[0] == "mmlu_abstract_algebra/0" or mmlu.items[0].endswith("/0")
+    assert results["lambada_openai"].chance is None and "log_likelihood" in results["lambada_openai"].scores
+    text = json.dumps([results.describe(), results.rows()])
+    assert str(shared_data) not in text and str(Path.home()) not in text
+    labels = [average.label for average in results.averages()]
+    assert labels == ["average", "average_without_wsc"]
+
+
+def test_constant_yes_on_boolq_is_seen(scripted, shared_data):
+    def yes(request):
+        return float(request.args[1] == " yes")
+
+    results = scripted(yes, ["boolq", "piqa"], data_dir=shared_data / "benchmarks")
+    boolq = results["boolq"]
+    assert boolq.n == 3270
+    assert round(100 * boolq.acc, 2) == 62.17  # SimDiff, Table 2: SLEB 62.17
+    assert boolq.constant_answer == "yes" and boolq.best_constant == boolq.acc
+    assert results["piqa"].constant_answer is None and results["piqa"].best_constant is None
+    rows = {row["metric"]: row["value"] for row in boolq.rows()}
+    assert rows["constant_share"] == 1.0 and rows["best_constant"] == boolq.acc
+    averages = {average.label: average for average in results.averages()}
+    assert averages["average_without_boolq"].value == results["piqa"].acc
+    assert averages["average"].value == pytest.approx((boolq.acc + results["piqa"].acc) / 2)
+
+
+# --- our own YAML tasks, and what goes wrong -----------------------------------------------------------------------------
+
+
+def offline_copy(folder: Path, **splits: list[dict]) -> None:
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tmp_path):
+    offline_copy(
+        tmp_path / "cmnli",
+        validation=[{"sentence1": "一", "sentence2": "二", "label": label, "idx": label} for label in (0, 1, 2)],
+    )
+    story = {"context": ["甲：好。", "乙：好。"], "question": "谁？", "choice": ["甲", "乙", "丙"], "answer": "乙"}
+    offline_copy(tmp_path / "c3", validation=[story, {**story, "choice": ["甲", "乙"]}])
+    article = {"article": "A tree stood.", "question": "What stood?", "options": ["a", "b", "c", "d"], "answer": "C"}
+    offline_copy(tmp_path / "race_middle", test=[article, {**article, "answer": "A"}])
+    offline_copy(tmp_path / "xsum", test=[{"document": "A tree stood.", "summary": "A tree.", "id": "1"}] * 2)
+    sums = [{"question": "1+1?", "answer": "It is 2. #### 2"}, {"question": "2+1?", "answer": "It is 3. #### 3"}]
+    offline_copy(tmp_path / "gsm8k", test=sums, train=sums)
+    names = ["cmnli", "c3", "race_middle", "xsum", "gsm8k"]
+    results = evaluate_tasks(small, tokenizer, names, bos=True, limit=2, num_fewshot=0, data_dir=tmp_path, progress=False)
+    assert results["cmnli"].answers == (0, 1) and results["cmnli"].chance == pytest.approx(1 / 3)
+    assert results["c3"].answers == (1, 1) and results["c3"].chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert results["race_middle"].answers == (2, 0)
+    assert results["xsum"].metric == "rouge1" and 0 <= results["xsum"].value() <= 1
+    assert set(results["gsm8k"].scores) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert results.averages()[0].tasks == tuple(names)
+
+
+def test_every_task_of_every_set_resolves():
+    for name, members in tasks.TASK_SETS.items():
+        assert tasks.task_names(name) == members
+        leaves = {member: tasks._leaves(member, tasks._task_manager().task_index) for member in members}
+        assert all(leaves.values())
+    assert len(tasks._leaves("mmlu", tasks._task_manager().task_index)) == 57
+    assert tasks._task_manager() is tasks._task_manager()
+
+
+def test_without_hub_and_copy_there_is_one_clear_error(small, tokenizer):
+    with pytest.raises(tasks.TaskError, match=r"openbookqa.*hub.*data_dir"):
+        evaluate_tasks(small, tokenizer, "openbookqa", bos=True, progress=False)
+
+
+def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
+    def run(task_set="piqa", **settings):
+        return evaluate_tasks(small, tokenizer, task_set, progress=False, **{"bos": True, "data_dir": tmp_path, **settings})
+
+    with pytest.raises(FileNotFoundError, match=r"piqa/validation\.jsonl"):
+        run()
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        run(data_dir=tmp_path / "absent")
+    with pytest.raises(ValueError, match="limit=0"):
+        run(limit=0)
+    with pytest.raises(ValueError, match="piqa is named twice"):
+        run(["piqa", "simdiff_zero_shot"])
+    row = {"goal": "Cut bread.", "sol1": "Use a knife.", "sol2": "Use a spoon.", "label": 0}
+    offline_copy(tmp_path / "piqa", validation=[row, row])
+    with pytest.raises(ValueError, match="evaluated items themselves"):
+        run(num_fewshot=1)
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": \n')
+    with pytest.raises(ValueError, match=r"validation\.jsonl, line 1: not JSON"):
+        run()
+    bare = models.load_tokenizer(project_root() / "data" / "reference" / "llama32")
+    bare.bos_token = None
+    with pytest.raises(ValueError, match="bos=False"):
+        evaluate_tasks(small, bare, "embedded", bos=True)
+
+
+# --- averages and paired tests -------------------------------------------------------------------------------------------
+
+
+def result(task: str, correct: list[int], *, items: tuple[str, ...] | None = None, sha: str = "s") -> TaskResult:
+    scores = {"acc": tuple(map(float, correct))}
+    names = items or tuple(map(str, range(len(correct))))
+    return TaskResult(task, scores, names, 0.5, (), (), (), sha, {})
+
+
+def test_averages_with_and_without_the_two_tasks():
+    three = TaskResults(
+        {"wsc": result("wsc", [1, 1, 0, 1]), "boolq": result("boolq", [0, 1]), "piqa": result("piqa", [0, 0, 1])}, {}
+    )
+    found = {average.label: average for average in three.averages()}
+    assert found["average"].value == pytest.approx((0.75 + 0.5 + 1 / 3) / 3)
+    assert found["average_without_wsc"].value == pytest.approx((0.5 + 1 / 3) / 2)
+    assert found["average_without_boolq"].tasks == ("wsc", "piqa")
+    assert found["average_without_wsc_boolq"].value == pytest.approx(1 / 3)
+    assert all(average.low <= average.value <= average.high for average in found.values())
+    assert three.averages() == three.averages()
+    assert [row["metric"] for row in three.rows() if row["task"] == "all"][:3] == ["average", "average_low", "average_high"]
+    with pytest.raises(ValueError, match="no task is left"):
+        three.average(without=("wsc", "boolq", "piqa"))
+    alone = TaskResults({"boolq": result("boolq", [0, 1])}, {})
+    assert [average.label for average in alone.averages()] == ["average"]
+
+
+def test_the_interval_of_an_average_is_the_binomial_one():
+    rng = np.random.default_rng(0)
+    hits = [int(x) for x in rng.random(400) < 0.6]
+    average = TaskResults({"piqa": result("piqa", hits)}, {}).average(n=4000)
+    half = 1.96 * np.std(hits) / 20
+    assert average.low == pytest.approx(np.mean(hits) - half, abs=0.006)
+    assert average.high == pytest.approx(np.mean(hits) + half, abs=0.006)
+
+
+def test_mcnemar_golden_values():
+    def pair(both: int, only_a: int, only_b: int, neither: int):
+        a = [1] * (both + only_a) + [0] * (only_b + neither)
+        b = [1] * both + [0] * only_a + [1] * only_b + [0] * neither
+        return tasks.mcnemar(a, b)
+
+    # Exact: 2 * sum of C(10, k) / 2^10 for k = 0, 1, 2 is 112 / 1024.
+    small = pair(5, 8, 2, 4)
+    assert (small.only_a, small.only_b, small.exact) == (8, 2, True)
+    assert small.p == pytest.approx(112 / 1024)
+    assert pair(3, 4, 4, 0).p == 1.0
+    assert pair(7, 0, 0, 2) == tasks.McNemar(0, 0, 1.0, exact=True)
+    # Chi-square with continuity correction: (|700 - 500| - 1)^2 / 1200 = 33.0008.
+    large = pair(10, 700, 500, 10)
+    assert not large.exact and large.p == pytest.approx(9.214e-9, rel=1e-3)
+    assert pair(10, 500, 700, 10).p == large.p
+    with pytest.raises(ValueError, match="same items"):
+        tasks.mcnemar([1, 0], [1])
+    with pytest.raises(ValueError, match="mean_difference"):
+        tasks.mcnemar([0.5, 0.0], [1.0, 0.0])
+
+
+def test_paired_bootstrap_golden_values():
+    a, b = [1] * 60 + [0] * 40, [1] * 50 + [0] * 50
+    found = tasks.mean_difference(a, b, seed=0)
+    # Ten of a hundred differ, all in favour of a: the bootstrap means are Binomial(100, 0.1) / 100.
+    assert found.difference == pytest.approx(0.1)
+    assert (found.low, found.high) == (pytest.approx(0.05, abs=0.0101), pytest.approx(0.16, abs=0.0101))
+    assert found == tasks.mean_difference(a, b, seed=0)
+    assert tasks.mean_difference(b, a, seed=0).difference == pytest.approx(-0.1)
+    same = tasks.mean_difference(a, a)
+    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    # Two questions on each document, always answered alike: half as many independent items, an interval wider by sqrt(2).
+    rng = np.random.default_rng(1)
+    once = rng.random(300) < 0.4
+    twice = np.repeat(once, 2).astype(float)
+    names = [str(i // 2) for i in range(600)]
+    clustered = tasks.mean_difference(twice, np.zeros(600), items=names)
+    naive = tasks.mean_difference(twice, np.zeros(600))
+    assert clustered.clusters == 300
+    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(2**0.5, rel=0.06)
+    with pytest.raises(ValueError, match="at least 2"):
+        tasks.mean_difference([1], [0])
+
+
+def test_compare_refuses_other_items_and_other_prompts():
+    a = TaskResults({"piqa": result("piqa", [1, 0, 1, 1]), "boolq": result("boolq", [1, 0])}, {"bos": True})
+    b = TaskResults({"piqa": result("piqa", [0, 0, 1, 0]), "boolq": result("boolq", [1, 1])}, {"bos": True})
+    piqa, boolq, average = tasks.compare(a, b)
+    assert piqa.mcnemar == tasks.McNemar(2, 0, 0.5, exact=True)
+    assert average.difference.difference == pytest.approx((0.5 - 0.5) / 2)
+    assert (boolq.n, average.n) == (2, 6)
+    with pytest.raises(ValueError, match="not on the same items"):
+        tasks.compare(a, TaskResults({"piqa": result("piqa", [1, 0], sha="other")}, {"bos": True}))
+    with pytest.raises(ValueError, match="BOS"):
+        tasks.compare(a, TaskResults(b.tasks, {"bos": False}))
+    with pytest.raises(ValueError, match="no task in common"):
+        tasks.compare(a, TaskResults({"arc_easy": result("arc_easy", [1, 0])}, {"bos": True}))
+
+
+def test_values_name_what_is_missing():
+    one = result("piqa", [1, 0, 1])
+    assert one.acc == pytest.approx(2 / 3) and one.acc_norm is None
+    assert one.stderr() == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
+    assert Counter(row["metric"] for row in one.rows()) == {"acc": 1, "chance": 1}
+    with pytest.raises(ValueError, match="no metric 'acc_norm'"):
+        one.value("acc_norm")
