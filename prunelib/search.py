@@ -332,14 +332,16 @@ def exhaustive(
     values = _Values(evaluate)
     if journal is not None:
         values.known.update(_read_journal(Path(journal), header))
-    sets = (removed for removed in itertools.combinations(candidates, layers_removed) if removed not in values.known)
-    with tqdm(total=count, initial=len(values.known), desc="all sets", unit="set", disable=not progress) as bar:
-        while part := list(itertools.islice(sets, chunk)):
+    sets = list(itertools.combinations(candidates, layers_removed))
+    missing = [removed for removed in sets if removed not in values.known]
+    with tqdm(total=count, initial=count - len(missing), desc="all sets", unit="set", disable=not progress) as bar:
+        for start in range(0, len(missing), chunk):
+            part = missing[start : start + chunk]
             found = values(part)
             if journal is not None:
                 _append_journal(Path(journal), zip(part, found, strict=True))
             bar.update(len(part))
-    all_values = {removed: values.known[removed] for removed in itertools.combinations(candidates, layers_removed)}
+    all_values = {removed: values.known[removed] for removed in sets}
     best = min(all_values, key=all_values.__getitem__)
     step = SearchStep(best, all_values[best], count)
     return SearchResult(best, step.value, count, (step,), all_values)

@@ -1,0 +1,405 @@
+"""Searches over sets of layers: against brute force, against each other, and what they cost."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+
+from prunelib.ablations import ABLATIONS, LayerSetLoss
+from prunelib.criteria import block_angle
+from prunelib.evaluation import perplexity
+from prunelib.models import Skip, decoder_layers, layers_as, remove_layers
+from prunelib.prefix import shared_layer_forwards
+from prunelib.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block
+from prunelib.statistics import from_states
+
+# Llama-2-7B, least important first, as printed by the authors or their repositories.
+SHORTGPT_PAPER = (27, 26, 25, 28, 24, 29, 23, 21, 22)
+SHORTGPT_CODE = (25, 27, 24, 26, 28, 29, 23, 22, 21)
+SHORTENED_PPL = (11, 8, 24, 21, 12, 7, 9, 10, 18, 27, 14, 23, 25, 15, 20, 26, 17, 6, 13, 28)
+SHORTENED_TAYLOR = (0, 28, 27, 25, 29, 26, 24, 23, 21, 22, 30, 20, 19, 18)
+
+
+def random_windows(count: int = 4, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def interacting(n_layers: int, seed: int):
+    """A loss of sets in which layers cost more, or less, together than apart."""
+    rng = np.random.default_rng(seed)
+    alone, together = rng.random(n_layers), rng.normal(size=(n_layers, n_layers))
+
+    def one(removed):
+        return sum(alone[i] for i in removed) + sum(together[i, j] for i, j in itertools.combinations(removed, 2))
+
+    return lambda sets: [float(one(removed)) for removed in sets]
+
+
+def printed_order(order: tuple[int, ...]) -> np.ndarray:
+    """Importance that gives back an order; layers that were not printed come after it."""
+    importance = np.full(32, 32.0)
+    importance[list(order)] = np.arange(len(order))
+    return importance
+
+
+# --- golden sets
+
+
+def test_printed_orders_give_the_published_sets():
+    assert lowest(printed_order(SHORTGPT_PAPER), 9) == lowest(printed_order(SHORTGPT_CODE), 9) == tuple(range(21, 30))
+    plus = {
+        name: (rule.protect_first, rule.protect_last)
+        for name, rule in ABLATIONS.items()
+        if name in ("leave_one_out_nll", "taylor")
+    }
+    assert lowest(printed_order(SHORTENED_PPL), 6, *plus["leave_one_out_nll"]) == (7, 8, 11, 12, 21, 24)
+    assert lowest(printed_order(SHORTENED_TAYLOR), 6, *plus["taylor"]) == tuple(range(24, 30))
+    assert lowest(printed_order(SHORTENED_TAYLOR), 7, *plus["taylor"]) == tuple(range(23, 30))
+    # Without the rule the first layer would go first.
+    assert 0 in lowest(printed_order(SHORTENED_TAYLOR), 1)
+    # ShortGPT's seven are those of Taylor+.
+    assert lowest(printed_order(SHORTGPT_PAPER), 7) == tuple(range(23, 30))
+
+
+# --- blocks
+
+
+def test_lowest_block():
+    importance = np.array([0.5, 0.2, 0.4, 0.1])  # blocks of 3 of 6 layers, from 0, 1, 2, 3
+    assert lowest_block(importance, 6) == (3, 4, 5)
+    assert lowest_block(importance, 6, protect_last=1) == (1, 2, 3)
+    assert lowest_block(importance, 6, protect_first=2, protect_last=1) == (2, 3, 4)
+    assert lowest_block(np.zeros(4), 6) == (0, 1, 2)
+    assert lowest_block(np.array([0.3, 0.1]), 2) == (1,)
+    assert all(type(layer) is int for layer in lowest_block(importance, 6))
+
+
+def test_lowest_block_of_one_layer_is_lowest():
+    for seed in range(20):
+        importance = np.random.default_rng(seed).random(9)
+        assert lowest_block(importance, 9, 1, 2) == lowest(importance, 1, 1, 2)
+
+
+def test_impossible_blocks():
+    with pytest.raises(ValueError, match="cannot remove 6 of 6 layers"):
+        lowest_block(np.zeros(1), 6)
+    with pytest.raises(ValueError, match="cannot remove 4 of 6 layers with the first 2 and the last 1 protected"):
+        lowest_block(np.zeros(3), 6, 2, 1)
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=f"{count} blocks do not exist in 6 layers"):
+            lowest_block(np.zeros(count), 6)
+    with pytest.raises(ValueError, match=r"importance of blocks \[2\] is NaN"):
+        lowest_block(np.array([0.0, 0.0, np.nan, 0.0]), 6, protect_first=1)
+    # What no block of the choice touches may be NaN.
+    assert lowest_block(np.array([np.nan, 1.0, 0.5, 2.0]), 6, protect_first=1) == (2, 3, 4)
+
+
+def test_a_planted_block_of_identity_layers_is_found():
+    steps = torch.randn(2, 10, 8, 16, dtype=torch.float64)
+    steps[:, :, 3:6] = 0  # layers 2, 3, 4 of 7 add nothing
+    stats = from_states(steps.cumsum(2))
+    assert lowest_block(block_angle(stats, 3), 7) == (2, 3, 4)
+    assert block_angle(stats, 3)[2] == pytest.approx(0, abs=1e-7)
+
+
+# --- greedy and beam
+
+
+def naive_greedy(n_layers: int, layers_removed: int, one) -> list[int]:
+    """As SLEB's released code goes about it: indices into the list of layers still there, strict comparison."""
+    alive, order = list(range(n_layers)), []
+    for _ in range(layers_removed):
+        best, chosen = math.inf, None
+        for place in range(1, len(alive) - 1):
+            value = one(tuple(sorted([*order, alive[place]])))
+            if value < best:
+                best, chosen = value, place
+        order.append(alive.pop(chosen))
+    return order
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_equals_the_naive_loop(seed):
+    evaluate = interacting(9, seed)
+    order = naive_greedy(9, 5, lambda removed: evaluate([removed])[0])
+    found = greedy(9, 5, evaluate, progress=False)
+    assert [step.removed for step in found.steps] == [tuple(sorted(order[:count])) for count in range(1, 6)]
+    assert found.removed == found.steps[-1].removed
+    assert found.value == evaluate([found.removed])[0]
+    assert found.evaluations == len(found.values) == 7 + 6 + 5 + 4 + 3
+    assert not {0, 8} & set(found.removed)
+
+
+def test_greedy_takes_the_evaluations_of_sleb():
+    assert greedy(32, 7, interacting(32, 0), progress=False).evaluations == 189
+
+
+def test_greedy_never_picks_a_protected_layer():
+    """Though removing it would cost least."""
+    found = greedy(8, 3, lambda sets: [-float(0 in removed) - (7 in removed) - (1 in removed) for removed in sets], 2, 1)
+    assert found.removed == (2, 3, 4)  # all equal: the shallower go
+    found = greedy(8, 3, lambda sets: [-float(len({0, 7} & set(removed))) for removed in sets], 0, 0, progress=False)
+    assert found.removed == (0, 1, 7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+def test_greedy_on_a_model_equals_pruning_it_again_and_again(family):
+    model, windows = build(family), random_windows()
+    found = greedy(6, 3, LayerSetLoss(model, windows), progress=False)
+    order = naive_greedy(6, 3, lambda removed: perplexity(remove_layers(model, removed), windows).nats)
+    assert [step.removed for step in found.steps] == [tuple(sorted(order[:count])) for count in (1, 2, 3)]
+    assert found.value == pytest.approx(perplexity(remove_layers(model, found.removed), windows).nats, abs=1e-5)
+
+
+def test_sleb_at_one_layer_is_the_leave_one_out_argmin_with_its_barriers():
+    model, windows = build("llama"), random_windows()
+    importance = ABLATIONS["leave_one_out_nll"](model, windows)
+    assert greedy(6, 1, LayerSetLoss(model, windows), progress=False).removed == lowest(importance, 1, 1, 1)
+    alone = exhaustive(6, 1, LayerSetLoss(model, windows), progress=False)
+    assert alone.removed == lowest(importance, 1)
+    values = np.array([alone.values[(layer,)] for layer in range(6)])
+    np.testing.assert_allclose(values - perplexity(model, windows).nats, importance, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """24 narrow layers, as many as the smallest of the models that the papers prune, with a counter of layer calls."""
+    model = build("llama", num_hidden_layers=24, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    return model, random_windows(3, 9)
+
+
+def counted(model, work) -> int:
+    calls = [0]
+    handles = [layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for layer in decoder_layers(model)]
+    work()
+    for handle in handles:
+        handle.remove()
+    return calls[0]
+
+
+def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
+    """Counted by hooks: the same choice with at most 55% of the layer calls of the loop that runs each candidate alone."""
+    model, windows = deep
+    loss, found = LayerSetLoss(model, windows, batch_size=3), []
+
+    def pruned_loss(removed) -> float:
+        slots = [Skip(layer) if index in removed else layer for index, layer in enumerate(decoder_layers(model))]
+        return perplexity(layers_as(model, slots), windows, batch_size=3).nats
+
+    shared = counted(model, lambda: found.append(greedy(24, 2, loss, progress=False)))
+    naive = counted(model, lambda: found.append(naive_greedy(24, 2, pruned_loss)))
+    assert found[0].removed == tuple(sorted(found[1]))
+    assert naive == 22 * 23 + 21 * 22
+    assert shared <= 0.55 * naive
+    assert loss.layer_windows <= 0.55 * loss.layer_windows_alone
+    assert (loss.layer_windows, loss.layer_windows_alone) == (3 * shared, 3 * naive)
+
+
+@pytest.mark.parametrize(("layers_removed", "share"), [(2, 0.37), (3, 0.29)])
+def test_exhaustive_search_runs_a_fraction_of_the_naive_layers(layers_removed, share):
+    """All sets of 32 layers, in the chunks in which the search hands them on; counting is exact, see `test_prefix`."""
+    parts = []
+    exhaustive(32, layers_removed, lambda sets: parts.append(sets) or [0.0] * len(sets), progress=False)
+    assert sum(map(len, parts)) == math.comb(32, layers_removed)
+    shared = sum(shared_layer_forwards(32, part) for part in parts)
+    assert shared <= share * math.comb(32, layers_removed) * (32 - layers_removed)
+    whole = shared_layer_forwards(32, itertools.combinations(range(32), layers_removed))
+    assert shared <= 1.05 * whole  # chunks cost next to nothing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_beam_between_greedy_and_the_optimum(seed):
+    evaluate = interacting(9, seed)
+    narrow, wide = beam(9, 3, evaluate, 1, progress=False), beam(9, 3, evaluate, 1000, progress=False)
+    assert narrow == greedy(9, 3, evaluate, 0, 0, progress=False)
+    best = exhaustive(9, 3, evaluate, progress=False)
+    assert (wide.removed, wide.value) == (best.removed, best.value)
+    assert best.value <= beam(9, 3, evaluate, 4, progress=False).value <= narrow.value + 1e-12
+    assert beam(9, 3, evaluate, 4, 2, 2, progress=False).removed in itertools.combinations(range(2, 7), 3)
+
+
+def test_nothing_to_remove():
+    for search in (greedy, beam, exhaustive):
+        found = search(6, 0, lambda sets: [7.0 for _ in sets], progress=False)
+        assert (found.removed, found.value) == ((), 7.0)
+    found = evolutionary(6, 0, lambda sets, rows: [7.0 for _ in sets], 4, progress=False)
+    assert (found.removed, found.value) == ((), 7.0)
+
+
+# --- exhaustive
+
+
+def test_exhaustive_equals_itertools_on_a_model():
+    model, windows = build("gpt_neox"), random_windows()
+    found = exhaustive(6, 2, LayerSetLoss(model, windows), chunk=4, progress=False)
+    alone = {
+        removed: perplexity(remove_layers(model, removed), windows).nats for removed in itertools.combinations(range(6), 2)
+    }
+    assert found.removed == min(alone, key=alone.get)
+    assert list(found.values) == list(alone)
+    np.testing.assert_allclose(list(found.values.values()), list(alone.values()), atol=1e-5)
+    assert found.evaluations == 15
+    assert found.value <= greedy(6, 2, LayerSetLoss(model, windows), 0, 0, progress=False).value
+    within = exhaustive(6, 2, LayerSetLoss(model, windows), 1, 1, progress=False)
+    assert found.value <= within.value <= greedy(6, 2, LayerSetLoss(model, windows), progress=False).value
+    assert set(within.values) == set(itertools.combinations(range(1, 5), 2))
+
+
+def test_exhaustive_is_bounded():
+    with pytest.raises(ValueError, match="4960 sets of 3 of 32 layers are more than limit=1000: raise the limit"):
+        exhaustive(32, 3, interacting(32, 0), limit=1000)
+    sizes = []
+
+    def evaluate(sets):
+        sizes.append(len(sets))
+        return [0.0] * len(sets)
+
+    assert exhaustive(10, 3, evaluate, chunk=50, progress=False).removed == (0, 1, 2)
+    assert sizes == [50, 50, 20]
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        exhaustive(10, 3, evaluate, chunk=0)
+
+
+def test_a_stopped_search_goes_on_from_its_journal(tmp_path):
+    journal, evaluate, asked = tmp_path / "runs" / "journal.jsonl", interacting(10, 1), []
+
+    def stops(sets):
+        if len(asked) == 100:
+            raise KeyboardInterrupt
+        asked.extend(sets)
+        return evaluate(sets)
+
+    with pytest.raises(KeyboardInterrupt):
+        exhaustive(10, 3, stops, chunk=50, journal=journal, key="a", progress=False)
+    with open(journal, "a") as file:
+        file.write("[[7, 8, ")  # the last line was being written
+    rest = []
+    found = exhaustive(
+        10, 3, lambda sets: rest.extend(sets) or evaluate(sets), chunk=50, journal=journal, key="a", progress=False
+    )
+    assert sorted(asked + rest) == list(itertools.combinations(range(10), 3))
+    assert found == exhaustive(10, 3, evaluate, progress=False)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(lines) == 121
+    for other in ({"key": "b"}, {"protect_first": 0, "key": ""}):
+        with pytest.raises(ValueError, match="is of another search"):
+            exhaustive(10, 3, evaluate, journal=journal, progress=False, **other)
+    with pytest.raises(ValueError, match="is of another search"):
+        exhaustive(11, 3, evaluate, journal=journal, key="a", progress=False)
+    # A narrower question is answered from it, and only with sets it allows.
+    narrow = exhaustive(10, 3, stops, 2, 2, journal=journal, key="a", progress=False)
+    assert set(narrow.values) == set(itertools.combinations(range(2, 8), 3))
+
+
+# --- evolutionary
+
+
+def fitness_of(evaluate, n_windows: int, noise: float = 0.0):
+    """Windows that agree on the loss up to noise, and a record of every call."""
+    shift = np.random.default_rng(5).normal(size=n_windows) * noise
+    calls: list[tuple[list, list]] = []
+
+    def fitness(sets, rows):
+        calls.append((list(sets), list(rows)))
+        return [value * float(1 + shift[rows].mean()) for value in evaluate(sets)]
+
+    return fitness, calls
+
+
+def test_evolution_follows_the_recipe():
+    fitness, calls = fitness_of(interacting(32, 0), 40)
+    found = evolutionary(32, 8, fitness, 40, generations=5, progress=False)
+    sizes = [(len(sets), len(rows)) for sets, rows in calls]
+    assert sizes == [(64, 1), *[(32, 1), (3, 16)] * 5, (1, 40)]
+    assert found.evaluations == 64 + 5 * 35 + 1
+    assert all(len(set(sets)) == len(sets) for sets, _ in calls)
+    assert all(len(set(rows)) == len(rows) and 0 <= min(rows) <= max(rows) < 40 for _, rows in calls)
+    # Every set ever looked at removes 8 layers, ascending and distinct.
+    assert all(len(set(removed)) == 8 and list(removed) == sorted(removed) for sets, _ in calls for removed in sets)
+    # Children differ from their parent by one to three swaps.
+    parent = min(calls[0][0], key=lambda removed: fitness([removed], calls[0][1])[0])
+    distances = {len(set(parent) - set(child)) for child in calls[1][0]}
+    assert distances <= {1, 2, 3}
+    assert 1 in distances
+    assert len({tuple(rows) for _, rows in calls[2:12:2]}) > 1  # drawn anew
+
+
+@pytest.mark.parametrize(("layers_removed", "generations"), [(4, 74), (8, 128), (12, 160)])
+def test_generations_of_the_released_script(layers_removed, generations):
+    fitness, _ = fitness_of(interacting(32, 0), 2)
+    found = evolutionary(32, layers_removed, fitness, 2, initial=2, offspring=1, progress=False)
+    assert len(found.steps) == generations
+
+
+def test_fitness_never_worsens_on_the_same_windows():
+    for seed in range(3):
+        fitness, calls = fitness_of(interacting(24, seed), 30, noise=0.1)
+        found = evolutionary(24, 8, fitness, 30, seed=seed, generations=20, initial=2, resample=False, progress=False)
+        values = [step.value for step in found.steps]
+        assert values == sorted(values, reverse=True)
+        assert values[-1] < values[0]
+        assert len({tuple(rows) for _, rows in calls[2:-1:2]}) == 1
+
+
+def test_evolution_is_seeded():
+    def run(seed):
+        return evolutionary(12, 4, fitness_of(interacting(12, 0), 20, noise=0.2)[0], 20, seed=seed, initial=4, progress=False)
+
+    assert run(1) == run(1)
+    assert len({run(seed).steps[0].removed for seed in range(4)}) > 1
+
+
+def test_evolution_finds_the_optimum_of_a_planted_problem():
+    """Two layers that must go together: removing either alone is what a greedy search never does."""
+    target = {3, 7}
+
+    def evaluate(sets):
+        return [1.0 if not target & set(s) else (0.0 if target <= set(s) else 5.0) + 0.01 * min(s) for s in sets]
+
+    assert not target & set(greedy(10, 2, evaluate, progress=False).removed)
+    found = evolutionary(10, 2, lambda sets, rows: evaluate(sets), 4, initial=3, generations=30, progress=False)
+    assert set(found.removed) == target
+    assert found.value == exhaustive(10, 2, evaluate, progress=False).value
+
+
+def test_evolution_respects_protection_and_small_spaces():
+    fitness, calls = fitness_of(interacting(8, 0), 3)
+    found = evolutionary(8, 2, fitness, 3, protect_first=2, protect_last=2, generations=4, progress=False)
+    assert all(set(removed) <= {2, 3, 4, 5} for sets, _ in calls for removed in sets)
+    assert found.value == pytest.approx(exhaustive(8, 2, interacting(8, 0), 2, 2, progress=False).value)
+    # One set only: nothing to swap.
+    only = evolutionary(8, 4, fitness, 3, protect_first=2, protect_last=2, progress=False)
+    assert (only.removed, only.steps, only.evaluations) == ((2, 3, 4, 5), (), 1)
+
+
+def test_evolution_on_a_model_with_divergence():
+    model, windows = build("llama"), random_windows(6)
+    loss = LayerSetLoss(model, windows, "kl")
+    found = evolutionary(6, 2, loss, 6, initial=3, offspring=6, generations=8, stages=((2, 2), (1, 6)), progress=False)
+    best = exhaustive(6, 2, LayerSetLoss(model, windows, "kl"), progress=False)
+    assert found.removed == best.removed
+    assert found.value == pytest.approx(best.value, rel=1e-5)
+
+
+def test_evolution_refuses_settings_that_mean_nothing():
+    fitness, calls = fitness_of(interacting(8, 0), 3)
+    for settings in ({"offspring": 0}, {"initial": 0}, {"stages": ()}, {"stages": ((0, 1),)}, {"generations": -1}):
+        with pytest.raises(ValueError, match="all from 1"):
+            evolutionary(8, 2, fitness, 3, **settings)
+    with pytest.raises(ValueError, match="cannot remove 8 of 8 layers"):
+        evolutionary(8, 8, fitness, 3)
+    assert calls == []
+
+
+def test_values_are_checked():
+    with pytest.raises(RuntimeError, match=r"without layers \[2\] gave NaN"):
+        greedy(5, 1, lambda sets: [math.nan if removed == (2,) else 1.0 for removed in sets], progress=False)
+    with pytest.raises(RuntimeError, match="the evaluation of 3 sets gave 1 values"):
+        greedy(5, 1, lambda sets: [1.0], progress=False)
+    assert greedy(5, 1, lambda sets: [math.inf if r != (3,) else 1.0 for r in sets], progress=False).removed == (3,)
+    with pytest.raises(ValueError, match="width must be at least 1"):
+        beam(5, 1, lambda sets: [1.0], 0)
