@@ -1,7 +1,7 @@
 """From `LayerStats` to the importance of every layer: higher = keep. Numpy only, no model.
 
 `CRITERIA` maps names to `Criterion` objects, each called with statistics and its own options. One more takes a function
-of the statistics and the decorator `criterion`.
+of the statistics and the decorator `criterion`. `BLOCK_CRITERIA` holds those that judge a whole contiguous block of layers.
 """
 
 import inspect
@@ -42,17 +42,48 @@ class Criterion:
         Raises ValueError for options the criterion does not have or values it does not know, and when the statistics hold
         no tokens or lead to NaN or infinity.
         """
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
-            known = ", ".join(self.options) or "none"
-            raise ValueError(f"criterion {self.name} has no option {', '.join(unknown)}; its options are: {known}")
+        _check_options(self, options)
         importance = np.asarray(self.importance(stats, **options), dtype=np.float64)
         return _finite(importance, f"importance by {self.name}")
+
+
+@dataclass(frozen=True)
+class BlockCriterion:
+    """A named rule for the importance of contiguous blocks, called as ``criterion(stats, n, **options)``.
+
+    The fields are those of `Criterion`; callers pass the result, and the protections, on to `prunelib.search.lowest_block`.
+    """
+
+    name: str
+    title: str
+    source: str
+    protect_first: int
+    protect_last: int
+    importance: Callable[..., np.ndarray]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        parameters = list(inspect.signature(self.importance).parameters.values())[2:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def __call__(self, stats: LayerStats, n: int, **options: Any) -> Float64[np.ndarray, "start"]:
+        """Importance of every block of n layers, higher = keep: element l is for layers l .. l+n-1, L + 1 - n elements.
+
+        Raises ValueError unless 1 <= n <= L, and like `Criterion`.
+        """
+        _check_options(self, options)
+        return self.importance(stats, n, **options)
 
 
 class _Registry(dict[str, Criterion]):
     def __missing__(self, name: str) -> Criterion:
         raise ValueError(f"unknown criterion {name!r}; there are: {', '.join(sorted(self))}")
+
+
+class _BlockRegistry(dict[str, BlockCriterion]):
+    def __missing__(self, name: str) -> BlockCriterion:
+        raise ValueError(f"unknown criterion of blocks {name!r}; there are: {', '.join(sorted(self))}")
 
 
 CRITERIA: dict[str, Criterion] = _Registry()
@@ -146,10 +177,41 @@ def block_angle(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.n
     In [0, 1], the mean over tokens of arccos(cos) / pi; L + 1 - n elements. On the last token of each sample by default, as
     Gromov et al. (arXiv 2403.17887) define it. Raises ValueError unless 1 <= n <= L.
     """
+    subset, count = _block(stats, n, tokens)
+    return _finite(np.diagonal(stats.angle[subset], offset=n) / count, f"angular distance of {n} layers")
+
+
+def block_cosine(stats: LayerStats, n: int, tokens: str = "all") -> Float64[np.ndarray, "start"]:
+    """(1 - mean over tokens of cos(block input, block output)) / 2 of every block of n layers; L + 1 - n elements in [0, 1].
+
+    One minus the similarity (1 + cos) / 2 by which LLM-Streamline (arXiv 2403.19135) chooses, on all tokens; SimDiff's I_sim
+    of a block. (Its released code takes the state after the final norm for blocks that end at the last layer.) Raises
+    ValueError unless 1 <= n <= L.
+    """
+    subset, count = _block(stats, n, tokens)
+    return _finite((1 - np.diagonal(stats.cosine[subset], offset=n) / count) / 2, f"cosine of {n} layers")
+
+
+# The formula of Gromov et al. lets a block end at the last layer, which ruins any model that is not healed; their text keeps
+# it in the simple rule. protect_last=0 in `lowest_block` is the formula as printed.
+BLOCK_CRITERIA: dict[str, BlockCriterion] = _BlockRegistry(
+    angular=BlockCriterion("angular", "Angular distance", "Gromov et al., arXiv 2403.17887", 0, 1, block_angle),
+    block_cosine=BlockCriterion("block_cosine", "Block cosine", "LLM-Streamline, arXiv 2403.19135", 0, 1, block_cosine),
+)
+"""All criteria of contiguous blocks by name; an unknown name raises ValueError listing the known ones."""
+
+
+def _block(stats: LayerStats, n: int, tokens: str) -> tuple[int, float]:
     if not 1 <= n <= stats.n_layers:
         raise ValueError(f"a block of {n} layers does not exist in {stats.n_layers} layers; n must be 1 to {stats.n_layers}")
-    subset, count = _subset(stats, tokens)
-    return _finite(np.diagonal(stats.angle[subset], offset=n) / count, f"angular distance of {n} layers")
+    return _subset(stats, tokens)
+
+
+def _check_options(rule: Criterion | BlockCriterion, options: dict[str, Any]) -> None:
+    unknown = sorted(set(options) - set(rule.options))
+    if unknown:
+        known = ", ".join(rule.options) or "none"
+        raise ValueError(f"criterion {rule.name} has no option {', '.join(unknown)}; its options are: {known}")
 
 
 def _mixed(stats: LayerStats, alpha: float | int, kind: str, reduce: str, tokens: str) -> np.ndarray:

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from prunelib.criteria import (
+    BLOCK_CRITERIA,
     CRITERIA,
     block_angle,
+    block_cosine,
     criterion,
     difference_term,
     layer_difference,
     similarity_term,
 )
-from prunelib.search import lowest
+from prunelib.models import remove_layers
+from prunelib.search import lowest, lowest_block
 from prunelib.statistics import LayerStats, collect, from_states
 
 MEASURED = ("block_influence", "simdiff_mssd", "simdiff_masd", "relative_magnitude")
@@ -117,6 +120,53 @@ def test_block_angle_of_every_block():
     for n in (0, 5):
         with pytest.raises(ValueError, match=f"a block of {n} layers does not exist in 4 layers"):
             block_angle(stats, n)
+
+
+def test_block_cosine_of_every_block(stats):
+    np.testing.assert_allclose(block_cosine(stats, 1), similarity_term(stats), rtol=1e-14)
+    for n in (2, 5, 7):
+        cosines = [stats.cosine[0, start, start + n] / stats.count[0] for start in range(8 - n)]
+        np.testing.assert_allclose(block_cosine(stats, n), (1 - np.array(cosines)) / 2, rtol=1e-14)
+    with pytest.raises(ValueError, match="a block of 8 layers does not exist in 7 layers"):
+        block_cosine(stats, 8)
+
+
+def test_registry_of_blocks(stats):
+    assert set(BLOCK_CRITERIA) == {"angular", "block_cosine"}
+    angular = BLOCK_CRITERIA["angular"]
+    assert angular.options == {"tokens": "last"}
+    assert BLOCK_CRITERIA["block_cosine"].options == {"tokens": "all"}
+    np.testing.assert_array_equal(angular(stats, 3), block_angle(stats, 3))
+    np.testing.assert_array_equal(angular(stats, 3, tokens="all"), block_angle(stats, 3, "all"))
+    with pytest.raises(ValueError, match="unknown criterion of blocks 'angle'; there are: angular, block_cosine"):
+        BLOCK_CRITERIA["angle"]
+    with pytest.raises(ValueError, match="criterion angular has no option alpha; its options are: tokens"):
+        angular(stats, 3, alpha=1)
+
+
+@pytest.mark.parametrize("name", ["angular", "block_cosine"])
+def test_a_planted_block_is_found_and_its_removal_changes_nothing(tiny_llama, name):
+    for planted in (2, 3):
+        with torch.no_grad():
+            tiny_llama.model.layers[planted].self_attn.o_proj.weight.zero_()
+            tiny_llama.model.layers[planted].mlp.down_proj.weight.zero_()
+    windows = torch.randint(3, 97, (3, 12))
+    rule = BLOCK_CRITERIA[name]
+    importance = rule(collect(tiny_llama, windows, progress=False), 2)
+    removed = lowest_block(importance, 6, rule.protect_first, rule.protect_last)
+    assert removed == (2, 3)
+    assert importance[2] == pytest.approx(0, abs=1e-15)
+    with torch.no_grad():
+        assert torch.equal(remove_layers(tiny_llama, removed)(windows).logits, tiny_llama(windows).logits)
+
+
+def test_the_last_layer_stays_unless_asked_for():
+    """States that hardly turn in the last two layers."""
+    degrees = torch.tensor([0.0, 20.0, 40.0, 50.0, 51.0, 52.0], dtype=torch.float64)
+    stats = from_states(torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)[None, None])
+    rule = BLOCK_CRITERIA["angular"]
+    assert lowest_block(rule(stats, 2), 5) == (3, 4)
+    assert lowest_block(rule(stats, 2), 5, rule.protect_first, rule.protect_last) == (2, 3)
 
 
 def test_the_average_of_the_angle_is_not_the_angle_of_the_average():
