@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -58,13 +59,19 @@ def items(task: str) -> tuple[Item, ...]:
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(BUILDERS)}")
-    found = build(task, pydocs.records("pydocs", "evaluation"))
+    found = _from_corpus(task, pydocs.build("pydocs").stat().st_mtime_ns)
     if len(found) < ITEMS:
         raise ValueError(
             f"{task}: {len(found)} items instead of {ITEMS}; the docstrings on this machine are not those of the lock: "
             "pip install -r requirements.lock and delete data/corpora/pydocs.jsonl"
         )
     return found
+
+
+@lru_cache(maxsize=8)
+def _from_corpus(task: str, modified: int) -> tuple[Item, ...]:
+    """The items of the corpus on disk, built once; `modified` makes the cache forget a corpus that was rebuilt."""
+    return build(task, pydocs.records("pydocs", "evaluation"))
 
 
 def build(task: str, documents: Sequence[pydocs.Document]) -> tuple[Item, ...]:

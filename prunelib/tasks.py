@@ -539,19 +539,26 @@ def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
         import datasets
 
         return {
-            split: datasets.Dataset.from_list(
-                [row for row in _rows(path, path.stat().st_mtime_ns) if subject is None or row.get("subject") == subject]
-            )
+            split: datasets.Dataset.from_list(_records(path, path.stat().st_mtime_ns, subject))
             for split, path in present.items()
         }
 
     return {"custom_dataset": read, "dataset_kwargs": None, **absent}
 
 
-@lru_cache(maxsize=16)
-def _rows(path: Path, modified: int) -> tuple[dict, ...]:
-    """The records of one file; `modified` makes the cache forget a file that changed."""
-    found = []
+def _records(path: Path, modified: int, subject: str | None) -> list[dict]:
+    """The records of one file, or those of one subject of MMLU. Raises ValueError when there is none."""
+    rows, by_subject = _file(path, modified)
+    found = rows if subject is None else by_subject.get(subject, [])
+    if not found:
+        raise ValueError(f"{path} holds no record" + (f" whose subject is {subject!r}" if subject else ""))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _file(path: Path, modified: int) -> tuple[list[dict], dict[str, list[dict]]]:
+    """All records of one file, and the same by subject; `modified` makes the cache forget a file that changed."""
+    rows: list[dict] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -560,10 +567,11 @@ def _rows(path: Path, modified: int) -> tuple[dict, ...]:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: one JSON object a line is expected")
-            found.append(row)
-    if not found:
-        raise ValueError(f"{path} is empty")
-    return tuple(found)
+            rows.append(row)
+    by_subject: dict[str, list[dict]] = {}
+    for row in rows:
+        by_subject.setdefault(str(row.get("subject")), []).append(row)
+    return rows, by_subject
 
 
 def _load(specs: Sequence[Mapping], names: Sequence[str], *, hub: bool) -> dict:

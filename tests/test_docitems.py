@@ -116,6 +116,6 @@ def test_unknown_task_and_poor_corpus(monkeypatch, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == docitems.ITEMS
     assert set(rows[0]) == {"document", "query", "choices", "continuation", "label"}
-    monkeypatch.setattr(pydocs, "records", lambda corpus, split: ())
+    monkeypatch.setattr(docitems, "ITEMS", 100_000)
     with pytest.raises(ValueError, match=r"requirements\.lock"):
         docitems.items("pydocs_summary")

@@ -81,13 +81,13 @@ def scripted(monkeypatch, small, tokenizer):
 
 
 def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(scripted):
-    right = scripted(lambda request: 0.0 if request.idx == request.doc["label"] else -1e6, "embedded", limit=100)
+    right = scripted(lambda request: 0.0 if request.idx == request.doc["label"] else -1e6, "embedded", limit=40)
     assert [(result.task, result.n, result.acc) for result in right.tasks.values()] == [
-        (name, 100, 1.0) for name in tasks.EMBEDDED
+        (name, 40, 1.0) for name in tasks.EMBEDDED
     ]
     assert right["pydocs_next_line"].acc_norm == 1.0
     assert right["pydocs_summary"].acc_norm is None  # one text is scored for all choices: there is nothing to normalise
-    wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=100)
+    wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=40)
     assert [result.acc for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
 
 
@@ -223,14 +223,14 @@ def test_equals_lm_evals_own_route(stories, shared_data):
 
 def test_every_family_of_official_tasks_runs_offline(stories, shared_data):
     names = [*(name for name in tasks.TASK_SETS["simdiff_zero_shot"] if name != "boolq"), "mmlu", "lambada_openai", "wsc273"]
-    results = evaluate_tasks(*stories, names, bos=True, limit=2, data_dir=shared_data / "benchmarks", progress=False)
+    results = evaluate_tasks(*stories, names, bos=True, limit=1, data_dir=shared_data / "benchmarks", progress=False)
     assert list(results.tasks) == names
     counts = {name: result.n for name, result in results.tasks.items()}
-    assert counts.pop("mmlu") == 57 * 2
-    assert set(counts.values()) == {2}
+    assert counts.pop("mmlu") == 57
+    assert set(counts.values()) == {1}
     mmlu = results["mmlu"]
-    assert mmlu.chance == 0.25 and mmlu.choices == ("A", "B", "C", "D") and len(mmlu.settings["members"]) == 57
-    assert mmlu.items[0] == "mmlu_abstract_algebra/0" or mmlu.items[0].endswith("/0")
+    assert mmlu.chance == 0.25 and len(mmlu.settings["members"]) == 57
+    assert {"mmlu_anatomy/0", "mmlu_astronomy/0"} < set(mmlu.items)
     assert results["lambada_openai"].chance is None and "log_likelihood" in results["lambada_openai"].scores
     text = json.dumps([results.describe(), results.rows()])
     assert str(shared_data) not in text and str(Path.home()) not in text
@@ -242,17 +242,17 @@ def test_constant_yes_on_boolq_is_seen(scripted, shared_data):
     def yes(request):
         return float(request.args[1] == " yes")
 
-    results = scripted(yes, ["boolq", "piqa"], data_dir=shared_data / "benchmarks")
+    results = scripted(yes, "boolq", data_dir=shared_data / "benchmarks")
     boolq = results["boolq"]
     assert boolq.n == 3270
     assert round(100 * boolq.acc, 2) == 62.17  # SimDiff, Table 2: SLEB 62.17
     assert boolq.constant_answer == "yes" and boolq.best_constant == boolq.acc
-    assert results["piqa"].constant_answer is None and results["piqa"].best_constant is None
     rows = {row["metric"]: row["value"] for row in boolq.rows()}
     assert rows["constant_share"] == 1.0 and rows["best_constant"] == boolq.acc
-    averages = {average.label: average for average in results.averages()}
-    assert averages["average_without_boolq"].value == results["piqa"].acc
-    assert averages["average"].value == pytest.approx((boolq.acc + results["piqa"].acc) / 2)
+    varied = scripted(
+        lambda request: float(len(request.args[0]) % 2 == request.idx), "boolq", limit=50, data_dir=shared_data / "benchmarks"
+    )
+    assert varied["boolq"].constant_answer is None and 0.2 < varied["boolq"].constant_share < 0.8
 
 
 # --- our own YAML tasks, and what goes wrong -----------------------------------------------------------------------------
