@@ -30,6 +30,7 @@ from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 from prunelib.grid import STEM, figure_suffixes
 from prunelib.provenance import at_root, file_sha256, from_root, notebook_source_sha, write_json
@@ -106,17 +107,17 @@ METHODS: dict[str, Method] = _Methods(
         method.name: method
         for method in (
             Method("dense", "dense", "#000000", "", ":"),
-            Method("random", "random layers", "#8c8c8c", "", "-"),
+            Method("random", "random layers", "#a3a3a3", "", "-"),
             Method("block_influence", "cosine (block influence)", "#0072b2", "o"),
             Method("simdiff_mssd", "SimDiff (MSSD)", "#d55e00", "s"),
             Method("simdiff_masd", "SimDiff (MASD)", "#009e73", "^"),
-            Method("deepest", "deepest layers", "#cc79a7", "v"),
+            Method("deepest", "deepest layers", "#882255", "v"),
             Method("angular", "angular (contiguous block)", "#56b4e9", "D"),
             Method("relative_magnitude", "relative magnitude", "#e6b800", "P"),
             Method("simdiff", "SimDiff", "#d55e00", "s"),
             # ShortGPT is block influence under another name: the same colour.
             Method("shortgpt", "ShortGPT = cosine", "#0072b2", "o"),
-            Method("entrodrop", "EntroDrop", "#882255", "X"),
+            Method("entrodrop", "EntroDrop", "#cc79a7", "X"),
             Method("sleb", "SLEB", "#999933", "p"),
             Method("shortened_llm", "Shortened LLaMA", "#332288", "h"),
             Method("laco", "LaCo", "#44aa99", "<"),
@@ -146,7 +147,7 @@ def spread(
     *,
     value: str = "value",
     center: str = "median",
-    interval: str | tuple[float, float] = "min-max",
+    interval: str | tuple[float | int, float | int] = "min-max",
 ) -> pd.DataFrame:
     """Centre and interval of `value` for every combination of the columns `by`: what `curve` and `random_band` draw.
 
@@ -174,7 +175,7 @@ def spread(
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "interval"])
 
 
-def interval_words(interval: str | tuple[float, float]) -> str:
+def interval_words(interval: str | tuple[float | int, float | int]) -> str:
     """An interval of `spread` in words, for captions and legends."""
     if isinstance(interval, str):
         if interval not in SPREADS:
@@ -185,7 +186,7 @@ def interval_words(interval: str | tuple[float, float]) -> str:
     return f"{100 * interval[0]:g}–{100 * interval[1]:g} % quantiles"
 
 
-def _bounds(numbers: np.ndarray, middle: float, interval: str | tuple[float, float]) -> tuple[float, float]:
+def _bounds(numbers: np.ndarray, middle: float, interval: str | tuple[float | int, float | int]) -> tuple[float, float]:
     if interval == "min-max":
         return float(numbers.min()), float(numbers.max())
     if isinstance(interval, str):
@@ -221,13 +222,15 @@ def joint_title(methods: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------------ layout
 
 
-def panels(rows: int = 1, columns: int = 1, *, height: float = 3.0, width: float = WIDTH, **options: Any) -> tuple[Figure, Any]:
+def panels(
+    rows: int = 1, columns: int = 1, *, height: float | int = 3.0, width: float | int = WIDTH, **options: Any
+) -> tuple[Figure, Any]:
     """`plt.subplots` at the width of a README; `height` in inches per row. One panel comes as an Axes, more as an array."""
     return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **options)
 
 
 def published_and_ours(
-    published: str, ours: str, *, height: float = 3.2, share_y: bool = False, share_x: bool = False
+    published: str, ours: str, *, height: float | int = 3.2, share_y: bool = False, share_x: bool = False
 ) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two panels, `published: …` on the left and `ours: …` on the right; the arguments name model and text.
 
@@ -298,7 +301,7 @@ def curve(
     y: str = "value",
     published: bool = False,
     label: str | None = None,
-    offset: float = 0.0,
+    offset: float | int = 0.0,
 ) -> None:
     """One method as markers and lines, with error bars where `data` has `low` and `high` that differ from the value.
 
@@ -347,7 +350,7 @@ def random_band(
     axes.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(look.color, 0.25), edgecolor=look.color, label=label))
 
 
-def dense_line(axes: Axes, value: float, *, label: str = "dense (no layer removed)", published: bool = False) -> None:
+def dense_line(axes: Axes, value: float | int, *, label: str = "dense (no layer removed)", published: bool = False) -> None:
     """The unpruned model as a horizontal line."""
     look = METHODS["dense"]
     label = label + (" (published)" if published else "")
@@ -429,19 +432,19 @@ def _headroom(axes: Axes, share: float) -> None:
     axes.set_ylim(top=float(transform.inverted().transform(np.array([high + (high - low) * share / (1 - share)]))[0]))
 
 
-def mark_same(axes: Axes, x: Sequence[float], y: Sequence[float], *, label: str) -> None:
+def mark_same(axes: Axes, x: ArrayLike, y: ArrayLike, *, label: str) -> None:
     """Rings around the points where methods chose the same layers, so that a hidden curve is not taken for a missing one."""
     axes.plot(x, y, linestyle="", marker="o", markersize=11, fillstyle="none", color="#333333", zorder=3, label=label)
 
 
 def layer_bars(
     axes: Axes,
-    importance: Sequence[float],
+    importance: ArrayLike,
     removed: Iterable[int] = (),
     *,
     method: str,
-    low: Sequence[float] | None = None,
-    high: Sequence[float] | None = None,
+    low: ArrayLike | None = None,
+    high: ArrayLike | None = None,
     published: bool = False,
     upright: bool = False,
 ) -> None:
@@ -486,8 +489,8 @@ def heatmap(
     label: str,
     fmt: str = ".2f",
     numbers: bool = True,
-    low: float | None = None,
-    high: float | None = None,
+    low: float | int | None = None,
+    high: float | int | None = None,
     outlined: Iterable[tuple[Any, Any]] = (),
     colormap: str = "cividis",
     bar: bool = True,

@@ -1,0 +1,492 @@
+"""Figures: one look per method, and a `save` that is complete, traceable, repeatable, or leaves things as they were."""
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+matplotlib.use("agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
+
+from prunelib import figures, grid
+from prunelib.figures import METHODS, FigureError
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPARED = ("block_influence", "simdiff_mssd", "simdiff_masd", "deepest", "angular", "relative_magnitude", "random")
+
+
+@pytest.fixture(autouse=True)
+def style():
+    figures.use_style()
+    plt.rcParams["savefig.dpi"] = 50  # a fraction of the time, everything else as it is
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    """What a chapter reads from results.csv: three methods, four counts, five seeds."""
+    generator = np.random.default_rng(0)
+    table = [
+        {
+            "run": f"depth/tiny__k{count}",
+            "code": "0123456789ab",
+            "method": method,
+            "layers_removed": count,
+            "seed": seed,
+            "value": 8 * 1.2**count + (count and generator.uniform()),
+        }
+        for method in ("random", "block_influence", "simdiff_mssd")
+        for count in (0, 2, 4, 6)
+        for seed in range(5)
+    ]
+    return pd.DataFrame(table)
+
+
+@pytest.fixture
+def chapter(tmp_path) -> Path:
+    cells = [{"cell_type": "code", "source": "x = 1", "metadata": {}, "outputs": [], "execution_count": None}]
+    path = tmp_path / "01_chapter.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def draw(summary: pd.DataFrame):
+    figure, axes = figures.panels(height=3)
+    figures.random_band(axes, summary[summary["method"] == "random"])
+    for name in ("block_influence", "simdiff_mssd"):
+        figures.curve(axes, summary[summary["method"] == name], name)
+    figures.dense_line(axes, 8)
+    figures.log_scale(axes)
+    figures.legend(figure, note=figures.error_note(summary, "seeds"))
+    return figure
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+# --------------------------------------------------------------------------------------------------------------- looks
+
+
+def test_importing_needs_no_torch():
+    code = "import sys, prunelib.figures; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_criterion_has_its_look():
+    from prunelib.criteria import CRITERIA
+
+    assert set(CRITERIA) <= set(METHODS)
+    assert all(name == method.name for name, method in METHODS.items())
+    with pytest.raises(FigureError, match="no colour for method 'cosin'; there are: dense, random, "):
+        METHODS["cosin"]
+
+
+def test_methods_in_one_figure_differ_in_colour_marker_and_title():
+    for kind in ("color", "title"):
+        assert len({getattr(METHODS[name], kind) for name in COMPARED}) == len(COMPARED), kind
+    drawn = [METHODS[name].marker for name in COMPARED if name != "random"]
+    assert len(set(drawn)) == len(drawn)
+    assert "" not in drawn
+    assert METHODS["shortgpt"].color == METHODS["block_influence"].color, "one criterion under two names"
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]),
+}
+
+
+def lab(color: str, deficiency: str) -> np.ndarray:
+    """CIE Lab of a colour as seen with a deficiency."""
+    channels = np.array(to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(DEFICIENCIES[deficiency] @ linear, 0, 1)
+    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    ratio = matrix @ seen / np.array([0.9505, 1.0, 1.089])
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_colours_are_told_apart_by_everyone(deficiency):
+    """A difference of 2.3 in Lab is just noticeable; ten times that between thin lines."""
+    for one, other in itertools.combinations(COMPARED, 2):
+        difference = np.linalg.norm(lab(METHODS[one].color, deficiency) - lab(METHODS[other].color, deficiency))
+        # Grey and the palest colour differ in form: a band against a line with markers.
+        assert difference > (10 if "random" in (one, other) else 20), (one, other, difference)
+
+
+def test_style_is_the_same_whatever_was_set_before():
+    plt.rcParams["font.size"] = 30
+    plt.rcParams["axes.grid"] = False
+    figures.use_style()
+    assert plt.rcParams["font.size"] == 9
+    assert plt.rcParams["savefig.dpi"] * figures.WIDTH == 1440, "sharp at twice the width of a README"
+    assert plt.rcParams["axes.grid"] is True
+    assert 9 <= plt.rcParams["axes.titlesize"] <= 10
+    assert plt.rcParams["figure.facecolor"] == "white"
+    assert not plt.rcParams["axes.spines.top"]
+
+
+# ---------------------------------------------------------------------------------------------------- plotted numbers
+
+
+def test_spread_gives_centre_and_interval(rows):
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    group = rows[(rows["method"] == "random") & (rows["layers_removed"] == 4)]["value"]
+    row = summary[(summary["method"] == "random") & (summary["layers_removed"] == 4)].iloc[0]
+    assert (row["value"], row["low"], row["high"], row["n"]) == (group.median(), group.min(), group.max(), 5)
+    assert row["interval"] == "median and min–max"
+    for interval, low in (("sd", group.mean() - group.std()), ("sem", group.mean() - group.sem())):
+        other = figures.spread(rows, ["method", "layers_removed"], center="mean", interval=interval)
+        found = other[(other["method"] == "random") & (other["layers_removed"] == 4)].iloc[0]
+        assert found["value"] == pytest.approx(group.mean())
+        assert found["low"] == pytest.approx(low)
+    band = figures.spread(rows, "method", interval=(0.1, 0.9))
+    assert band["interval"].unique() == ["median and 10–90 % quantiles"]
+    assert band["low"][0] == pytest.approx(rows[rows["method"] == "block_influence"]["value"].quantile(0.1))
+
+
+def test_spread_does_not_invent():
+    table = pd.DataFrame({"k": [1, 1, 2], "value": [3.0, None, 5.0]})
+    summary = figures.spread(table, "k", center="mean", interval="sd")
+    assert list(summary["n"]) == [1, 1]
+    assert summary[["low", "high"]].isna().all(axis=None), "one value has no standard deviation"
+    with pytest.raises(FigureError, match="no column kk; it has k, value"):
+        figures.spread(table, "kk")
+    with pytest.raises(FigureError, match="all of them are missing"):
+        figures.spread(table.assign(value=float("nan")), "k")
+    with pytest.raises(FigureError, match="unknown interval 'ci'"):
+        figures.spread(table, "k", interval="ci")
+    with pytest.raises(FigureError, match="median` or `mean`, not 'mode'"):
+        figures.spread(table, "k", center="mode")
+    with pytest.raises(FigureError, match="growing numbers between 0 and 1"):
+        figures.spread(table, "k", interval=(0.9, 0.1))
+
+
+def test_methods_that_coincide_are_drawn_once():
+    chosen = {"block_influence": (3, 5), "simdiff_mssd": (3, 6), "simdiff_masd": (3, 5)}
+    assert figures.coinciding(chosen) == [("block_influence", "simdiff_masd"), ("simdiff_mssd",)]
+    assert figures.joint_title(("block_influence", "simdiff_masd")) == "cosine (block influence) = SimDiff (MASD)"
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_curve_draws_its_rows_and_nothing_else(rows):
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    data = summary[summary["method"] == "block_influence"]
+    _, axes = figures.panels()
+    figures.curve(axes, data.iloc[::-1], "block_influence", offset=0.1)
+    (container,) = axes.containers
+    line, _, (bars,) = container
+    np.testing.assert_allclose(line.get_xdata(), data["layers_removed"] + 0.1)
+    np.testing.assert_array_equal(line.get_ydata(), data["value"])
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    np.testing.assert_allclose(ends, data[["low", "high"]].to_numpy())
+    assert to_hex(line.get_color()) == METHODS["block_influence"].color
+    assert container.get_label() == "cosine (block influence)"
+
+
+def test_published_values_look_published():
+    data = pd.DataFrame({"layers_removed": [2, 4], "value": [6.3, 8.9]})
+    _, (left, right) = figures.published_and_ours("Llama-2-7B", "llama32")
+    figures.curve(left, data, "shortgpt", published=True)
+    figures.curve(right, data, "block_influence")
+    theirs, ours = left.lines[0], right.lines[0]
+    assert (theirs.get_linestyle(), to_hex(theirs.get_markerfacecolor())) == ("--", "#ffffff")
+    assert (ours.get_linestyle(), to_hex(ours.get_markerfacecolor())) == ("-", METHODS["block_influence"].color)
+    assert theirs.get_label().endswith("(published)")
+    assert "published" not in ours.get_label()
+    assert (left.get_title("left"), right.get_title("left")) == ("published: Llama-2-7B", "ours: llama32")
+    figures.grouped_bars(left, data.assign(method="shortgpt"), ["shortgpt"], published=True)
+    assert all(bar.get_hatch() and to_hex(bar.get_facecolor()) == "#ffffff" for bar in left.patches)
+
+
+def test_curve_refuses_seeds_that_were_not_summarised(rows):
+    _, axes = figures.panels()
+    with pytest.raises(FigureError, match=r"several values of value at layers_removed = \[0, 2, 4, 6\]: summarise"):
+        figures.curve(axes, rows[rows["method"] == "random"], "random")
+    with pytest.raises(FigureError, match="no column ppl"):
+        figures.curve(axes, rows, "random", y="ppl")
+    with pytest.raises(FigureError, match="nothing to draw"):
+        figures.curve(axes, rows.assign(value=None), "random")
+
+
+def test_band_says_what_it_is(rows):
+    summary = figures.spread(rows[rows["method"] == "random"], "layers_removed", interval=(0.1, 0.9))
+    _, axes = figures.panels()
+    figures.random_band(axes, summary)
+    assert axes.get_legend_handles_labels()[1] == ["random layers (median and 10–90 % quantiles of 5 draws)"]
+    edges = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == (summary["low"].min(), summary["high"].max())
+    assert figures.error_note(summary, "seeds") == "points and error bars: median and 10–90 % quantiles of 5 seeds"
+    mixed = pd.concat([summary, figures.spread(rows, "layers_removed")])
+    with pytest.raises(FigureError, match="mixes intervals"):
+        figures.error_note(mixed)
+
+
+def test_bars_keep_missing_ones_missing_and_mark_equal_ones(rows):
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    summary = summary[(summary["layers_removed"] > 0) & (summary["method"] != "random")]
+    gap = summary[~((summary["method"] == "simdiff_mssd") & (summary["layers_removed"] == 4))]
+    _, axes = figures.panels()
+    methods = ["block_influence", "simdiff_mssd"]
+    figures.grouped_bars(
+        axes, gap, methods, numbers=".1f", log=True, same={2: [tuple(methods)], 6: [(name,) for name in methods]}
+    )
+    heights = sorted(bar.get_height() for bar in axes.patches)
+    assert heights == sorted(gap["value"])
+    written = [text.get_text() for text in axes.texts]
+    assert written.count("=") == 1, "at 2 removed layers, on the second bar"
+    assert sorted(text for text in written if text != "=") == sorted(f"{value:.1f}" for value in gap["value"])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "4", "6"]
+    assert axes.get_ylim()[1] > 1.2 * max(gap["high"]), "room for the numbers"
+    with pytest.raises(FigureError, match="no rows of method 'deepest'"):
+        figures.grouped_bars(axes, gap, ["deepest"])
+
+
+def test_layer_bars_fade_what_is_removed():
+    _, axes = figures.panels()
+    figures.layer_bars(axes, [0.5, 0.1, 0.2, 0.9], {1, 2}, method="simdiff_mssd")
+    assert [bar.get_alpha() is not None for bar in axes.patches] == [False, True, True, False]
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.1, 0.2, 0.9]
+    with pytest.raises(FigureError, match=r"removed layers \[4\] do not exist in 4 layers"):
+        figures.layer_bars(axes, [0.5, 0.1, 0.2, 0.9], {4}, method="simdiff_mssd")
+
+
+def test_heatmap_numbers_can_be_read():
+    table = pd.DataFrame(np.linspace(0, 1, 20).reshape(4, 5), index=[8, 10, 12, 14], columns=[0.1, 0.2, 0.3, 0.4, 0.5])
+    table.iloc[1, 2] = None
+    _, axes = figures.panels()
+    figures.heatmap(axes, table, label="accuracy", outlined=[(8, 0.5)])
+    assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for value in table.to_numpy().ravel() if value == value]
+    colors = axes.collections[0].get_facecolors()[table.notna().to_numpy().ravel()]
+    for text, color in zip(axes.texts, colors, strict=True):
+        light, dark = sorted([figures.luminance(text.get_color()), figures.luminance(color)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, "contrast that WCAG 2 asks of text"
+    (frame,) = axes.patches
+    assert frame.get_xy() == (4, 0)
+    with pytest.raises(FigureError, match="no numbers"):
+        figures.heatmap(axes, table * float("nan"), label="accuracy")
+
+
+def test_legend_fits_into_the_figure(rows):
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    figure, axes = figures.panels(1, 2)
+    for one in axes:
+        for name in COMPARED:
+            figures.curve(one, summary[summary["method"] == "random"], name, label=f"{METHODS[name].title} and more words")
+    figures.legend(figure, columns=4)
+    figure.canvas.draw()
+    (drawn,) = figure.legends
+    assert len(drawn.get_texts()) == len(COMPARED), "every label once"
+    box = drawn.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    empty, _ = figures.panels()
+    with pytest.raises(FigureError, match="nothing in this figure has a label"):
+        figures.legend(empty)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_save_writes_picture_numbers_and_origin(rows, chapter, tmp_path):
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    results = tmp_path / "results.csv"
+    rows.to_csv(results, index=False)
+    origin = figures.trace(
+        chapter,
+        parameters={"results": str(results), "output": "build/x.json", "alphas": [0.0, 0.5]},
+        inputs=[results, "data/published/published.csv"],
+        rows=rows,
+    )
+    paths = figures.save(draw(summary), "simdiff_fig5a_perplexity", tmp_path / "figures", data=summary, provenance=origin)
+    assert [path.name for path in paths] == [f"simdiff_fig5a_perplexity{end}" for end in (".png", ".pdf", ".csv", ".json")]
+    assert [path.suffix for path in paths] == list(grid.figure_suffixes("simdiff_fig5a_perplexity"))
+    assert sorted(paths) == sorted((tmp_path / "figures").iterdir()), "no temporary file stays"
+    png, pdf, csv, record = paths
+
+    with Image.open(png) as image:
+        assert image.size == (360, 150)
+        assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+        assert not {"Software", "Creation Time"} & set(image.info)
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert b"CreationDate" not in pdf.read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(csv), summary.reset_index(drop=True), check_exact=True, check_dtype=False)
+
+    record = json.loads(record.read_text(encoding="utf-8"))
+    assert record["figure"] == "simdiff_fig5a_perplexity"
+    assert (record["paper"], record["number"]) == ("SimDiff, arXiv 2604.19520", "fig5a")
+    assert record["notebook"]["path"] == "01_chapter.ipynb"
+    assert len(record["notebook"]["source_sha256"]) == 64
+    assert record["parameters"] == {"results": "results.csv", "alphas": [0.0, 0.5]}
+    assert record["inputs"]["results.csv"] == hashlib.sha256(results.read_bytes()).hexdigest()
+    assert set(record["inputs"]) == {"results.csv", "data/published/published.csv"}
+    assert record["runs"] == [f"depth/tiny__k{count}" for count in (0, 2, 4, 6)]
+    assert record["run_code"] == ["0123456789ab"]
+    assert set(record["libraries"]) == {"matplotlib", "numpy", "pandas", "seaborn"}
+    for kind, digest in record["files"].items():
+        assert hashlib.sha256((tmp_path / "figures" / f"simdiff_fig5a_perplexity.{kind}").read_bytes()).hexdigest() == digest
+    assert set(record["files"]) == {"png", "pdf", "csv"}
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_the_same_data_give_the_same_bytes_in_another_process(rows, chapter, tmp_path):
+    """With another hash seed: the order of sets must not show, in the pdf's font subsets for instance."""
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    summary.to_csv(tmp_path / "summary.csv", index=False)
+    figures.save(draw(summary), "own_repeat", tmp_path / "one", data=summary, provenance=figures.trace(chapter))
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import pandas, test_figures as t
+summary = pandas.read_csv({str(tmp_path / "summary.csv")!r})
+t.figures.use_style()
+t.plt.rcParams["savefig.dpi"] = 50
+origin = t.figures.trace({str(chapter)!r})
+t.figures.save(t.draw(summary), "own_repeat", {str(tmp_path / "two")!r}, data=summary, provenance=origin)
+"""
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "MPLBACKEND": "agg", "SOURCE_DATE_EPOCH": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_record_holds_no_clock_and_no_commit(rows, chapter, tmp_path):
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    paths = figures.save(draw(summary), "own_clean", tmp_path, data=summary, provenance=figures.trace(chapter))
+    record = json.loads(paths[-1].read_text())
+    assert set(record) == {
+        *("figure", "paper", "number", "notebook", "parameters", "inputs"),
+        *("drawing_code_sha256", "libraries", "files"),
+    }
+
+
+def test_figures_stay_open_for_the_notebook_to_show_once(rows, chapter, tmp_path):
+    """The notebook's own backend shows every open figure at the end of its cell and closes it: `save` does neither."""
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    figure = draw(summary)
+    figures.save(figure, "own_open", tmp_path, data=summary, provenance=figures.trace(chapter))
+    assert plt.get_fignums() == [figure.number]
+
+
+@pytest.mark.parametrize(
+    ("stem", "message"),
+    [
+        ("fig5", "names no figure: a stem is <paper>_<fig|table><n>_<what> or own_<what>"),
+        ("simdiff_fig5a", "names no figure"),
+        ("Own_thing", "names no figure"),
+        ("own_../x", "names no figure"),
+        ("simdif_fig5a_ppl", "names no known paper"),
+        ("simdiff_table3_layers", "stem of a table: use save_table"),
+    ],
+)
+def test_stems_follow_the_rule(stem, message, rows, chapter, tmp_path):
+    figure, _ = figures.panels()
+    with pytest.raises(FigureError, match=message.replace("|", "\\|")):
+        figures.save(figure, stem, tmp_path / "figures", data=rows, provenance=figures.trace(chapter))
+    assert not (tmp_path / "figures").exists()
+
+
+def test_data_without_numbers_are_refused(rows, chapter, tmp_path):
+    figure, origin = draw(figures.spread(rows, ["method", "layers_removed"])), figures.trace(chapter)
+    for data, message in (
+        (rows.iloc[:0], "the plotted data are empty"),
+        (rows.assign(high=float("nan")), "column 'high' of the plotted data has no value"),
+        (rows.assign(value=float("inf")), "column 'value' of the plotted data is infinite"),
+        (rows.pivot_table(index="seed", columns=["method", "layers_removed"], values="value"), "several levels of columns"),
+    ):
+        with pytest.raises(FigureError, match=message):
+            figures.save(figure, "own_empty", tmp_path / "figures", data=data, provenance=origin)
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_failed_save_leaves_the_older_set(rows, chapter, tmp_path, monkeypatch):
+    folder, origin = tmp_path / "figures", figures.trace(chapter)
+    summary = figures.spread(rows, ["method", "layers_removed"])
+    figures.save(draw(summary), "own_kept", folder, data=summary, provenance=origin)
+    before = hashes(folder)
+    assert len(before) == 4
+    changed = summary.assign(value=2 * summary["value"])
+
+    with pytest.raises(TypeError):  # while the set is being made
+        figures.save(draw(changed), "own_kept", folder, data=changed, provenance=origin | {"what": object()})
+    assert hashes(folder) == before
+
+    real, moved = os.replace, []
+
+    def full(source, target):  # while it is being moved into place
+        if Path(target).parent == folder and Path(target).suffix == ".csv" and Path(source).parent.name != "old":
+            raise OSError(28, "No space left on device")
+        moved.append(Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(figures.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        figures.save(draw(changed), "own_kept", folder, data=changed, provenance=origin)
+    assert "own_kept.png" in moved, "half of the set was in place already"
+    assert hashes(folder) == before
+    with pytest.raises(OSError, match="No space left"):
+        figures.save(draw(changed), "own_new", folder, data=changed, provenance=origin)
+    assert hashes(folder) == before, "nothing of a set that was never complete"
+
+
+def test_named_index_becomes_columns(rows, chapter, tmp_path):
+    table = rows.groupby(["method", "layers_removed"])["value"].mean().to_frame()
+    (csv, _) = figures.save_table("own_means_table", tmp_path, data=table, provenance=figures.trace(chapter))
+    assert list(pd.read_csv(csv)) == ["method", "layers_removed", "value"]
+
+
+def test_tables_have_numbers_and_origin(chapter, tmp_path):
+    table = pd.DataFrame({"method": ["dense", "a|b"], "layers_removed": [0, 8], "ppl": [1234.567, None]})
+    csv, record = figures.save_table("simdiff_table3_layers", tmp_path, data=table, provenance=figures.trace(chapter))
+    assert (csv.suffix, record.suffix) == grid.figure_suffixes("simdiff_table3_layers")
+    assert json.loads(record.read_text())["number"] == "table3"
+    assert csv.read_text() == "method,layers_removed,ppl\ndense,0,1234.567\na|b,8,\n"
+    with pytest.raises(FigureError, match="stem of a figure: use save"):
+        figures.save_table("simdiff_fig3_healing", tmp_path, data=table, provenance={})
+    assert figures.markdown(table, digits={"ppl": 1}).splitlines() == [
+        "| method | layers_removed | ppl |",
+        "| --- | ---: | ---: |",
+        "| dense | 0 | 1,234.6 |",
+        "| a\\|b | 8 | – |",
+    ]
+
+
+def test_origin_refuses_what_it_cannot_trace(rows, chapter, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        figures.trace(chapter, inputs=[tmp_path / "nothing.csv"])
+    with pytest.raises(FileNotFoundError):
+        figures.trace(tmp_path / "nothing.ipynb")
+    with pytest.raises(FigureError, match=r"no column code: pass rows of results\.csv"):
+        figures.trace(chapter, rows=rows.drop(columns="code"))
+
+
+def test_committed_figures_are_complete_and_untouched():
+    """Every json in figures/ has the files it lists, with their hashes: no half-replaced set, no number edited by hand."""
+    records = sorted((ROOT / "figures").glob("*.json"))
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert record["figure"] == path.stem
+        assert {f".{kind}" for kind in record["files"]} | {".json"} == set(grid.figure_suffixes(path.stem))
+        for kind, digest in record["files"].items():
+            content = path.with_suffix(f".{kind}").read_bytes()
+            assert hashlib.sha256(content).hexdigest() == digest, f"{path.stem}.{kind}"
+    if not records:
+        pytest.skip("no figure was drawn yet")
