@@ -1,10 +1,11 @@
 """Train the embedded reference models: small, deep decoders that behave like large ones when layers are removed.
 
-Three steps, each a sub-command of ``python -m prunelib.pretraining``:
+Four steps, each a sub-command of ``python -m prunelib.pretraining``:
 
 1. ``tokenizer``: byte-level BPE over the training text, saved with every reference model;
 2. ``tokens``: the training and held-out text as flat arrays of token ids;
 3. ``train``: one model of `REFERENCES` with the Hugging Face Trainer, resumable from its last checkpoint;
+4. ``card``: README.md and loss_curve.png beside the weights, every number from ``training.json`` and the files there.
 
 Sizes, data and steps in `REFERENCES` were fixed before any pruning result was seen, and are not tuned afterwards.
 """
@@ -23,10 +24,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from prunelib.provenance import record, write_json
+from prunelib.provenance import at_root, file_sha256, record, write_json, write_text
 
 END = "<|endoftext|>"
 VOCABULARY = 4096
+TOKENIZER_CHARACTERS = 60_000_000  # of each file
 WINDOW = 512  # tokens of one training window; also the models' longest context
 
 
@@ -109,7 +111,7 @@ def read_documents(path: Path) -> Iterator[str]:
             yield "".join(document).strip("\n")
 
 
-def train_tokenizer(files: list[Path], folder: Path, *, characters: int = 60_000_000) -> None:
+def train_tokenizer(files: list[Path], folder: Path, *, characters: int = TOKENIZER_CHARACTERS) -> None:
     """Byte-level BPE of `VOCABULARY` entries from at most ``characters`` of each file, saved as a fast tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -312,6 +314,187 @@ def mean_loss(model, windows: Windows, *, batch: int = 64) -> float:
     return total / (len(windows) * (WINDOW - 1))
 
 
+# What the log of a training cannot say about itself.
+HISTORY = {
+    "llama32": "The training was interrupted once and resumed from its last checkpoint: weights, optimiser, schedule and "
+    "position in the data.",
+    "neox24": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output head, "
+    "whose name in memory differs from its name on disk; `prunelib.pretraining` now reads checkpoints by their names on disk, "
+    "and a test holds it to that. The weights here come from a second, uninterrupted training with identical settings.",
+}
+
+CARD = """---
+license: mit
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+<!-- Written by `python -m prunelib.pretraining card {name}` from training.json; edit prunelib/pretraining.py instead. -->
+
+# {name}
+
+A decoder-only language model of {layers} layers and {parameters:,} parameters (`{model_type}`), deep and narrow so that studies
+of depth pruning run on a laptop. Trained on general English and technical documentation alone: no instructions, no chat, no other
+language, no safety training.
+
+## Architecture
+
+{architecture}
+
+Tokenizer: byte-level BPE, {vocabulary:,} entries, single digits as tokens, `{end}` before every document. It was trained on the
+training text below, at most {characters:,} characters of each file, and is the same for all reference models.
+
+## Data
+
+| text | training tokens available | share of the training windows | passes |
+|---|---:|---:|---:|
+| general English: 7,486 Wikipedia articles of 2015 and 238 cuts of public-domain books | {english:,} | {english_share:.0%} | {english_passes:.1f} |
+| `pydocs` train: docstrings of {packages} | {pydocs:,} | {pydocs_share:.0%} | {pydocs_passes:.1f} |
+
+Articles that share three or more 13-grams with WikiText-2 valid or test were left out. Held out: other Wikipedia articles
+({english_held_out:,} tokens) and the evaluation split of `pydocs` ({pydocs_held_out:,} tokens). The sha256 of all four arrays of token
+ids is in `training.json`.
+
+## Training
+
+| | |
+|---|---|
+| steps × batch × window | {steps:,} × {batch} × {window} = {tokens_seen:,} tokens |
+| schedule | AdamW (betas 0.9, 0.95; weight decay {weight_decay}), gradient norm at most 1; cosine from {learning_rate:g} to 5 % of it, {warmup} steps of warm-up |
+| precision | bfloat16 autocast on float32 weights, saved as bfloat16 |
+| hardware | {hardware} |
+| software | Python {python}, torch {torch}, transformers {transformers} |
+| seed | {seed} |
+
+Size, data and steps were fixed before any pruning result was seen, and no pruning result was looked at while choosing them: the
+model is not tuned to favour a method. {history}
+
+## Loss
+
+Mean next-token loss of the saved bfloat16 weights on {held_out_windows} held-out windows of {window} tokens:
+
+| text | nats per token | perplexity per token |
+|---|---:|---:|
+| English | {english_nats:.4f} | {english_ppl:.2f} |
+| `pydocs` evaluation | {pydocs_nats:.4f} | {pydocs_ppl:.2f} |
+
+![Training and held-out loss against tokens seen](loss_curve.png)
+
+Perplexities of different tokenizers are not comparable.
+
+## Use and limits
+
+For studying what happens inside a transformer when layers are removed, sliced or repaired, and for tests of such code. The model
+is tiny: its sentences go astray after a few words and its facts are invented. What holds for it need not hold for models a thousand
+times larger.
+
+## Licence
+
+The weights, like the code, are under the MIT licence of this repository. The text they were trained on is not part of it:
+Wikipedia is CC BY-SA 3.0 (attribution, share alike), the books are in the public domain in the USA, and the docstrings are under
+the licences of their packages (BSD, MIT, Apache 2.0, PSF). Whether share-alike terms of a text extend to weights
+trained on it is unsettled; who passes the weights on should know where they come from.
+
+## Train it again
+
+```
+python -m prunelib.pydocs
+python -c "import json; from prunelib import corpora; print(*(json.dumps({{'text': text}}) for text in corpora.load('pydocs', 'evaluation').documents), sep='\\n')" > held_out.jsonl
+python -m prunelib.pretraining tokenizer --files english.txt.xz data/corpora/pydocs.jsonl --out tokenizer
+python -m prunelib.pretraining tokens --tokenizer tokenizer --file english.txt.xz --out tokens/english.npy
+python -m prunelib.pretraining tokens --tokenizer tokenizer --file data/corpora/pydocs.jsonl --out tokens/pydocs.npy
+python -m prunelib.pretraining tokens --tokenizer tokenizer --file english_held_out.txt.xz --out tokens/english_held_out.npy
+python -m prunelib.pretraining tokens --tokenizer tokenizer --file held_out.jsonl --out tokens/pydocs_held_out.npy
+python -m prunelib.pretraining train --name {name} --tokenizer tokenizer --tokens tokens --work checkpoints --out {name}
+```
+
+The English text is not in the repository: any text file with a line `{end}` between documents serves in its place,
+and gives another model. Other GPUs and versions of torch give other last digits.
+
+## Files
+
+| file | sha256 |
+|---|---|
+{files}
+"""  # noqa: E501 (tables and commands)
+
+
+def card(folder: Path) -> str:
+    """The model card of a trained reference model: every number comes from its files."""
+    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    reference, tokens, losses = log["reference"], log["tokens"], log["held_out_nats_per_token"]
+    shares = {"english": 1 - reference["pydocs_share"], "pydocs": reference["pydocs_share"]}
+    shown = {
+        "layers": config["num_hidden_layers"],
+        "hidden size": config["hidden_size"],
+        "MLP size": config["intermediate_size"],
+        "attention heads": config["num_attention_heads"],
+        "attention and MLP": "side by side (parallel residual)"
+        if config.get("use_parallel_residual")
+        else "one after the other",
+        "norm": "RMSNorm" if "rms_norm_eps" in config else "LayerNorm",
+        "activation": config["hidden_act"],
+        "output head": "the embedding" if config["tie_word_embeddings"] else "weights of its own",
+        "context": f"{config['max_position_embeddings']} tokens",
+        "stored as": f"{config['dtype']} safetensors, {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+    }
+    packages = list(json.loads(at_root("data/corpora/manifest.json").read_text(encoding="utf-8"))["pydocs"]["packages"])
+    evaluations = [entry for entry in log["log"] if "eval_pydocs_loss" in entry]
+    files = ["model.safetensors", "config.json", "tokenizer.json", "training.json"]
+    return CARD.format(
+        name=log["name"],
+        model_type=reference["model_type"],
+        layers=config["num_hidden_layers"],
+        parameters=log["parameters"],
+        architecture="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())]),
+        vocabulary=config["vocab_size"],
+        end=END,
+        characters=TOKENIZER_CHARACTERS,
+        packages=", ".join(packages[:-1]) + " and " + packages[-1],
+        **tokens,
+        **{f"{key}_share": share for key, share in shares.items()},
+        **{f"{key}_passes": reference["tokens_seen"] * share / tokens[key] for key, share in shares.items()},
+        **{key: reference[key] for key in ("steps", "batch", "tokens_seen", "weight_decay", "learning_rate", "warmup", "seed")},
+        window=log["window"],
+        hardware=log["provenance"]["device"].partition("(")[2].rstrip(")") or log["provenance"]["cpu"],
+        python=log["provenance"]["python"],
+        torch=log["provenance"]["libraries"]["torch"],
+        transformers=log["provenance"]["libraries"]["transformers"],
+        history=HISTORY.get(log["name"], ""),
+        held_out_windows=round(evaluations[-1]["eval_pydocs_runtime"] * evaluations[-1]["eval_pydocs_samples_per_second"]),
+        **{f"{key}_nats": value for key, value in losses.items()},
+        **{f"{key}_ppl": math.exp(value) for key, value in losses.items()},
+        files="\n".join(f"| `{name}` | `{file_sha256(folder / name)}` |" for name in files),
+    )
+
+
+def draw_losses(folder: Path) -> Path:
+    """``loss_curve.png`` beside the log: training and held-out loss against tokens seen."""
+    from matplotlib import pyplot as plt
+
+    from prunelib import figures
+
+    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    millions = log["reference"]["batch"] * log["window"] / 1e6
+    curves = {
+        "training (mixture)": ("loss", "#8c8c8c", "", "-"),
+        "held-out English": ("eval_english_loss", "#0072b2", "o", "-"),
+        "held-out pydocs": ("eval_pydocs_loss", "#d55e00", "s", "-"),
+    }
+    figures.use_style()
+    figure, axes = figures.panels(height=3.2)
+    for label, (key, color, marker, line) in curves.items():
+        points = [(entry["step"] * millions, entry[key]) for entry in log["log"] if key in entry]
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=label)
+    axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"])
+    axes.set_xlim(left=0)
+    axes.legend()
+    path = figures.write_picture(figure, folder / "loss_curve.png")
+    plt.close(figure)
+    return path
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m prunelib.pretraining", description=__doc__.split("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
@@ -328,9 +511,18 @@ def main(argv: list[str]) -> int:
     three.add_argument("--tokens", type=Path, required=True, help="folder of english.npy, pydocs.npy and the held-out arrays")
     three.add_argument("--work", type=Path, required=True)
     three.add_argument("--out", type=Path, required=True)
+    four = steps.add_parser("card", help="write the model card and the loss curve of a trained reference model")
+    four.add_argument("name", help="a folder of data/reference, or the path of another one")
     options = parser.parse_args(argv)
     if options.step == "tokenizer":
         train_tokenizer(options.files, options.out)
+        return 0
+    if options.step == "card":
+        folder = at_root("data/reference") / options.name
+        if not (folder / "training.json").is_file():
+            parser.error(f"{folder} holds no training.json: train the model first")
+        draw_losses(folder)
+        write_text(folder / "README.md", card(folder))
         return 0
     from transformers import AutoTokenizer
 
