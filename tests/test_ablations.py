@@ -155,9 +155,9 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_entropy_of_known_distributions():
-    points = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
+    points = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
     gaussian = 1.5 * math.log(2 * math.pi * math.e)
-    assert knn_entropy(points, 5) == pytest.approx(gaussian, abs=0.15)
+    assert knn_entropy(points, 5) == pytest.approx(gaussian, abs=0.2)
     # Scaling by c adds d log c, exactly; a shift adds nothing.
     assert knn_entropy(4 * points, 5) - knn_entropy(points, 5) == pytest.approx(3 * math.log(4), abs=1e-6)
     assert knn_entropy(points + 100, 5) == pytest.approx(knn_entropy(points, 5), abs=1e-3)

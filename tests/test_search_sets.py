@@ -140,7 +140,9 @@ def test_greedy_takes_the_evaluations_of_sleb():
 
 def test_greedy_never_picks_a_protected_layer():
     """Though removing it would cost least."""
-    found = greedy(8, 3, lambda sets: [-float(0 in removed) - (7 in removed) - (1 in removed) for removed in sets], 2, 1)
+    found = greedy(
+        8, 3, lambda sets: [-float(0 in removed) - (7 in removed) - (1 in removed) for removed in sets], 2, 1, progress=False
+    )
     assert found.removed == (2, 3, 4)  # all equal: the shallower go
     found = greedy(8, 3, lambda sets: [-float(len({0, 7} & set(removed))) for removed in sets], 0, 0, progress=False)
     assert found.removed == (0, 1, 7)
