@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import symtable
@@ -47,12 +48,18 @@ class ParameterError(ValueError):
 class Parameter:
     """One line of the parameters cell: `name = default  # help`.
 
-    A default of None may be given a text, or another type when its help starts with it: `limit = None  # int: …`.
+    A default of None may be given a text, or another type when its help starts with it: `limit = None  # int: …`. Another default
+    may be given None where its help starts with that: `limit = 64  # int or None: …`.
     """
 
     name: str
     default: object
     help: str
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a value of this parameter."""
+        return self.default is None or re.match(r"\w+ or None\b", self.help) is not None
 
     @property
     def kind(self) -> type:
@@ -63,7 +70,7 @@ class Parameter:
 
     def parse(self, text: str) -> object:
         """The value that `text` from a command line means. Raises ParameterError."""
-        if self.default is None and text.strip().lower() in ("none", "null"):
+        if self.optional and text.strip().lower() in ("none", "null"):
             return None
         return self.check(self._read(text))
 
@@ -75,7 +82,7 @@ class Parameter:
             value = list(value)
         elif hasattr(value, "tolist"):
             value = value.tolist()
-        if value is None and self.default is None:
+        if value is None and self.optional:
             return None
         if self.kind is float and type(value) is int:
             value = float(value)
@@ -111,7 +118,7 @@ class Parameter:
         return [element.parse(item) for item in items]
 
     def _wrong(self, value: object) -> ParameterError:
-        wanted = f"{self.kind.__name__} or None" if self.default is None else self.kind.__name__
+        wanted = f"{self.kind.__name__} or None" if self.optional else self.kind.__name__
         return ParameterError(f"{self.name} = {value!r} is not of type {wanted} (the default is {self.default!r})")
 
 

@@ -341,3 +341,14 @@ def test_from_a_shell_and_by_plain_papermill(nb, tmp_path):
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(output.read_text())["rows"] == first["rows"] == [{"metric": "sum", "value": 5.5}]
+
+
+def test_another_default_takes_none_only_where_its_help_says_so():
+    optional = Parameter("windows", 64, "int or None: windows, None for all")
+    assert optional.parse("none") is None
+    assert optional.check(None) is None
+    assert optional.parse("8") == 8
+    with pytest.raises(ParameterError, match="not of type int or None"):
+        optional.parse("many")
+    with pytest.raises(ParameterError, match="not of type int "):
+        Parameter("windows", 64, "windows").parse("none")
