@@ -177,6 +177,43 @@ class TaskResult:
         """The accuracy of the best constant answer; None where the choices differ from item to item."""
         return max(Counter(self.answers).values()) / self.n if self.choices else None
 
+    def to_json(self) -> dict:
+        """Plain data that keeps every item, for paired tests between runs; items are numbered, their names are not kept."""
+        number = {name: i for i, name in enumerate(dict.fromkeys(self.items))}
+        return {
+            "task": self.task,
+            "scores": {metric: _packed(values) for metric, values in self.scores.items()},
+            "items": [number[name] for name in self.items],
+            "chance": self.chance,
+            "predicted": list(self.predicted),
+            "answers": list(self.answers),
+            "choices": list(self.choices),
+            "items_sha256": self.items_sha256,
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> "TaskResult":
+        """The result that `to_json` described. Raises ValueError when a part is missing or its length is wrong."""
+        try:
+            found = cls(
+                task=data["task"],
+                scores={metric: _unpacked(values) for metric, values in data["scores"].items()},
+                items=tuple(map(str, data["items"])),
+                chance=data["chance"],
+                predicted=tuple(data["predicted"]),
+                answers=tuple(data["answers"]),
+                choices=tuple(data["choices"]),
+                items_sha256=data["items_sha256"],
+                settings=dict(data["settings"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the record of a task result: {type(error).__name__}: {error}") from None
+        wrong = [metric for metric, values in found.scores.items() if len(values) != found.n]
+        if wrong:
+            raise ValueError(f"task {found.task!r}: {len(found.scores[wrong[0]])} scores {wrong[0]!r} of {found.n} items")
+        return found
+
     def rows(self) -> list[dict]:
         """Rows for `results.write_run`: one per metric, with chance, and the two facts about constant answers."""
         rows = [
@@ -190,6 +227,15 @@ class TaskResult:
             if value is not None
         ]
         return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def _packed(values: Sequence[float]) -> str | list[float]:
+    """Right or wrong answers as a string of 1 and 0 (a run file holds thousands), other scores as they are."""
+    return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
+
+
+def _unpacked(values: str | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, values))
 
 
 @dataclass(frozen=True)
@@ -265,6 +311,20 @@ class TaskResults:
             for end, value in (("", average.value), ("_low", average.low), ("_high", average.high)):
                 rows.append({"task": "all", "metric": average.label + end, "value": value, "n": len(average.tasks)})
         return rows
+
+    def to_json(self) -> dict:
+        """Plain data for the ``extra`` of a run file; see `TaskResult.to_json`."""
+        return {"settings": dict(self.settings), "tasks": [result.to_json() for result in self.tasks.values()]}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> "TaskResults":
+        """The results that `to_json` described. Raises ValueError as `TaskResult.from_json`."""
+        try:
+            settings, results = dict(data["settings"]), list(data["tasks"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the record of task results: {type(error).__name__}: {error}") from None
+        tasks = [TaskResult.from_json(result) for result in results]
+        return cls({result.task: result for result in tasks}, settings)
 
     def describe(self) -> dict:
         """What JSON can hold beside the rows: settings, items' hashes, constant answers."""
@@ -532,6 +592,7 @@ def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
         raise FileNotFoundError(f"task {leaf!r}: {folder.name}/{evaluated}.jsonl is not in data_dir={str(data_dir)!r}")
     present = {split: path for split, path in files.items() if path.is_file()}
     subject = config.get("dataset_name") if folder.name != leaf else None
+    _check_columns(leaf, config, _records(files[evaluated], files[evaluated].stat().st_mtime_ns, subject)[0])
     # lm-eval reads the few-shot pool even for 0 shots: a split without a file must not be configured.
     absent = {key: None for key, split in wanted.items() if split not in present}
 
@@ -544,6 +605,28 @@ def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
         }
 
     return {"custom_dataset": read, "dataset_kwargs": None, **absent}
+
+
+def _check_columns(leaf: str, config: Mapping, record: Mapping) -> None:
+    """Refuse records without a column that the prompts name: lm-eval would score an empty text or the column's name instead."""
+    from jinja2 import Environment, TemplateError, meta
+
+    if config.get("process_docs"):
+        return  # makes columns of its own, and fails by itself
+    wanted: set[str] = set()
+    for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+        value = config.get(key)
+        if isinstance(value, str) and value.isidentifier():
+            wanted.add(value)
+        elif isinstance(value, str) and "{{" in value:
+            with contextlib.suppress(TemplateError):  # filters of lm-eval's own
+                wanted |= meta.find_undeclared_variables(Environment().parse(value))
+    absent = sorted(wanted - set(record))
+    if absent:
+        raise ValueError(
+            f"task {leaf!r} reads the column {absent[0]!r}, the offline copy has {', '.join(map(repr, record))}: "
+            "it needs the columns of the official data set"
+        )
 
 
 def _records(path: Path, modified: int, subject: str | None) -> list[dict]:
@@ -585,7 +668,11 @@ def _load(specs: Sequence[Mapping], names: Sequence[str], *, hub: bool) -> dict:
             raise TaskError(str(error)) from None
     try:
         return _manager_for(names).load([{"group": "prunelib", "task": [dict(spec) for spec in specs]}])
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"the tasks {', '.join(names)}: a record lacks {error}; an offline copy needs the columns of the official data set"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
         if not hub:
             raise
         first = str(error).splitlines()[0] if str(error) else ""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def small() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def stories(request):
+def stories():
     """A real tiny model with a Llama tokenizer, which puts BOS before every text by itself."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260k"
     if not folder.is_dir():
@@ -116,6 +117,9 @@ def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
         assert here[name] == there[name]
     dense = evaluate_tasks(small, tokenizer, "embedded", bos=True, limit=12, progress=False)
     assert any(dense[name].predicted != here[name].predicted for name in tasks.EMBEDDED)
+    kept = json.loads(json.dumps(here.to_json()))
+    assert tasks.compare(TaskResults.from_json(kept), dense) == tasks.compare(here, dense)
+    assert TaskResults.from_json(kept).rows() == here.rows()
     differences = tasks.compare(here, dense)
     assert [entry.task for entry in differences] == [*tasks.EMBEDDED, "average"]
     assert differences[0].difference.difference == pytest.approx(here["pydocs_next_line"].acc - dense["pydocs_next_line"].acc)
@@ -300,6 +304,12 @@ def test_without_hub_and_copy_there_is_one_clear_error(small, tokenizer):
         evaluate_tasks(small, tokenizer, "openbookqa", bos=True, progress=False)
 
 
+def test_a_missing_lm_eval_is_one_clear_error(small, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(tasks.TaskError, match=r"requirements\.lock"):
+        evaluate_tasks(small, tokenizer, "embedded", bos=True)
+
+
 def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
     def run(task_set="piqa", **settings):
         return evaluate_tasks(small, tokenizer, task_set, progress=False, **{"bos": True, "data_dir": tmp_path, **settings})
@@ -318,6 +328,9 @@ def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
         run(num_fewshot=1)
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": \n')
     with pytest.raises(ValueError, match=r"validation\.jsonl, line 1: not JSON"):
+        run()
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "Cut bread.", "label": 0}\n')
+    with pytest.raises(ValueError, match=r"piqa.*reads the column 'sol1'"):
         run()
     bare = models.load_tokenizer(project_root() / "data" / "reference" / "llama32")
     bare.bos_token = None
@@ -419,6 +432,18 @@ def test_compare_refuses_other_items_and_other_prompts():
         tasks.compare(a, TaskResults(b.tasks, {"bos": False}))
     with pytest.raises(ValueError, match="no task in common"):
         tasks.compare(a, TaskResults({"arc_easy": result("arc_easy", [1, 0])}, {"bos": True}))
+
+
+def test_records_survive_json_and_damaged_ones_are_refused():
+    one = TaskResult("xsum", {"rouge1": (0.25, 0.5)}, ("0", "1"), None, (), (), (), "s", {"split": "test"})
+    assert TaskResult.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert result("piqa", [1, 0, 1]).to_json()["scores"] == {"acc": "101"}
+    with pytest.raises(ValueError, match="not the record"):
+        TaskResult.from_json({"task": "xsum"})
+    with pytest.raises(ValueError, match="1 scores 'rouge1' of 2 items"):
+        TaskResult.from_json({**one.to_json(), "scores": {"rouge1": [0.5]}})
+    with pytest.raises(ValueError, match="not the record"):
+        TaskResults.from_json({"tasks": []})
 
 
 def test_values_name_what_is_missing():
