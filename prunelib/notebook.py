@@ -48,8 +48,8 @@ class ParameterError(ValueError):
 class Parameter:
     """One line of the parameters cell: `name = default  # help`.
 
-    A default of None may be given a text, or another type when its help starts with it: `limit = None  # int: …`. Another default
-    may be given None where its help starts with that: `limit = 64  # int or None: …`.
+    A default of None may be given a text, or another type when its help starts with it: `limit = None  # int: …`. Another
+    default may be given None where its help starts with that: `limit = 64  # int or None: …`.
     """
 
     name: str
