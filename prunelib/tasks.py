@@ -898,11 +898,14 @@ def _bootstrap_means(
     """`n` bootstrap means; items of one name are one cluster, drawn together."""
     order = {name: i for i, name in enumerate(dict.fromkeys(items))}
     member = np.array([order[name] for name in items])
-    sums, sizes = np.bincount(member, weights=values), np.bincount(member).astype(np.float64)
+    totals = np.stack([np.bincount(member, weights=values), np.bincount(member).astype(np.float64)], axis=1)
+    # Clusters with the same sum and size are interchangeable: drawing how often each kind occurs is the same bootstrap, and
+    # right or wrong answers have few kinds.
+    kinds, frequency = np.unique(totals, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     drawn = np.empty(n)
-    for start in range(0, n, 256):  # a matrix of all draws would not fit for a whole MMLU
-        size = min(256, n - start)
-        counts = generator.multinomial(len(order), np.full(len(order), 1 / len(order)), size=size).astype(np.float64)
-        drawn[start : start + size] = (counts @ sums) / (counts @ sizes)
+    for start in range(0, n, 256):  # all draws at once would not fit for ten thousand different scores
+        counts = generator.multinomial(len(order), frequency / len(order), size=min(256, n - start)).astype(np.float64)
+        sums, sizes = (counts @ kinds).T
+        drawn[start : start + len(counts)] = sums / sizes
     return drawn

@@ -280,14 +280,25 @@ def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tm
     offline_copy(tmp_path / "xsum", test=[{"document": "A tree stood.", "summary": "A tree.", "id": "1"}] * 2)
     sums = [{"question": "1+1?", "answer": "It is 2. #### 2"}, {"question": "2+1?", "answer": "It is 3. #### 3"}]
     offline_copy(tmp_path / "gsm8k", test=sums, train=sums)
-    names = ["cmnli", "c3", "race_middle", "xsum", "gsm8k"]
+    pronoun = {"text": "The tree fell because it was old .", "span1_index": 1, "span2_index": 4}
+    pronoun |= {"span1_text": "tree", "span2_text": "it"}
+    offline_copy(tmp_path / "wsc", validation=[{**pronoun, "label": 1}, {**pronoun, "label": 0}])
+    problems = [{"question": "What stood?", "answer": "D", "options": ["a", "b", "c", "d"]}]
+    offline_copy(tmp_path / "race", test=[{"article": "A tree stood.", "problems": repr(problems)}] * 2)
+    five = {"label": list("ABCDE"), "text": ["one", "two", "three", "four", "five"]}
+    offline_copy(tmp_path / "commonsense_qa", validation=[{"question": "How many?", "choices": five, "answerKey": "B"}] * 2)
+    names = ["cmnli", "c3", "race_middle", "xsum", "gsm8k", "wsc", "race", "commonsense_qa"]
     results = evaluate_tasks(small, tokenizer, names, bos=True, limit=2, num_fewshot=0, data_dir=tmp_path, progress=False)
     assert results["cmnli"].answers == (0, 1) and results["cmnli"].chance == pytest.approx(1 / 3)
     assert results["c3"].answers == (1, 1) and results["c3"].chance == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert results["race_middle"].answers == (2, 0)
     assert results["xsum"].metric == "rouge1" and 0 <= results["xsum"].value() <= 1
     assert set(results["gsm8k"].scores) == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    assert results.averages()[0].tasks == tuple(names)
+    assert results["wsc"].answers == (1, 0) and results["wsc"].choices == ("no", "yes") and results["wsc"].best_constant == 0.5
+    assert results["race"].answers == (3, 3) and results["race"].chance == 0.25
+    assert results["commonsense_qa"].answers == (1, 1) and results["commonsense_qa"].chance == 0.2
+    average, without = results.averages()
+    assert average.tasks == tuple(names) and set(names) - set(without.tasks) == {"wsc"}
 
 
 def test_every_task_of_every_set_resolves():
