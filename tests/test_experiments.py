@@ -135,3 +135,10 @@ def test_statistics_of_another_model_are_refused(place, statistics):
     (place / "wrong.safetensors").write_bytes(at_root(statistics[0]).with_suffix(".safetensors").read_bytes())
     with pytest.raises(NotebookError, match="holds statistics of another/model"):
         depth(place, "k1.json", [str(wrong)], 1)
+
+
+def test_protected_layers_stay_whatever_the_method(place, statistics):
+    run = results.read_run(depth(place, "protected.json", statistics, 2, protect_first=1, protect_last=2))
+    removed = {int(layer) for row in run["rows"] for layer in row.get("removed_layers", "").split()}
+    assert removed <= {1, 2, 3}
+    assert removed

@@ -1,0 +1,16 @@
+"""The smoke profile, from the models and the text to its figures, gives the committed numbers."""
+
+import subprocess
+import sys
+
+from prunelib import grid
+from prunelib.provenance import project_root
+
+
+def test_verification_runs_the_smoke_profile_and_agrees_with_the_committed_values():
+    command = [sys.executable, "-m", "prunelib.verify"]
+    done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert "numbers of the smoke profile agree with the committed ones" in done.stdout
+    drawn = {path.stem for path in (project_root() / "build/smoke/figures").glob("*.csv")}
+    assert drawn == set(grid.figure_stems("notebooks/01_cosine_vs_simdiff.ipynb"))
