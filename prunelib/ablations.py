@@ -1,14 +1,12 @@
 """Importance that needs the model itself: what its loss says when a layer is left out, its weights, their gradients.
 
-`ABLATIONS` maps names to `Ablation` objects, each called with a model, calibration windows and its own options; like every
-importance, higher = keep. `LayerSetLoss` is the loss of many sets of layers as the searches of `prunelib.search` ask for it.
+`ABLATIONS` holds the rules, each called with a model, calibration windows and its own options; like every importance,
+higher = keep. `LayerSetLoss` is the loss of many sets of layers as the searches of `prunelib.search` ask for it.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from transformers import PreTrainedModel
 from prunelib.evaluation import check_windows, layer_set_divergence, layer_set_perplexity
 from prunelib.models import UnsupportedModel, decoder_layers
 from prunelib.prefix import Shell, shared_layer_forwards
+from prunelib.rules import Rules
 from prunelib.search import LayerSet
 
 # Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
@@ -76,66 +75,10 @@ METRICS: dict[str, tuple[Callable, tuple[LayerSet, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """A named rule for the importance of layers, called as ``ablation(model, windows, **options)``.
+ABLATIONS = Rules("ablation", data=2)
+"""Ablations by name, called as ``ablation(model, windows, **options)``; the model is left as it was, gradients included."""
 
-    title: label in plots. source: where the rule was published. protect_first, protect_last: how many layers at either end
-    the published method never removes; callers pass them on to `prunelib.search.lowest`, or others in their place.
-    """
-
-    name: str
-    title: str
-    source: str
-    protect_first: int
-    protect_last: int
-    importance: Callable[..., np.ndarray]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and defaults of the options."""
-        parameters = list(inspect.signature(self.importance).parameters.values())[2:]
-        return {parameter.name: parameter.default for parameter in parameters}
-
-    def __call__(
-        self, model: PreTrainedModel, windows: Int64[Tensor, "window position"], **options: Any
-    ) -> Float64[np.ndarray, "layer"]:
-        """Importance of each layer, higher = keep. The model is left as it was, gradients included.
-
-        Raises ValueError for options the rule does not have and windows that do not fit the model, UnsupportedModel for an
-        architecture it does not know, and RuntimeError (`evaluation.NotFinite` where a loss is) for NaN or infinity.
-        """
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
-            known = ", ".join(self.options) or "none"
-            raise ValueError(f"ablation {self.name} has no option {', '.join(unknown)}; its options are: {known}")
-        importance = np.asarray(self.importance(model, windows, **options), dtype=np.float64)
-        bad = np.flatnonzero(~np.isfinite(importance)).tolist()
-        if bad:
-            raise RuntimeError(f"importance by {self.name} is NaN or infinite at {bad}; check the weights, or use float32")
-        return importance
-
-
-class _Registry(dict[str, Ablation]):
-    def __missing__(self, name: str) -> Ablation:
-        raise ValueError(f"unknown ablation {name!r}; there are: {', '.join(sorted(self))}")
-
-
-ABLATIONS: dict[str, Ablation] = _Registry()
-"""All ablations by name; an unknown name raises ValueError listing the known ones."""
-
-
-def ablation(*, title: str, source: str, protect_first: int = 0, protect_last: int = 0) -> Callable[[Callable], Ablation]:
-    """Register a function of model, windows and keyword options under its own name. The name must be new."""
-
-    def register(importance: Callable[..., np.ndarray]) -> Ablation:
-        name = importance.__name__
-        if name in ABLATIONS:
-            raise ValueError(f"ablation {name!r} exists already; give the function another name")
-        ABLATIONS[name] = Ablation(name, title, source, protect_first, protect_last, importance)
-        return ABLATIONS[name]
-
-    return register
+ablation = ABLATIONS.register
 
 
 # --- leave one out -------------------------------------------------------------------------------------------------------

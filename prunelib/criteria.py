@@ -1,106 +1,25 @@
 """From `LayerStats` to the importance of every layer: higher = keep. Numpy only, no model.
 
-`CRITERIA` maps names to `Criterion` objects, each called with statistics and its own options. One more takes a function
-of the statistics and the decorator `criterion`. `BLOCK_CRITERIA` holds those that judge a whole contiguous block of layers.
+`CRITERIA` holds the rules for single layers, `BLOCK_CRITERIA` those that judge a whole contiguous block. One more takes a
+function of the statistics and the decorator `criterion` (`block_criterion`).
 """
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
+from prunelib.rules import Rules
 from prunelib.statistics import SUBSETS, LayerStats
 
+CRITERIA = Rules("criterion", data=1)
+"""Criteria by name, each called as ``criterion(stats, **options)`` for the importance of every layer."""
 
-@dataclass(frozen=True)
-class Criterion:
-    """A named rule for the importance of layers, called as ``criterion(stats, **options)``.
+BLOCK_CRITERIA = Rules("criterion of blocks", data=2)
+"""Criteria of contiguous blocks, each called as ``criterion(stats, n, **options)``: element l is for layers l .. l+n-1."""
 
-    title: label in plots. source: where the rule was published. protect_first, protect_last: how many layers at either end
-    the published method never removes; callers pass them on to `prunelib.search.lowest`.
-    """
-
-    name: str
-    title: str
-    source: str
-    protect_first: int
-    protect_last: int
-    importance: Callable[..., np.ndarray]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and defaults of the options."""
-        parameters = list(inspect.signature(self.importance).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters}
-
-    def __call__(self, stats: LayerStats, **options: Any) -> Float64[np.ndarray, "layer"]:
-        """Importance of each layer, higher = keep.
-
-        Raises ValueError for options the criterion does not have or values it does not know, and when the statistics hold
-        no tokens or lead to NaN or infinity.
-        """
-        _check_options(self, options)
-        importance = np.asarray(self.importance(stats, **options), dtype=np.float64)
-        return _finite(importance, f"importance by {self.name}")
-
-
-@dataclass(frozen=True)
-class BlockCriterion:
-    """A named rule for the importance of contiguous blocks, called as ``criterion(stats, n, **options)``.
-
-    The fields are those of `Criterion`; callers pass the result, and the protections, on to `prunelib.search.lowest_block`.
-    """
-
-    name: str
-    title: str
-    source: str
-    protect_first: int
-    protect_last: int
-    importance: Callable[..., np.ndarray]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and defaults of the options."""
-        parameters = list(inspect.signature(self.importance).parameters.values())[2:]
-        return {parameter.name: parameter.default for parameter in parameters}
-
-    def __call__(self, stats: LayerStats, n: int, **options: Any) -> Float64[np.ndarray, "start"]:
-        """Importance of every block of n layers, higher = keep: element l is for layers l .. l+n-1, L + 1 - n elements.
-
-        Raises ValueError unless 1 <= n <= L, and like `Criterion`.
-        """
-        _check_options(self, options)
-        return self.importance(stats, n, **options)
-
-
-class _Registry(dict[str, Criterion]):
-    def __missing__(self, name: str) -> Criterion:
-        raise ValueError(f"unknown criterion {name!r}; there are: {', '.join(sorted(self))}")
-
-
-class _BlockRegistry(dict[str, BlockCriterion]):
-    def __missing__(self, name: str) -> BlockCriterion:
-        raise ValueError(f"unknown criterion of blocks {name!r}; there are: {', '.join(sorted(self))}")
-
-
-CRITERIA: dict[str, Criterion] = _Registry()
-"""All criteria by name; an unknown name raises ValueError listing the known ones."""
-
-
-def criterion(*, title: str, source: str, protect_first: int = 0, protect_last: int = 0) -> Callable[[Callable], Criterion]:
-    """Register a function of statistics and keyword options under its own name. The name must be new."""
-
-    def register(importance: Callable[..., np.ndarray]) -> Criterion:
-        name = importance.__name__
-        if name in CRITERIA:
-            raise ValueError(f"criterion {name!r} exists already; give the function another name")
-        CRITERIA[name] = Criterion(name, title, source, protect_first, protect_last, importance)
-        return CRITERIA[name]
-
-    return register
+criterion = CRITERIA.register
+block_criterion = BLOCK_CRITERIA.register
 
 
 @criterion(title="Block influence", source="ShortGPT, arXiv 2403.03853; SimDiff Eq. 2")
@@ -171,16 +90,20 @@ def difference_term(
     return 0.5 + 0.5 * np.tanh(layer_difference(stats, kind, reduce, tokens) / 2)
 
 
-def block_angle(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.ndarray, "start"]:
+# The formula of Gromov et al. lets a block end at the last layer, which ruins any model that is not healed; their text keeps
+# it in the simple rule. protect_last=0 in `prunelib.search.lowest_block` is the formula as printed.
+@block_criterion(title="Angular distance", source="Gromov et al., arXiv 2403.17887", protect_last=1)
+def angular(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.ndarray, "start"]:
     """Angular distance between input and output of every block of n layers: element l is for layers l .. l+n-1.
 
     In [0, 1], the mean over tokens of arccos(cos) / pi; L + 1 - n elements. On the last token of each sample by default, as
     Gromov et al. (arXiv 2403.17887) define it. Raises ValueError unless 1 <= n <= L.
     """
     subset, count = _block(stats, n, tokens)
-    return _finite(np.diagonal(stats.angle[subset], offset=n) / count, f"angular distance of {n} layers")
+    return np.diagonal(stats.angle[subset], offset=n) / count
 
 
+@block_criterion(title="Block cosine", source="LLM-Streamline, arXiv 2403.19135", protect_last=1)
 def block_cosine(stats: LayerStats, n: int, tokens: str = "all") -> Float64[np.ndarray, "start"]:
     """(1 - mean over tokens of cos(block input, block output)) / 2 of every block of n layers; L + 1 - n elements in [0, 1].
 
@@ -189,29 +112,13 @@ def block_cosine(stats: LayerStats, n: int, tokens: str = "all") -> Float64[np.n
     ValueError unless 1 <= n <= L.
     """
     subset, count = _block(stats, n, tokens)
-    return _finite((1 - np.diagonal(stats.cosine[subset], offset=n) / count) / 2, f"cosine of {n} layers")
-
-
-# The formula of Gromov et al. lets a block end at the last layer, which ruins any model that is not healed; their text keeps
-# it in the simple rule. protect_last=0 in `lowest_block` is the formula as printed.
-BLOCK_CRITERIA: dict[str, BlockCriterion] = _BlockRegistry(
-    angular=BlockCriterion("angular", "Angular distance", "Gromov et al., arXiv 2403.17887", 0, 1, block_angle),
-    block_cosine=BlockCriterion("block_cosine", "Block cosine", "LLM-Streamline, arXiv 2403.19135", 0, 1, block_cosine),
-)
-"""All criteria of contiguous blocks by name; an unknown name raises ValueError listing the known ones."""
+    return (1 - np.diagonal(stats.cosine[subset], offset=n) / count) / 2
 
 
 def _block(stats: LayerStats, n: int, tokens: str) -> tuple[int, float]:
     if not 1 <= n <= stats.n_layers:
         raise ValueError(f"a block of {n} layers does not exist in {stats.n_layers} layers; n must be 1 to {stats.n_layers}")
     return _subset(stats, tokens)
-
-
-def _check_options(rule: Criterion | BlockCriterion, options: dict[str, Any]) -> None:
-    unknown = sorted(set(options) - set(rule.options))
-    if unknown:
-        known = ", ".join(rule.options) or "none"
-        raise ValueError(f"criterion {rule.name} has no option {', '.join(unknown)}; its options are: {known}")
 
 
 def _mixed(stats: LayerStats, alpha: float | int, kind: str, reduce: str, tokens: str) -> np.ndarray:
@@ -238,5 +145,5 @@ def _subset(stats: LayerStats, tokens: str) -> tuple[int, float]:
 def _finite(values: np.ndarray, what: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values)).tolist()
     if bad:
-        raise ValueError(f"{what} is NaN or infinite at {bad}; the statistics are damaged, collect them again")
+        raise RuntimeError(f"{what} is NaN or infinite at {bad}; the statistics are damaged, collect them again")
     return values

@@ -113,7 +113,7 @@ def lowest_block(
 ) -> LayerSet:
     """The contiguous block of lowest importance: l*(n) = argmin over l (Gromov et al., arXiv 2403.17887).
 
-    Element l of `importance` is that of the layers l .. l+n-1, as `criteria.block_angle` gives it, so its length
+    Element l of `importance` is that of the layers l .. l+n-1, as `criteria.angular` gives it, so its length
     n_layers + 1 - n states the size n of the block. Among equals the shallower block goes. Raises ValueError when no block of
     that size may go, or for NaN importance.
     """

@@ -10,7 +10,7 @@ import torch
 from architectures import build
 
 from prunelib.ablations import ABLATIONS, LayerSetLoss
-from prunelib.criteria import block_angle
+from prunelib.criteria import angular
 from prunelib.evaluation import perplexity
 from prunelib.models import Skip, decoder_layers, layers_as, remove_layers
 from prunelib.prefix import shared_layer_forwards
@@ -102,8 +102,8 @@ def test_a_planted_block_of_identity_layers_is_found():
     steps = torch.randn(2, 10, 8, 16, dtype=torch.float64)
     steps[:, :, 3:6] = 0  # layers 2, 3, 4 of 7 add nothing
     stats = from_states(steps.cumsum(2))
-    assert lowest_block(block_angle(stats, 3), 7) == (2, 3, 4)
-    assert block_angle(stats, 3)[2] == pytest.approx(0, abs=1e-7)
+    assert lowest_block(angular(stats, 3), 7) == (2, 3, 4)
+    assert angular(stats, 3)[2] == pytest.approx(0, abs=1e-7)
 
 
 # --- greedy and beam
