@@ -442,16 +442,12 @@ LOADERS.update(
 # --- windows -------------------------------------------------------------------------------------------------------------
 
 
-def token_stream(
-    corpus: Corpus, tokenizer, *, join: str | None = None, at_least: int | None = None, progress: bool = True
-) -> Int64[np.ndarray, " token"]:
+def token_stream(corpus: Corpus, tokenizer, *, join: str | None = None, progress: bool = True) -> Int64[np.ndarray, " token"]:
     """All documents as one stream of token ids, without the special tokens that the tokenizer would add.
 
     Args:
         join: text put between two documents before tokenizing. None puts the tokenizer's end-of-text token between them, or a
             blank line where it has none.
-        at_least: stop after the document that reaches so many tokens (only with an end-of-text token, where documents are
-            tokenized one by one).
     """
     between = tokenizer.eos_token_id if join is None else None
     if between is None:
@@ -459,7 +455,7 @@ def token_stream(
     else:
         texts = corpus.documents
     pieces: list[np.ndarray] = []
-    total, batch = 0, 64
+    batch = 64
     with tqdm(total=len(texts), desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
         for start in range(0, len(texts), batch):
             encoded = tokenizer(
@@ -468,12 +464,8 @@ def token_stream(
             for ids in encoded["input_ids"]:
                 if pieces:
                     pieces.append(np.array([between], dtype=np.int64))
-                    total += 1
                 pieces.append(np.asarray(ids, dtype=np.int64))
-                total += len(ids)
                 bar.update()
-            if at_least is not None and total >= at_least:
-                break
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
 
 
@@ -556,7 +548,8 @@ def consecutive_windows(
     """Cut the joined documents into windows from their beginning; the tail that fills no window is dropped.
 
     Args:
-        limit: keep at most so many windows (None: all).
+        limit: keep at most so many windows, evenly spaced over the whole text (None: all). The first ones alone would stand
+            for one source: a corpus is often sorted.
         bos: put the beginning-of-text token at position 0 of every window (``seq_len`` counts it).
         stride: text tokens from one window to the next; None means windows that do not overlap.
         join: see `token_stream`.
@@ -571,10 +564,11 @@ def consecutive_windows(
     step = content if stride is None else stride
     if not 1 <= step <= content:
         raise ValueError(f"stride={stride}: between 1 and the {content} text tokens of a window, else text would be skipped")
-    at_least = None if limit is None else content + (limit - 1) * step
-    stream = token_stream(corpus, tokenizer, join=join, at_least=at_least, progress=progress)
+    stream = token_stream(corpus, tokenizer, join=join, progress=progress)
     _require_tokens(corpus, len(stream), content, seq_len)
-    offsets = np.arange(0, len(stream) - content + 1, step)[:limit]
+    offsets = np.arange(0, len(stream) - content + 1, step)
+    if limit is not None and limit < len(offsets):
+        offsets = offsets[np.arange(limit) * len(offsets) // limit]
     return _windows(stream, offsets, content, tokenizer, bos)
 
 

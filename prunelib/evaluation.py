@@ -32,7 +32,7 @@ class PerplexityProtocol:
         bos: the beginning-of-text token stands at position 0 of every window. It is never scored.
         dtype: of the weights and activations; the log-likelihood is float32, its sums are float64 in any case.
         join: text between two documents, None for the tokenizer's end-of-text token (a blank line where it has none).
-        limit: at most so many windows from the beginning of the text, None for all.
+        limit: at most so many windows, evenly spaced over the whole text, None for all.
     """
 
     window: int = 2048
