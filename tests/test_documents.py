@@ -3,14 +3,16 @@
 import ast
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
+import pandas
 import pytest
 import yaml
 from batch_project import CHAPTER, write_notebook
 
-from prunelib import grid, notebook
+from prunelib import figures, grid, notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.ipynb"))
@@ -163,3 +165,36 @@ def test_headings_profile_and_files_name_the_same_figures():
     }
     assert promised, "no heading names a figure"
     assert {path.name for path in (ROOT / profile["figures"]).iterdir()} == promised
+
+
+# --------------------------------------------------------------------------------------------------------------- README
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_everything_the_readme_links_to_is_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_figure_of_the_readme_is_drawn_by_a_chapter():
+    shown = {Path(link).stem for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)}
+    assert shown <= {stem for path in CHAPTERS for stem in grid.figure_stems(str(path))}
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_committed_table():
+    table = figures.markdown(pandas.read_csv(ROOT / "figures/own_table_what_held.csv"))
+    assert table in README, f"replace the table under «In numbers» by:\n{table}"
+
+
+def test_commands_of_the_readme_have_parameters_that_their_notebooks_know():
+    """Checked by the runner itself, without running anything."""
+    commands = re.findall(r"python -m prunelib\.notebook (\S+) (\S+) ((?:.|\\\n)*?)(?=\n[^ ]|\n```|$)", README)
+    assert len(commands) >= 3
+    for path, _, rest in commands:
+        words = shlex.split(rest.replace("\\\n", " "), comments=True)
+        values = dict(word.split("=", 1) for word in words if "=" in word)
+        assert values
+        assert notebook.check(ROOT / path, values, text=True).keys() >= values.keys()
