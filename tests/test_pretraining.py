@@ -90,7 +90,7 @@ def test_windows_mix_sources_in_their_shares_and_are_pure_functions_of_the_seed(
 
 
 class _Killed(Exception):
-    pass
+    """Stands for the end of the process."""
 
 
 @pytest.mark.parametrize("family", TINY)
