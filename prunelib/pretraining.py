@@ -13,7 +13,6 @@ Sizes, data and steps in `REFERENCES` were fixed before any pruning result was s
 import argparse
 import hashlib
 import json
-import lzma
 import math
 import sys
 from collections.abc import Iterator
@@ -24,9 +23,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from prunelib.corpora import DOCUMENT_END, read_file, read_records, record_text
 from prunelib.provenance import at_root, file_sha256, record, write_json, write_text
 
-END = "<|endoftext|>"
 VOCABULARY = 4096
 TOKENIZER_CHARACTERS = 60_000_000  # of each file
 WINDOW = 512  # tokens of one training window; also the models' longest context
@@ -88,27 +87,11 @@ REFERENCES = {
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """Texts of a file: JSON lines with a ``text`` (only ``split: train`` where lines name a split), or plain text
-    whose documents are separated by a line ``<|endoftext|>``. Either may be xz-compressed.
-    """
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        if ".jsonl" in path.suffixes:
-            for line in lines:
-                record = json.loads(line)
-                if record.get("split", "train") == "train":
-                    yield record["text"]
-            return
-        document: list[str] = []
-        for line in lines:
-            if line.rstrip("\n") == END:
-                if document:
-                    yield "".join(document).strip("\n")
-                document = []
-            else:
-                document.append(line)
-        if document:
-            yield "".join(document).strip("\n")
+    """Training texts of a file as `prunelib.corpora` reads it; where JSON lines name a split, those of ``train`` alone."""
+    if ".jsonl" in path.suffixes:
+        yield from (record_text(record) for record in read_records(path) if record.get("split", "train") == "train")
+    else:
+        yield from (text.strip("\n") for text in read_file(path) if text.strip())
 
 
 def train_tokenizer(files: list[Path], folder: Path, *, characters: int = TOKENIZER_CHARACTERS) -> None:
@@ -132,10 +115,15 @@ def train_tokenizer(files: list[Path], folder: Path, *, characters: int = TOKENI
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[DOCUMENT_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=WINDOW)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=DOCUMENT_END, eos_token=DOCUMENT_END, model_max_length=WINDOW
+    )
     fast.save_pretrained(folder)
 
 
@@ -449,7 +437,7 @@ def card(folder: Path) -> str:
         parameters=log["parameters"],
         architecture="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())]),
         vocabulary=config["vocab_size"],
-        end=END,
+        end=DOCUMENT_END,
         characters=TOKENIZER_CHARACTERS,
         packages=", ".join(packages[:-1]) + " and " + packages[-1],
         **tokens,
