@@ -199,3 +199,23 @@ def test_commands_of_the_readme_have_parameters_that_their_notebooks_know():
         values = dict(word.split("=", 1) for word in words if "=" in word)
         assert values
         assert notebook.check(ROOT / path, values, text=True).keys() >= values.keys()
+
+
+def test_commands_of_the_readme_say_how_many_cores_snakemake_may_use():
+    commands = re.findall(r"snakemake (?:-\S+|[^`\n#])*", README)
+    assert [command for command in commands if " -n" not in f" {command}" and "--cores" not in command] == []
+    assert any("--cores" in command for command in commands)
+
+
+def test_options_that_the_documents_name_exist():
+    """`python -m prunelib.<module> --option` in any README is an option that the module's source knows."""
+    named = 0
+    for document in [ROOT / "README.md", *sorted((ROOT / "data").rglob("README.md"))]:
+        for module, option in re.findall(r"python -m prunelib\.(\w+)[^`\n]*? (--[\w-]+)", document.read_text(encoding="utf-8")):
+            assert f'"{option}"' in (ROOT / "prunelib" / f"{module}.py").read_text(encoding="utf-8"), (
+                document.name,
+                module,
+                option,
+            )
+            named += 1
+    assert named >= 2
