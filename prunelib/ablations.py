@@ -7,7 +7,6 @@ higher = keep. `LayerSetLoss` is the loss of many sets of layers as the searches
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,25 +17,25 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.evaluation import check_windows, layer_set_divergence, layer_set_perplexity
-from prunelib.models import UnsupportedModel, decoder_layers
-from prunelib.prefix import Shell, shared_layer_forwards
+from prunelib.models import decoder_layers
+from prunelib.prefix import UNITS, Shell, check_layer_set, layer_forwards_alone, shared_layer_forwards
 from prunelib.rules import Rules
 from prunelib.search import LayerSet
-
-# Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
-ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn")
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2")  # OPT's layer holds the two matrices itself
+from prunelib.sublayers import MLP
 
 
 class LayerSetLoss:
     """Loss of one model without sets of layers, on fixed windows, in nats per token: the evaluation that searches call.
 
     Two metrics (`METRICS`): "nll", the negative log-likelihood, and "kl", the divergence from the dense model. The sets of
-    one call share the hidden states of their common beginnings.
+    one call share the hidden states of their common beginnings. With unit="sublayer" the sets are made of attention (2 l) and
+    MLP (2 l + 1) sublayers: BlockPruner (arXiv 2406.10594) is ``greedy(loss.n_units, K, loss, 0, 0)`` with "nll", and EvoPress
+    (arXiv 2410.14649) ``evolutionary(loss.n_units, 2 * k, loss, len(windows), groups=2)`` with "kl".
 
+    ``n_units`` is the number of units to choose from.
     ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included), and
-    ``layer_windows_alone`` what evaluating every set by itself would have run. Raises ValueError for an unknown metric and
-    windows that do not fit the model; a call raises as `evaluation.layer_set_perplexity`.
+    ``layer_windows_alone`` what evaluating every set by itself would have run. Raises ValueError for an unknown metric or unit
+    and windows that do not fit the model; a call raises as `evaluation.layer_set_perplexity`.
     """
 
     def __init__(
@@ -47,12 +46,15 @@ class LayerSetLoss:
         *,
         batch_size: int = 8,
         progress: bool = False,
+        unit: str = "layer",
     ):
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(METRICS)}")
         self.n_layers = len(decoder_layers(model))
+        check_layer_set(self.n_layers, (), unit)
         check_windows(model, windows, batch_size=batch_size)
-        self.model, self.windows, self.metric = model, windows, metric
+        self.model, self.windows, self.metric, self.unit = model, windows, metric, unit
+        self.n_units = UNITS[unit] * self.n_layers
         self.batch_size, self.progress = batch_size, progress
         self.layer_windows = 0
         self.layer_windows_alone = 0
@@ -61,10 +63,10 @@ class LayerSetLoss:
         """Nats per token without each of the sets, in their order; on the windows of the indices `rows` only, if given."""
         windows = self.windows if rows is None else self.windows[list(rows)]
         measure, beside = METRICS[self.metric]
-        found = measure(self.model, windows, layer_sets, batch_size=self.batch_size, progress=self.progress)
+        found = measure(self.model, windows, layer_sets, batch_size=self.batch_size, progress=self.progress, unit=self.unit)
         sets = list(dict.fromkeys([*beside, *layer_sets])) if layer_sets else []
-        self.layer_windows += shared_layer_forwards(self.n_layers, sets) * len(windows)
-        self.layer_windows_alone += sum(self.n_layers - len(removed) for removed in sets) * len(windows)
+        self.layer_windows += shared_layer_forwards(self.n_layers, sets, self.unit) * len(windows)
+        self.layer_windows_alone += layer_forwards_alone(self.n_layers, sets, self.unit) * len(windows)
         return [found[removed].nats for removed in layer_sets]
 
 
@@ -200,7 +202,7 @@ def entropy_gain(
     Entropies are those of the tokens of one batch together, which must be more than `neighbours`. Published calibration:
     128 windows of 256 tokens of C4.
     """
-    return _entropy_gains(model, windows, neighbours, batch_size, progress, _after_the_layer)
+    return _entropy_gains(model, windows, neighbours, batch_size, progress)
 
 
 @ablation(title="EntroDrop (as released)", source="EntroDrop's released code", protect_first=2, protect_last=1)
@@ -216,7 +218,7 @@ def entropy_gain_attention(
     The released code computes the score of the layer, then ranks whole layers by this one of the attention sublayer alone.
     Raises UnsupportedModel where the sublayers of a layer cannot be told apart, or do not simply add to its input.
     """
-    return _entropy_gains(model, windows, neighbours, batch_size, progress, _AfterTheAttention)
+    return _entropy_gains(model, windows, neighbours, batch_size, progress, without=(MLP,))
 
 
 def knn_entropy(states: Float[Tensor, "token dim"], neighbours: int = 25) -> float:
@@ -239,60 +241,6 @@ def knn_entropy(states: Float[Tensor, "token dim"], neighbours: int = 25) -> flo
     return width * (radius + 1e-10).log().mean().item() + volume + math.log(tokens) - math.log(neighbours)
 
 
-def _after_the_layer(shell: Shell) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """The state that a layer's score looks at: its output."""
-    return lambda index, hidden, output: output
-
-
-class _AfterTheAttention:
-    """The state that a layer's score looks at: its input plus what its attention adds.
-
-    It is the output of the layer while its MLP gives zeros, which holds whatever norms and factors stand in between. That
-    the layer with both sublayers at zero gives back its input is checked, once for each layer.
-    """
-
-    def __init__(self, shell: Shell):
-        self.shell = shell
-        self.sublayers = [(_sublayer(layer, ATTENTION_NAMES), _sublayer(layer, MLP_NAMES)) for layer in shell.layers]
-        self.checked: set[int] = set()
-
-    def __call__(self, index: int, hidden: Tensor, output: Tensor) -> Tensor:
-        attention, mlp = self.sublayers[index]
-        if index not in self.checked:
-            with _silent(attention), _silent(mlp):
-                if not torch.equal(self.shell.run(index, hidden), hidden):
-                    raise UnsupportedModel(
-                        f"layer {index}, a {type(self.shell.layers[index]).__name__}, does not add its attention and its MLP "
-                        "to its input; use entropy_gain, which looks at whole layers"
-                    )
-            self.checked.add(index)
-        with _silent(mlp):
-            return self.shell.run(index, hidden)
-
-
-def _sublayer(layer: nn.Module, names: Sequence[str]) -> nn.Module:
-    for name in names:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return getattr(layer, name)
-    raise UnsupportedModel(f"no sublayer {' or '.join(names)} in a {type(layer).__name__}; use entropy_gain")
-
-
-@contextmanager
-def _silent(module: nn.Module) -> Iterator[None]:
-    """While this lasts, the module gives zeros, in the form of its output."""
-    handle = module.register_forward_hook(lambda module, args, output: _zeroed(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _zeroed(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return torch.zeros_like(output)
-    return type(output)([torch.zeros_like(output[0]), *output[1:]])
-
-
 @torch.inference_mode()
 def _entropy_gains(
     model: PreTrainedModel,
@@ -300,12 +248,15 @@ def _entropy_gains(
     neighbours: int,
     batch_size: int,
     progress: bool,
-    view: Callable[[Shell], Callable[[int, Tensor, Tensor], Tensor]],
+    without: tuple[int, ...] = (),
 ) -> Float64[np.ndarray, "layer"]:
+    """Entropy of the output of each layer while its sublayers `without` are silent, minus that of its input; batch mean.
+
+    With a silent MLP the output is the input plus what the attention adds, whatever norms and factors stand in between.
+    """
     check_windows(model, windows, batch_size=batch_size)
     layers = decoder_layers(model)
-    shell = Shell(model, layers, windows[:1, :2].to(model.device))
-    looked_at = view(shell)
+    shell = Shell(model, layers, windows[:1, :2].to(model.device), range(len(layers)) if without else ())
     gains = []
     for start in tqdm(range(0, len(windows), batch_size), desc="entropy", unit="batch", disable=not progress):
         hidden = shell.enter(windows[start : start + batch_size].to(model.device))
@@ -313,7 +264,7 @@ def _entropy_gains(
         gain = []
         for index in range(len(layers)):
             output = shell.run(index, hidden)
-            state = looked_at(index, hidden, output)
+            state = shell.run(index, hidden, without) if without else output
             after = knn_entropy(state.flatten(0, 1), neighbours)
             gain.append(after - entropy)
             hidden, entropy = output, after if state is output else knn_entropy(output.flatten(0, 1), neighbours)

@@ -280,6 +280,7 @@ def layer_set_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
+    unit: str = "layer",
 ) -> LayerSetPerplexity:
     """`perplexity` of the model without each of the given sets of layers, on the same windows.
 
@@ -290,19 +291,22 @@ def layer_set_perplexity(
 
     Args:
         layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
+        unit: "sublayer" for sets of sublayers instead: 2 l is the attention of layer l, 2 l + 1 its MLP. Equal, then, to the
+            perplexity of ``remove_sublayers(model, SublayerPlan.from_units(n_layers, removed, ...))``.
 
     Raises:
-        ValueError: a set that is not ascending, out of range, or all layers; and as `perplexity`.
-        NotFinite: a likelihood that is not finite; names the removed layers and the window.
+        ValueError: an unknown unit, or a set that is not ascending, out of range, or everything; and as `perplexity`.
+        NotFinite: a likelihood that is not finite; names what was removed and the window.
+        UnsupportedModel: as `prefix.SharedRuns`.
     """
     check_windows(model, windows, stride=stride, batch_size=batch_size)
-    runs = SharedRuns(model, windows, layer_sets, batch_size=batch_size, progress=progress)
+    runs = SharedRuns(model, windows, layer_sets, batch_size=batch_size, progress=progress, unit=unit)
     tallies = {removed: _Tally(windows, stride) for removed in runs.sets}
     for start, ids, removed, logits in runs:
         try:
             tallies[removed].add(start, ids, logits)
         except NotFinite as error:
-            raise NotFinite(f"without the layers {removed}: {error}") from None
+            raise NotFinite(f"without the {unit}s {removed}: {error}") from None
         del logits  # before the next ones are made
     results = LayerSetPerplexity((removed, tally.result()) for removed, tally in tallies.items())
     results.layer_forwards, results.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
@@ -317,20 +321,22 @@ def layer_set_divergence(
     *,
     batch_size: int = 8,
     progress: bool = True,
+    unit: str = "layer",
 ) -> LayerSetDivergence:
     """How far the model without each of the given sets of layers predicts from the dense model: KL(dense || pruned).
 
     In nats per token, at the positions that `perplexity` scores (all but the last of a window, which predicts nothing in it):
     the fitness of EvoPress (arXiv 2410.14649). Shared beginnings run once, as in `layer_set_perplexity`; the dense model
-    runs along with the sets, so that one batch of its logits is all that is held.
+    runs along with the sets, so that one batch of its logits is all that is held. `unit` as there.
 
     Raises:
-        ValueError, NotFinite: as `layer_set_perplexity`.
+        ValueError, NotFinite, UnsupportedModel: as `layer_set_perplexity`.
     """
     check_windows(model, windows, batch_size=batch_size)
     asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
     # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
-    runs = SharedRuns(model, windows, [(), *asked] if asked else [], batch_size=batch_size, progress=progress)
+    sets = [(), *asked] if asked else []
+    runs = SharedRuns(model, windows, sets, batch_size=batch_size, progress=progress, unit=unit)
     sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
     dense = torch.empty(0)
     for start, ids, removed, logits in runs:
@@ -339,7 +345,7 @@ def layer_set_divergence(
         finite = np.isfinite(values)
         if not finite.all():
             raise NotFinite(
-                f"without the layers {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
+                f"without the {unit}s {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
                 "or infinite logits (damaged weights, or an overflow in float16: load it in bfloat16 or float32)"
             )
         sums[removed][start : start + len(ids)] = values

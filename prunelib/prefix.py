@@ -3,10 +3,15 @@
 Two removals that keep the same first layers have the same hidden states behind them. The sets are walked as a trie of their
 kept layers: the layers above a branch run once, and hidden states are held only where branches are still to come. Perplexity
 and divergence of layer sets, and with them the greedy, beam, evolutionary and exhaustive searches, all stand on this walk.
+
+What is removed are units (`UNITS`): layers, or sublayers. With sublayers, unit 2 l is the attention of layer l and unit 2 l + 1
+its MLP. A layer that misses one of them runs while that one gives zeros, and is another step of the walk than the whole layer;
+a layer that misses both is left out.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,47 +21,74 @@ from transformers import PreTrainedModel
 
 from prunelib.models import Skip, decoder_layers, layers_as
 from prunelib.search import LayerSet
+from prunelib.sublayers import check_additive, silent, sublayers_of
+
+# What sets can be made of, and how many of it a layer holds.
+UNITS = {"layer": 1, "sublayer": 2}
+
+# A layer that runs, and which of its sublayers (0 attention, 1 MLP) are silent meanwhile.
+_Step = tuple[int, tuple[int, ...]]
 
 
 @dataclass
 class _Node:
-    """One layer that runs after the layers on the path to it; ``ends`` is the removal whose last kept layer this is."""
+    """One step that runs after those on the path to it; ``ends`` is the removal whose last step this is."""
 
-    layer: int
-    children: dict[int, "_Node"] = field(default_factory=dict)
+    step: _Step
+    children: dict[_Step, "_Node"] = field(default_factory=dict)
     ends: LayerSet | None = None
 
 
-def _trie(n_layers: int, layer_sets: Iterable[LayerSet]) -> tuple[_Node, int]:
-    """The kept layers of every removal as paths from a root, and the number of nodes below the root."""
-    root, nodes = _Node(layer=-1), 0
+def _trie(n_layers: int, layer_sets: Iterable[LayerSet], unit: str) -> tuple[_Node, int]:
+    """The steps of every removal as paths from a root, and the number of nodes below the root."""
+    root, nodes = _Node((-1, ())), 0
     for removed in layer_sets:
-        check_layer_set(n_layers, removed)
         node = root
-        for layer in sorted(set(range(n_layers)) - set(removed)):
-            if layer not in node.children:
-                node.children[layer] = _Node(layer)
+        for step in _steps(n_layers, removed, unit):
+            if step not in node.children:
+                node.children[step] = _Node(step)
                 nodes += 1
-            node = node.children[layer]
+            node = node.children[step]
         node.ends = removed
     return root, nodes
 
 
-def check_layer_set(n_layers: int, removed: LayerSet) -> None:
-    """Raise ValueError unless `removed` is ascending, unique, within a model of `n_layers`, and leaves a layer."""
-    if list(removed) != sorted(set(removed)) or (removed and not 0 <= removed[0] <= removed[-1] < n_layers):
-        raise ValueError(f"removed layers {removed}: give distinct layers in ascending order, from 0 to {n_layers - 1}")
-    if len(removed) == n_layers:
-        raise ValueError(f"cannot remove {len(removed)} of {n_layers} layers: at least one must stay")
+def _steps(n_layers: int, removed: LayerSet, unit: str) -> list[_Step]:
+    """What still runs without the units `removed`, in order."""
+    check_layer_set(n_layers, removed, unit)
+    per_layer, gone = UNITS[unit], set(removed)
+    missing = [tuple(part for part in range(per_layer) if per_layer * layer + part in gone) for layer in range(n_layers)]
+    return [(layer, parts) for layer, parts in enumerate(missing) if len(parts) < per_layer]
 
 
-def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
+def check_layer_set(n_layers: int, removed: LayerSet, unit: str = "layer") -> None:
+    """Raise ValueError unless `removed` is ascending, unique, within a model of `n_layers`, and leaves something.
+
+    `unit` says what is counted (`UNITS`); every layer may lose one sublayer, but not all of them both.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}; there are: {', '.join(UNITS)}")
+    n_units = UNITS[unit] * n_layers
+    if list(removed) != sorted(set(removed)) or (removed and not 0 <= removed[0] <= removed[-1] < n_units):
+        raise ValueError(f"removed {unit}s {removed}: give distinct {unit}s in ascending order, from 0 to {n_units - 1}")
+    if len(removed) == n_units:
+        raise ValueError(f"cannot remove {len(removed)} of {n_units} {unit}s: at least one must stay")
+
+
+def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet], unit: str = "layer") -> int:
     """Layer calls per batch that `SharedRuns` makes: the distinct beginnings of the sequences of kept layers.
 
+    A layer that runs with a silent sublayer counts as one call, and is not shared with the whole layer.
+
     Raises:
-        ValueError: for a set that is not ascending, out of range, or all layers.
+        ValueError: an unknown unit, or a set that is not ascending, out of range, or everything.
     """
-    return _trie(n_layers, layer_sets)[1]
+    return _trie(n_layers, layer_sets, unit)[1]
+
+
+def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet], unit: str = "layer") -> int:
+    """Layer calls per batch when every set is evaluated by itself. Raises as `shared_layer_forwards`."""
+    return sum(len(_steps(n_layers, removed, unit)) for removed in layer_sets)
 
 
 class SharedRuns:
@@ -67,11 +99,13 @@ class SharedRuns:
     ``scale_attn_by_inverse_layer_idx``) differ from `models.remove_layers`, and those it refuses.
 
     Args:
-        layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets run once.
+        layer_sets: the removed units, each ascending; ``()`` is the dense model. Repeated sets run once.
+        unit: "layer", or "sublayer": then sets are made of 0 .. 2 L - 1.
 
     Raises:
-        ValueError: a set that is not ascending, out of range, or all layers.
-        UnsupportedModel: no decoder layers are found in a model of this type, or they cannot be skipped.
+        ValueError: an unknown unit, or a set that is not ascending, out of range, or everything.
+        UnsupportedModel: no decoder layers are found in a model of this type, they cannot be skipped, or their sublayers
+            cannot be told apart or do not simply add to the input of the layer (found when the runs begin, before any work).
     """
 
     def __init__(
@@ -82,22 +116,24 @@ class SharedRuns:
         *,
         batch_size: int,
         progress: bool,
+        unit: str = "layer",
     ):
         layers = decoder_layers(model)
         self.sets: list[LayerSet] = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
-        self._root, self._nodes = _trie(len(layers), self.sets)
+        self._root, self._nodes = _trie(len(layers), self.sets, unit)
+        self._cut = sorted({layer for removed in self.sets for layer, parts in _steps(len(layers), removed, unit) if parts})
         self._model, self._layers, self._windows = model, layers, windows
         self._starts = range(0, len(windows), batch_size) if self.sets else range(0)
         self._batch_size, self._progress = batch_size, progress
         self.layer_forwards = 0
-        self.layer_forwards_alone = len(self._starts) * sum(len(layers) - len(removed) for removed in self.sets)
+        self.layer_forwards_alone = len(self._starts) * layer_forwards_alone(len(layers), self.sets, unit)
 
     @torch.inference_mode()
     def __iter__(
         self,
     ) -> Iterator[tuple[int, Int64[Tensor, "batch position"], LayerSet, Float[Tensor, "batch position vocabulary"]]]:
-        """Yield (first window of the batch, its ids, removed layers, logits); the dense model first, if it was given first."""
-        shell = Shell(self._model, self._layers, self._windows[:1, :2].to(self._model.device))
+        """Yield (first window of the batch, its ids, removed units, logits); the dense model first, if it was given first."""
+        shell = Shell(self._model, self._layers, self._windows[:1, :2].to(self._model.device), self._cut)
         description = f"{len(self.sets)} layer sets"
         with tqdm(total=len(self._starts) * self._nodes, desc=description, unit="layer", disable=not self._progress) as bar:
             for start in self._starts:
@@ -111,17 +147,18 @@ class SharedRuns:
         """Depth first. A hidden state lives as long as a branch that starts from it, or an end, waits on the stack."""
         stack: list[tuple[_Node | LayerSet, Tensor]] = [(child, entered) for child in reversed(self._root.children.values())]
         while stack:
-            step, hidden = stack.pop()
-            if isinstance(step, tuple):
-                yield step, hidden
+            node, hidden = stack.pop()
+            if isinstance(node, tuple):
+                yield node, hidden
                 continue
-            hidden = shell.run(step.layer, hidden)
+            layer, without = node.step
+            hidden = shell.run(layer, hidden, without)
             self.layer_forwards += 1
             bar.update()
             # Ends wait until the branches are done: so the dense model, if given first, is also the first to come out.
-            if step.ends is not None:
-                stack.append((step.ends, hidden))
-            stack += [(child, hidden) for child in reversed(step.children.values())]
+            if node.ends is not None:
+                stack.append((node.ends, hidden))
+            stack += [(child, hidden) for child in reversed(node.children.values())]
 
 
 class Shell:
@@ -130,10 +167,20 @@ class Shell:
     A view of the model in which every layer is skipped tells, by hooks on its slots, what the embeddings hand to the first
     layer and with which other arguments (mask, position embeddings, …) each layer is called. The same view turns a hidden
     state into logits: it is put in the place of the first slot's input. Call it under `torch.inference_mode` or `no_grad`.
+
+    In the layers `cut` single sublayers can be silenced. That these can be told apart and add to the input of the layer is
+    checked at once, on `probe`. Raises UnsupportedModel when not, and when a layer cannot be skipped.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, probe: Int64[Tensor, "batch position"]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: nn.ModuleList,
+        probe: Int64[Tensor, "batch position"],
+        cut: Iterable[int] = (),
+    ):
         self.layers = layers
+        self.sublayers = {index: sublayers_of(model, index) for index in cut}
         self.calls: list[tuple[tuple, dict]] = [((), {})] * len(layers)
         self.replacement: Tensor | None = None
         slots = [Skip(layer) for layer in layers]
@@ -141,7 +188,9 @@ class Shell:
         for index, slot in enumerate(slots):
             slot.register_forward_pre_hook(self._hook(index), with_kwargs=True)
         # A Skip runs its layer once to see what it returns; two tokens are enough for that.
-        self.enter(probe)
+        hidden = self.enter(probe)
+        for index in self.sublayers:
+            check_additive(model, index, hidden, partial(self.run, index, hidden))
 
     def _hook(self, index: int):
         def hook(slot: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -159,19 +208,25 @@ class Shell:
         args, kwargs = self.calls[0]
         return args[0] if args else kwargs["hidden_states"]
 
-    def run(self, index: int, hidden: Float[Tensor, "batch position hidden"]) -> Float[Tensor, "batch position hidden"]:
-        """The output of one layer of the batch that entered last."""
+    def run(
+        self, index: int, hidden: Float[Tensor, "batch position hidden"], without: tuple[int, ...] = ()
+    ) -> Float[Tensor, "batch position hidden"]:
+        """The output of one layer of the batch that entered last, its sublayers `without` (0 attention, 1 MLP) silent.
+
+        Of a model spread over devices it lies on that of the layer; the next layer takes it from there.
+        """
         args, kwargs = _with_hidden(*self.calls[index], hidden)
-        output = self.layers[index](*args, **kwargs)
+        with silent(*(self.sublayers[index][part] for part in without)):
+            output = self.layers[index](*args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def leave(
         self, ids: Int64[Tensor, "batch position"], hidden: Float[Tensor, "batch position hidden"]
     ) -> Float[Tensor, "batch position vocabulary"]:
-        """Final norm, head and whatever else follows the layers."""
+        """Final norm, head and whatever else follows the layers; on the device of `ids`."""
         self.replacement = hidden
         try:
-            return self.view(input_ids=ids, use_cache=False).logits
+            return self.view(input_ids=ids, use_cache=False).logits.to(ids.device)
         finally:
             self.replacement = None
 
