@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models import decoder_layers
+from prunelib.models import decoder_layers, final_norm
 
 SUBSETS = ("all", "without_first", "last")
 """Axis 0 of every array of `LayerStats`: all real tokens; all but the first real token of each sample (which often carries
@@ -171,6 +171,48 @@ def collect(
             _check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
             total = stats if total is None else total + stats
     return total
+
+
+def influence_through_final_norm(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "sample token"],
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> float:
+    """1 - mean over all tokens of cos(input of the last layer, its output after the final norm).
+
+    `block_influence` of the last layer as the released code of Dynamic LLM Slicing (arXiv 2411.03513) takes it, from
+    ``output_hidden_states``. A norm with unequal weights turns the states, so it is larger than the layer's own.
+    Raises as `collect`, for the last layer.
+    """
+    _checked_mask(windows, None)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    layers, norm = decoder_layers(model), final_norm(model)
+    backbone = _backbone(model, layers)
+    device = model.get_input_embeddings().weight.device
+    pair: dict[str, Tensor] = {}
+    handles = (
+        layers[-1].register_forward_pre_hook(
+            lambda _, args, kwargs: pair.update(before=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        ),
+        norm.register_forward_hook(lambda _, args, output: pair.update(after=output)),
+    )
+    total = 0.0
+    try:
+        with torch.inference_mode():
+            starts = range(0, len(windows), batch_size)
+            for start in tqdm(starts, desc="influence through the final norm", unit="batch", disable=not progress):
+                backbone(input_ids=windows[start : start + batch_size].to(device), use_cache=False)
+                cosine = torch.cosine_similarity(pair["before"].double(), pair["after"].double(), dim=-1)
+                total += float(cosine.sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not np.isfinite(total):
+        raise RuntimeError("NaN or infinity around the last layer; check the weights, or use a dtype of wider range")
+    return 1 - total / windows.numel()
 
 
 def from_states(
