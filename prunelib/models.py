@@ -559,6 +559,11 @@ def _shallow(module: nn.Module) -> nn.Module:
     """The same module object's state in a new object: own registries (children, hooks), same children and tensors."""
     clone = object.__new__(type(module))
     clone.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()})
+    if "_hf_hook" in vars(module):
+        # Where accelerate spreads a model, `forward` is an attribute of the instance, bound to the module it was made for: the
+        # clone would run that module, with its children. Children have hooks of their own, which move what they are given.
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            clone.__dict__.pop(name, None)
     return clone
 
 

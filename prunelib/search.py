@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from tqdm.auto import tqdm
 
 LayerSet = tuple[int, ...]
+"""Layers, ascending; or other units that can go, such as the sublayers of `prunelib.prefix.UNITS`, in the place of layers."""
 
 Evaluate = Callable[[list[LayerSet]], list[float]]
 """Loss of the model without each of the given sets of layers, in their order; lower is better."""
@@ -252,7 +253,8 @@ def greedy(
 
     The defaults are SLEB's barriers: the first and the last layer stay. Among equals the shallower layer goes, as by the strict
     comparison of the released code. Step k of the result holds the choice for k + 1 layers, so that one run serves all
-    smaller numbers. L = 32 and K = 7 take 189 evaluations.
+    smaller numbers. L = 32 and K = 7 take 189 evaluations. Over the 2 L sublayers of LayerSetLoss(unit="sublayer"), without
+    barriers, it is BlockPruner (arXiv 2406.10594).
 
     Raises ValueError when so many layers cannot be removed, and RuntimeError for a NaN value.
     """
@@ -361,6 +363,7 @@ def evolutionary(
     max_swaps: int = 3,
     stages: Sequence[tuple[int, int]] = ((2, 1), (1, 16)),
     resample: bool = True,
+    groups: int = 1,
     protect_first: int = 0,
     protect_last: int = 0,
     progress: bool = True,
@@ -376,28 +379,36 @@ def evolutionary(
 
     generations is int(K (n - K) / 1.5) by default, for n layers that may go. The number of layers removed never changes.
     (In the released code half of the swaps of whole layers fall on a list that is then overwritten; here each one counts.)
+
+    `groups` divides what may go into that many kinds, u in group u % groups. Each gives K / groups, and a swap picks a group,
+    then exchanges within it; K and n of the default generations are those of one group, on average. With the units of
+    LayerSetLoss(unit="sublayer") and groups=2 that is the published search: as many attention as MLP sublayers.
+
     Steps hold each generation's best and its value in the last stage; the value of the result is that on all windows, and
     `evaluations` counts (set, stage) pairs plus that one.
 
-    Raises ValueError for settings out of range and when so many layers cannot be removed, RuntimeError for a NaN value.
+    Raises ValueError for settings out of range, when so many layers cannot be removed, and when K is no multiple of
+    `groups`; RuntimeError for a NaN value.
     """
     candidates = _candidates(n_layers, layers_removed, protect_first, protect_last)
     kept = len(candidates) - layers_removed
-    generations = int(layers_removed * kept / 1.5) if generations is None else generations
-    counts = [initial, initial_windows, offspring, max_swaps, n_windows, *itertools.chain(*stages)]
-    if not stages or min(counts) < 1 or generations < 0:
+    counts = [initial, initial_windows, offspring, max_swaps, n_windows, groups, *itertools.chain(*stages)]
+    if not stages or min(counts) < 1 or (generations is not None and generations < 0):
         raise ValueError(
             f"initial={initial}, initial_windows={initial_windows}, offspring={offspring}, max_swaps={max_swaps}, "
-            f"n_windows={n_windows}, stages={stages}: all from 1, with at least one stage; generations={generations}: from 0"
+            f"n_windows={n_windows}, groups={groups}, stages={stages}: all from 1, with at least one stage; "
+            f"generations={generations}: from 0"
         )
+    generations = int(layers_removed * kept / groups**2 / 1.5) if generations is None else generations
+    kinds = _groups(candidates, layers_removed, groups)
     rng = np.random.default_rng(seed)
     values = _Fitness(fitness, n_windows, rng, resample)
-    parents = _random_sets(candidates, layers_removed, initial, rng)
+    parents = _random_sets(kinds, layers_removed // groups, initial, rng)
     if len(parents) > 1:
         parents, _ = values.select(parents, stages[-1][0], initial_windows, stage=-1)
     steps = []
     for _ in tqdm(range(generations if kept and layers_removed else 0), desc="generations", disable=not progress):
-        pool = _mutants(parents, candidates, offspring, max_swaps, rng)
+        pool = _mutants(parents, kinds, offspring, max_swaps, rng)
         for stage, (survivors, windows) in enumerate(stages):
             if stage == len(stages) - 1:
                 pool += [parent for parent in parents if parent not in pool]
@@ -408,26 +419,40 @@ def evolutionary(
     return SearchResult(parents[0], value, values.evaluations, tuple(steps), {parents[0]: value})
 
 
-def _random_sets(candidates: range, layers_removed: int, count: int, rng: np.random.Generator) -> list[LayerSet]:
-    """Distinct sets, all of them where there are no more than `count`."""
-    if math.comb(len(candidates), layers_removed) <= count:
-        return list(itertools.combinations(candidates, layers_removed))
+def _groups(candidates: range, layers_removed: int, groups: int) -> list[list[int]]:
+    """The candidates of each group, after checking that the groups can give equal parts.
+
+    Neighbours belong to different groups, so that none has too few where there are enough together.
+    """
+    if layers_removed % groups:
+        raise ValueError(f"cannot remove {layers_removed} in equal parts from groups={groups}: give a multiple of {groups}")
+    return [[layer for layer in candidates if layer % groups == group] for group in range(groups)]
+
+
+def _random_sets(kinds: list[list[int]], from_each: int, count: int, rng: np.random.Generator) -> list[LayerSet]:
+    """Distinct sets, all of them where there are no more than `count`; so many members of each kind in a set."""
+    if math.prod(math.comb(len(kind), from_each) for kind in kinds) <= count:
+        parts = itertools.product(*(itertools.combinations(kind, from_each) for kind in kinds))
+        return [tuple(sorted(itertools.chain(*part))) for part in parts]
     found: dict[LayerSet, None] = {}
     while len(found) < count:
-        found[tuple(sorted(rng.choice(candidates, layers_removed, replace=False).tolist()))] = None
+        drawn = (rng.choice(kind, from_each, replace=False).tolist() for kind in kinds)
+        found[tuple(sorted(itertools.chain(*drawn)))] = None
     return list(found)
 
 
 def _mutants(
-    parents: list[LayerSet], candidates: range, count: int, max_swaps: int, rng: np.random.Generator
+    parents: list[LayerSet], kinds: list[list[int]], count: int, max_swaps: int, rng: np.random.Generator
 ) -> list[LayerSet]:
     """Distinct sets other than the parents; fewer than `count` where so many are hard to come by."""
     found: dict[LayerSet, None] = {}
+    movable = [kind for kind in kinds if not set(kind) <= set(parents[0])]  # all removed: nothing to exchange with
     for _ in range(100 * count):
         removed = set(parents[rng.integers(len(parents))])
         for _ in range(rng.integers(1, max_swaps + 1, size=2).min()):
-            into = rng.choice([layer for layer in candidates if layer not in removed])
-            removed ^= {int(into), int(rng.choice(sorted(removed)))}
+            kind = movable[rng.integers(len(movable))]
+            into = rng.choice([layer for layer in kind if layer not in removed])
+            removed ^= {int(into), int(rng.choice([layer for layer in kind if layer in removed]))}
         mutant = tuple(sorted(removed))
         if mutant not in parents:
             found[mutant] = None

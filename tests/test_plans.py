@@ -1,10 +1,12 @@
 """Drop plans: what they accept, and that they survive being written and read."""
 
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from prunelib.plans import DropPlan
+from prunelib.plans import DropPlan, SublayerPlan
 
 PLAN = DropPlan(8, (2, 5, 6), "simdiff_masd", {"alpha": 0.25, "tokens": "all", "seeds": [1, 2], "note": "×"})
 
@@ -76,3 +78,95 @@ def test_bad_files_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"bad\.json: .*{message}"):
         DropPlan.read(path)
+
+
+# --- sublayers
+
+SUBLAYERS = SublayerPlan(4, (0, 2), (2, 3), "blockpruner", {"seed": 1})
+DROP_LIST = "attn\nnone\nattn+mlp\nmlp\n"
+
+
+def test_sublayers_as_layers_and_as_units():
+    assert SUBLAYERS.layers == (2,)
+    assert SUBLAYERS.cut == (0, 3)
+    assert SUBLAYERS.removed == (0, 4, 5, 7)
+    assert SublayerPlan.from_units(4, [7, 0, 5, 4], "blockpruner", {"seed": 1}) == SUBLAYERS
+    nothing = SublayerPlan.from_units(3, (), "none")
+    assert (nothing.removed, nothing.layers, nothing.cut, nothing.settings) == ((), (), (), {})
+
+
+def test_sublayer_round_trip(tmp_path):
+    SUBLAYERS.write(tmp_path / "plan.json")
+    assert SublayerPlan.read(tmp_path / "plan.json") == SUBLAYERS
+    assert list(json.loads(SUBLAYERS.to_json())) == ["n_layers", "attention", "mlp", "method", "settings"]
+    with pytest.raises(ValueError, match="a drop plan has the fields n_layers, removed, method, settings; found"):
+        DropPlan.read(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="a sublayer plan has the fields n_layers, attention, mlp, method, settings"):
+        SublayerPlan.from_json(PLAN.to_json())
+    with pytest.raises(ValueError, match="mlp of a sublayer plan: layers must be whole numbers"):
+        SublayerPlan.from_json('{"n_layers": 4, "attention": [1], "mlp": [true], "method": "x", "settings": {}}')
+
+
+@pytest.mark.parametrize(
+    ("attention", "mlp", "message"),
+    [
+        ((0, 1, 2, 3), (0, 1, 2, 3), "cannot remove 8 of 8 sublayers: at least one must stay"),
+        ((4,), (), r"layers \[4\] do not exist"),
+        ((), (2, 1), r"layers without MLP must be ascending and unique, got \[2, 1\]"),
+        ((1, 1), (), "layers without attention must be ascending and unique"),
+    ],
+)
+def test_bad_sublayer_plans(attention, mlp, message):
+    with pytest.raises(ValueError, match=message):
+        SublayerPlan(4, attention, mlp, "test")
+    # Every layer may lose one.
+    assert SublayerPlan(4, (0, 1, 2, 3), (), "test").cut == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("units", "message"), [((8,), r"units \[8\] do not exist .* \(0 to 7\)"), ((3, 3), "unique")])
+def test_bad_units(units, message):
+    with pytest.raises(ValueError, match=message):
+        SublayerPlan.from_units(4, units, "test")
+
+
+def test_evopress_drop_lists():
+    plan = SublayerPlan.from_evopress(DROP_LIST, "evopress", {"seed": 2})
+    assert plan == SublayerPlan(4, (0, 2), (2, 3), "evopress", {"seed": 2})
+    assert plan.to_evopress() == DROP_LIST
+    assert SublayerPlan.from_evopress(DROP_LIST.rstrip().replace("\n", "\r\n")) == SublayerPlan(4, (0, 2), (2, 3), "evopress")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none\nmlp+attn\n", r"line 2 of a drop list must be one of none, attn, mlp, attn\+mlp; it is 'mlp\+attn'"),
+        ("none\n\nattn\n", "line 2 .* it is ''"),
+        ("\n", "an empty drop list"),
+        ("attn+mlp\n", "cannot remove 2 of 2 sublayers"),
+    ],
+)
+def test_bad_drop_lists(text, message):
+    with pytest.raises(ValueError, match=message):
+        SublayerPlan.from_evopress(text)
+
+
+def test_published_plans():
+    """Every committed plan reads as the one kind whose fields it has, is written as it stands, and names its source."""
+    read = {}
+    for path in sorted((Path(__file__).parents[1] / "data" / "plans").glob("*.json")):
+        names = set(json.loads(path.read_text("utf-8")))
+        (kind,) = (kind for kind in (DropPlan, SublayerPlan) if {part.name for part in fields(kind)} == names)
+        read[path.stem] = kind.read(path)
+        assert read[path.stem].to_json() == path.read_text("utf-8")
+        assert read[path.stem].settings["source"]
+    for name, whole in {
+        "evopress_llama_3_1_8b_4": (10, 26),
+        "evopress_mistral_7b_v0_3_4": (11, 12, 13, 27),
+        "evopress_mistral_7b_v0_3_12": (8, 9, 10, 11, 13, 14, 21, 22, 24, 26, 28, 30),
+    }.items():
+        plan, count = read[name], int(name.rpartition("_")[2])
+        assert plan.layers == whole
+        assert (plan.n_layers, len(plan.attention), len(plan.mlp)) == (32, count, count)
+    blocks = read["blockpruner_llama_2_7b_12"]
+    assert (len(blocks.removed), len(blocks.attention), blocks.layers) == (12, 10, ())
+    assert 25 in blocks.attention

@@ -87,3 +87,18 @@ def test_what_cannot_be_run_is_refused():
     for measure in (layer_set_perplexity, layer_set_divergence):
         with pytest.raises(UnsupportedModel, match="model type 'llama': no decoder layers"):
             measure(strange, random_windows(), [(1,)], progress=False)
+
+
+@pytest.mark.parametrize("unit", ["layer", "sublayer"])
+def test_hooks_of_a_model_spread_over_devices_change_nothing(unit):
+    """As accelerate places a model: hooks that rewrite `forward` of the whole and of its parts. All on the CPU here."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, windows, sets = build("llama"), random_windows(), [(), (1,), (0, 4), (7,)][: 3 + (unit == "sublayer")]
+    expected = layer_set_divergence(model, windows, sets, progress=False, unit=unit)
+    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.model.rotary_emb, model.lm_head]
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    for part in parts:
+        hooks.add_hook_to_module(part, hooks.AlignDevicesHook("cpu"))
+    assert layer_set_divergence(model, windows, sets, progress=False, unit=unit) == expected
+    assert expected[(1,)].kl > 0.01
+    assert hasattr(model, "_hf_hook")
