@@ -5,7 +5,7 @@ alpha. A set of K layers is therefore the K least important on at most one inter
 needs only one evaluation: `alpha_path`, `exact_alpha`, and the paper's `ternary_alpha`.
 
 Searches that ask for the loss of sets, many at a time so that the evaluation can share the work between them
-(`prunelib.ablations.LayerSetLoss` does): `greedy`, `beam`, `evolutionary`, and `exhaustive`, the optimum itself.
+(`prunelib.ablations.LayerSetLoss` does): `greedy`, `beam`, `evolutionary`, `swap_descent`; and `exhaustive`, the optimum.
 """
 
 import itertools
@@ -291,6 +291,42 @@ def beam(
         steps.append(SearchStep(*ranked[0], len(values.known)))
     value = values(carried[:1])[0]
     return SearchResult(carried[0], value, len(values.known), tuple(steps), values.known)
+
+
+def swap_descent(
+    n_layers: int,
+    start: LayerSet,
+    evaluate: Evaluate,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    *,
+    progress: bool = True,
+) -> SearchResult:
+    """From a set downhill: put one removed layer back and take another instead, the best such swap while one improves.
+
+    The result is at least as good as `start`, and no single swap makes it better. A round takes K (n - K) evaluations, for n
+    layers that may go. Raises ValueError for a start that is not ascending and unique or holds a protected layer, and
+    RuntimeError for a NaN value.
+    """
+    candidates = _candidates(n_layers, len(start), protect_first, protect_last)
+    if list(start) != sorted(set(start)) or not set(start) <= set(candidates):
+        raise ValueError(
+            f"cannot start from {start}: give distinct layers in ascending order, all within {candidates.start} to "
+            f"{candidates.stop - 1}"
+        )
+    values = _Values(evaluate)
+    best = (values([start])[0], start)
+    steps = [SearchStep(start, best[0], len(values.known))]
+    with tqdm(desc="swaps", unit="swap", disable=not progress) as bar:
+        while True:
+            kept = [layer for layer in candidates if layer not in best[1]]
+            near = [tuple(sorted({*best[1], into} - {out})) for out in best[1] for into in kept]
+            found = min(zip(values(near), near, strict=True), default=best)
+            if not found[0] < best[0]:
+                return SearchResult(best[1], best[0], len(values.known), tuple(steps), values.known)
+            best = found
+            steps.append(SearchStep(best[1], best[0], len(values.known)))
+            bar.update()
 
 
 def exhaustive(

@@ -14,7 +14,7 @@ from prunelib.criteria import angular
 from prunelib.evaluation import perplexity
 from prunelib.models import Skip, decoder_layers, layers_as, remove_layers
 from prunelib.prefix import shared_layer_forwards
-from prunelib.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block
+from prunelib.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
 from prunelib.statistics import from_states
 
 # Llama-2-7B, least important first, as printed by the authors or their repositories.
@@ -222,6 +222,30 @@ def test_beam_between_greedy_and_the_optimum(seed):
     assert (wide.removed, wide.value) == (best.removed, best.value)
     assert best.value <= beam(9, 3, evaluate, 4, progress=False).value <= narrow.value + 1e-12
     assert beam(9, 3, evaluate, 4, 2, 2, progress=False).removed in itertools.combinations(range(2, 7), 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_swap_descent_ends_where_no_swap_helps(seed):
+    evaluate = interacting(9, seed)
+    start = greedy(9, 3, evaluate, 0, 0, progress=False).removed
+    found = swap_descent(9, start, evaluate, progress=False)
+    assert found.value <= evaluate([start])[0] and [step.value for step in found.steps] == sorted(
+        (step.value for step in found.steps), reverse=True
+    )
+    for out, into in itertools.product(found.removed, set(range(9)) - set(found.removed)):
+        assert evaluate([tuple(sorted(set(found.removed) - {out} | {into}))])[0] >= found.value
+    # From everywhere, the best of the ends is the optimum: it is its own end.
+    best = exhaustive(9, 3, evaluate, progress=False)
+    assert swap_descent(9, best.removed, evaluate, progress=False).removed == best.removed
+    protected = swap_descent(9, (2, 3, 4), evaluate, 2, 1, progress=False)
+    assert set(protected.removed) <= set(range(2, 8))
+    assert swap_descent(9, (), lambda sets: [1.0] * len(sets), progress=False).removed == ()
+
+
+@pytest.mark.parametrize("start", [(3, 2), (1, 1), (0, 5), (4, 9)])
+def test_swap_descent_refuses_an_impossible_start(start):
+    with pytest.raises(ValueError, match="cannot start from"):
+        swap_descent(9, start, lambda sets: [0.0] * len(sets), 1, 0, progress=False)
 
 
 def test_nothing_to_remove():
