@@ -1,0 +1,365 @@
+"""Models with a narrower residual stream, as ordinary transformers models: built, saved, loaded and generated with.
+
+One table, `WIRING`, says for each family which modules read the residual stream and which write to it. A sliced model is the
+family's own model in which exactly these modules are replaced by narrower ones, its norms by norms without weights (they
+were folded into what follows them), and every residual connection by a shortcut between the bases on its two sides.
+Attention, MLP activations, rotary embeddings, masks, caches and generation stay the family's own code.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prunelib.models import UnsupportedModel
+from prunelib.registration import MODEL_TYPE, register_model_type
+
+# ------------------------------------------------------------------------------------------------------------- wiring
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One addition to the residual stream: a norm of it, then modules one after the other. Paths start at the layer.
+
+    inputs: linear maps that read the normed stream. output: the one that writes to the stream. attention: the first module
+    takes the layer's keyword arguments and returns its output in a tuple.
+    """
+
+    norm: str
+    modules: tuple[str, ...]
+    inputs: tuple[str, ...]
+    output: str
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the blocks of a family hang on the residual stream. Paths start at the model.
+
+    embeddings: tables whose outputs add up to the first hidden states. centred: the norms subtract the mean (LayerNorm).
+    norm_offset: what the norms add to their weight. parallel: attention and MLP read the same hidden states; True, False, or
+    the configuration field that says so. dropout: configuration field with the dropout of what the branches add.
+    """
+
+    attn: Branch
+    mlp: Branch
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    centred: bool = False
+    norm_offset: float = 0.0
+    parallel: bool | str = False
+    dropout: str | None = None
+
+    def steps(self, config: PreTrainedConfig) -> tuple[tuple[Branch, ...], ...]:
+        """Branches of one layer: those of a step read the same hidden states, and each step ends in one shortcut."""
+        parallel = getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
+        return ((self.attn, self.mlp),) if parallel else ((self.attn,), (self.mlp,))
+
+
+_ATTN = Branch(
+    norm="input_layernorm",
+    modules=("self_attn",),
+    inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    output="self_attn.o_proj",
+    attention=True,
+)
+_MLP = Branch(
+    norm="post_attention_layernorm",
+    modules=("mlp",),
+    inputs=("mlp.gate_proj", "mlp.up_proj"),
+    output="mlp.down_proj",
+)
+_LLAMA = Wiring(_ATTN, _MLP)
+
+WIRING: dict[str, Wiring] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "gemma": replace(_LLAMA, norm_offset=1.0),
+    "phi3": Wiring(
+        replace(_ATTN, inputs=("self_attn.qkv_proj",)),
+        replace(_MLP, inputs=("mlp.gate_up_proj",)),
+        dropout="resid_pdrop",
+    ),
+    "phi": Wiring(
+        replace(_ATTN, output="self_attn.dense"),
+        Branch(norm="input_layernorm", modules=("mlp",), inputs=("mlp.fc1",), output="mlp.fc2"),
+        final_norm="model.final_layernorm",
+        centred=True,
+        parallel=True,
+        dropout="resid_pdrop",
+    ),
+    "gpt_neox": Wiring(
+        Branch("input_layernorm", ("attention",), ("attention.query_key_value",), "attention.dense", attention=True),
+        Branch("post_attention_layernorm", ("mlp",), ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        embeddings=("gpt_neox.embed_in",),
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        centred=True,
+        parallel="use_parallel_residual",
+        dropout="hidden_dropout",
+    ),
+    "opt": Wiring(
+        replace(_ATTN, norm="self_attn_layer_norm", output="self_attn.out_proj"),
+        Branch(norm="final_layer_norm", modules=("fc1", "activation_fn", "fc2"), inputs=("fc1",), output="fc2"),
+        embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+        layers="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        centred=True,
+        dropout="dropout",
+    ),
+}
+"""Families by model type. One more takes an entry, if its norms stand before its branches and nothing but the head reads the
+stream in between: norms behind a branch (Gemma 2 and 3, OLMo 2) need their input at full width, and routers of mixtures of
+experts are not in the table."""
+
+
+def wiring_of(config: PreTrainedConfig) -> Wiring:
+    """The wiring of a dense model's family. Raises UnsupportedModel naming the model type when it has none."""
+    if config.model_type == MODEL_TYPE:
+        raise UnsupportedModel("this model is sliced already: slice the dense model with the widths wanted in the end")
+    if config.model_type not in WIRING:
+        raise UnsupportedModel(
+            f"model type {config.model_type!r} cannot be sliced; the families that can: {', '.join(sorted(WIRING))}"
+        )
+    return WIRING[config.model_type]
+
+
+# ---------------------------------------------------------------------------------------------------- widths, shortcuts
+
+
+def positions(widths: Sequence[int], steps: int, hidden_size: int) -> list[int]:
+    """Widths of the stream before every step of every layer, and before the head, where it is as wide as in the dense model."""
+    return [width for width in widths for _ in range(steps)] + [hidden_size]
+
+
+def shortcut_kinds(widths: Sequence[int], hidden_size: int, absorb: bool = True) -> list[str]:
+    """What remains of the matrix between each two neighbouring positions of these widths: a key of `SHORTCUTS`.
+
+    Without `absorb` every one is "dense", as in SliceGPT. A basis may be turned within the space it spans, which the matrices
+    that read and write there take in; and where nothing is cut, any basis of the whole space will do. So of two shortcuts that
+    meet, one can be made diagonal (singular value decomposition, both bases turned), and one into or out of an uncut
+    position becomes the identity, with dimensions dropped or zeros added.
+    """
+    if not absorb:
+        return ["dense"] * (len(widths) - 1)
+    kinds = []
+    turned = False  # the basis before this shortcut is used up by the diagonal shortcut before it
+    sliced_before = False
+    for width, following in itertools.pairwise(widths):
+        sliced_before |= width < hidden_size
+        if following == hidden_size or (width == hidden_size and not sliced_before):
+            kinds.append("identity")
+        elif width == hidden_size or turned:
+            kinds.append("dense")
+        else:
+            kinds.append("diagonal")
+        turned = kinds[-1] == "diagonal"
+    return kinds
+
+
+class Identity(nn.Module):
+    """Leading dimensions kept; the others dropped, or zeros added: [..., before] to [..., after]."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.added = after - before
+
+    def forward(self, states: Float[Tensor, "... before"]) -> Float[Tensor, "... after"]:
+        return functional.pad(states, (0, self.added)) if self.added else states
+
+
+class Diagonal(nn.Module):
+    """A rectangular diagonal matrix: [..., before] to [..., after]."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(min(before, after)))
+        self.added = after - before
+
+    def forward(self, states: Float[Tensor, "... before"]) -> Float[Tensor, "... after"]:
+        scaled = states[..., : len(self.weight)] * self.weight
+        return functional.pad(scaled, (0, self.added)) if self.added > 0 else scaled
+
+
+def _dense(before: int, after: int) -> nn.Linear:
+    return nn.Linear(before, after, bias=False)
+
+
+SHORTCUTS = {"identity": Identity, "diagonal": Diagonal, "dense": _dense}
+"""Modules of a residual connection between two bases, called with the widths before and after."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def normalised(states: Float[Tensor, "... width"], size: int, eps: float) -> Float[Tensor, "... width"]:
+    """states / sqrt(sum of squares / size + eps), in float32 at least: RMSNorm of a stream that was `size` wide when dense."""
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) / size + eps)).to(states.dtype)
+
+
+class Normalise(nn.Module):
+    """`normalised` as a module, without weights."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.size, self.eps = size, eps
+
+    def forward(self, states: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        return normalised(states, self.size, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, eps={self.eps}"
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The epsilon of a family's norm."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def branch_output(
+    layer: nn.Module, branch: Branch, normed: Float[Tensor, "sample token width"], arguments: dict[str, Any]
+) -> Float[Tensor, "sample token _"]:
+    """What a branch of a layer, dense or sliced, adds to the stream, from the normed stream and the layer's arguments."""
+    states = normed
+    for index, path in enumerate(branch.modules):
+        module = layer.get_submodule(path)
+        states = module(hidden_states=states, **arguments)[0] if branch.attention and index == 0 else module(states)
+    return states
+
+
+class SlicedLayer(GradientCheckpointingLayer):
+    """A decoder layer between bases of given widths; takes over the modules of `layer`, under their names.
+
+    `widths` has one element more than there are steps: before each step, and after the last. In a model, a layer is also an
+    instance of its family's own class (`_layer_class`), by which transformers finds the layers to record hidden states of.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        steps: tuple[tuple[Branch, ...], ...],
+        widths: Sequence[int],
+        shortcuts: Sequence[str],
+        hidden_size: int,
+        dropout: float,
+    ):
+        nn.Module.__init__(self)  # not that of the family's class, which would build a dense layer
+        self.steps = steps
+        self.dropout = dropout
+        branches = [branch for step in steps for branch in step]
+        paths = [path for branch in branches for path in (branch.norm, *branch.modules)]
+        for name, module in layer.named_children():
+            if name in paths:
+                self.add_module(name, module)
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+        norms = {branch.norm: self.get_submodule(branch.norm) for branch in branches}
+        for index, step in enumerate(steps):
+            for branch in step:
+                for path in branch.inputs:
+                    _narrow(self, path, inputs=widths[index], bias=getattr(norms[branch.norm], "bias", None) is not None)
+                _narrow(self, branch.output, outputs=widths[index + 1])
+        for path, norm in norms.items():
+            self.set_submodule(path, Normalise(hidden_size, norm_eps(norm)))
+        self.shortcuts = nn.ModuleList(
+            SHORTCUTS[kind](widths[index], widths[index + 1]) for index, kind in enumerate(shortcuts)
+        )
+
+    def forward(self, hidden_states: Float[Tensor, "sample token before"], **arguments: Any) -> Tensor:
+        for step, shortcut in zip(self.steps, self.shortcuts, strict=True):
+            result = shortcut(hidden_states)
+            for branch in step:
+                normed = self.get_submodule(branch.norm)(hidden_states)
+                added = branch_output(self, branch, normed, arguments)
+                result = result + functional.dropout(added, self.dropout, self.training)
+            hidden_states = result
+        return hidden_states
+
+
+@functools.cache
+def _layer_class(dense: type[nn.Module]) -> type[SlicedLayer]:
+    return type(f"Sliced{dense.__name__}", (SlicedLayer, dense), {})
+
+
+def _narrow(module: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, bias: bool = False) -> None:
+    """Put an unset linear map of other widths in the place of the one at `path`."""
+    old = module.get_submodule(path)
+    new = nn.Linear(inputs or old.in_features, outputs or old.out_features, bias=bias or old.bias is not None)
+    module.set_submodule(path, new)
+
+
+def _narrow_model(model: PreTrainedModel, wiring: Wiring, config: PreTrainedConfig) -> None:
+    """Replace the modules of a model of the dense family, in place, by those its `config.slicing` describes."""
+    size = config.hidden_size
+    steps = wiring.steps(config)
+    n_steps = len(steps)
+    widths = positions(config.slicing["widths"], n_steps, size)
+    shortcuts = config.slicing["shortcuts"]
+    for path in wiring.embeddings:
+        table = model.get_submodule(path)
+        table.weight = nn.Parameter(torch.empty(table.num_embeddings, widths[0]))
+        table.embedding_dim = widths[0]
+    layers = model.get_submodule(wiring.layers)
+    dropout = float(getattr(config, wiring.dropout)) if wiring.dropout else 0.0
+    for index, layer in enumerate(layers):
+        first = index * n_steps
+        layers[index] = _layer_class(type(layer))(
+            layer, steps, widths[first : first + n_steps + 1], shortcuts[first : first + n_steps], size, dropout
+        )
+    norm = model.get_submodule(wiring.final_norm)
+    _narrow(model, wiring.head, bias=getattr(norm, "bias", None) is not None)
+    model.set_submodule(wiring.final_norm, Normalise(size, norm_eps(norm)))
+
+
+@functools.cache
+def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Configuration and model class of a sliced family, registered with AutoModelForCausalLM."""
+    wiring = WIRING[family]
+    dense_config = type(AutoConfig.for_model(family))
+    dense_model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+
+    class Config(dense_config):
+        model_type = MODEL_TYPE
+
+    Config.__name__ = Config.__qualname__ = f"Sliced{dense_config.__name__}"
+
+    class Model(dense_model):
+        config_class = Config
+        _no_split_modules = [f"Sliced{name}" for name in dense_model._no_split_modules]  # noqa: RUF012 (a list is expected)
+
+        def __init__(self, config: Config):
+            super().__init__(config)
+            _narrow_model(self, wiring, config)
+            self.post_init()
+
+    Model.__name__ = Model.__qualname__ = f"Sliced{dense_model.__name__}"
+    AutoModelForCausalLM.register(Config, Model)
+    return Config, Model
+
+
+def config_class(record: dict) -> type[PreTrainedConfig]:
+    """The class for the contents of a sliced model's config.json. Raises UnsupportedModel when they are damaged."""
+    slicing = record.get("slicing")
+    family = slicing.get("family") if isinstance(slicing, dict) else None
+    if family not in WIRING:
+        raise UnsupportedModel(f"this configuration of a sliced model names no family that can be sliced, but {family!r}")
+    return classes(family)[0]
+
+
+register_model_type()

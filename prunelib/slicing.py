@@ -1,0 +1,582 @@
+"""Rotate and slice (SliceGPT, arXiv 2401.15024), with a width for every layer (Dynamic LLM Slicing, arXiv 2411.03513).
+
+RMSNorm commutes with an orthogonal Q, so the residual stream of a model may be expressed in any basis, at every place in
+another one: matrices that read the stream take in Q, matrices that write to it Q^T, residual connections become Q_i^T Q_{i+1}.
+In the basis of the principal axes of the stream, the last axes carry little, and are cut. (LayerNorm is RMSNorm behind a
+subtraction of the mean, which the matrices that write to the stream take in.)
+
+A cut model computes what the dense one does whose stream is projected onto the kept axes at every place. So the calibration
+here runs the dense layers, unrotated, on a projected stream: attention and MLP of each layer once, and every place sees what
+all cuts before it have done. Rotated weights are made once, when the bases on their sides are known.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from prunelib.evaluation import check_windows
+from prunelib.models import UnsupportedModel, layers_as, parameter_count
+from prunelib.registration import MODEL_TYPE
+from prunelib.schedules import SlicePlan
+from prunelib.sliced_model import (
+    Branch,
+    Diagonal,
+    SlicedLayer,
+    Wiring,
+    branch_output,
+    classes,
+    norm_eps,
+    normalised,
+    positions,
+    shortcut_kinds,
+    wiring_of,
+)
+
+DAMPING = 0.01
+"""Added to the diagonal of the second moments, times its mean, as SliceGPT does: no eigenvector changes, but where the norms
+subtract the mean, the direction of that mean is exempt and so comes last."""
+
+Axes = Callable[[Tensor, int], Tensor]
+"""From second moments [D, D] and a width to orthonormal columns [D, width], in float64."""
+
+_ROWS = 8192  # of an embedding table that are rotated at once in float64
+
+
+# ----------------------------------------------------------------------------------------------------------------- axes
+
+
+def principal_axes(moments: Float64[Tensor, "D D"], width: int) -> Float64[Tensor, "D width"]:
+    """Eigenvectors of the largest eigenvalues, in descending order."""
+    return torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :width]
+
+
+def random_axes(seed: int) -> Axes:
+    """Control: random directions, independent at every place, drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def axes(moments: Tensor, width: int) -> Tensor:
+        # The damped moments separate directions that can occur from the one that the subtracted mean excludes.
+        drawn = torch.randn(len(moments), width, dtype=torch.float64, generator=generator).to(moments.device)
+        values, vectors = torch.linalg.eigh(moments)
+        possible = vectors[:, values > values[-1] * 1e-12]
+        return torch.linalg.qr(possible @ (possible.T @ drawn)).Q if width < len(moments) else torch.linalg.qr(drawn).Q
+
+    return axes
+
+
+# -------------------------------------------------------------------------------------------------------------- slicing
+
+
+def slice_model(
+    model: PreTrainedModel,
+    plan: SlicePlan,
+    windows: Int[Tensor, "sample token"],
+    *,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    activation_dtype: torch.dtype | None = None,
+    activation_device: str | torch.device | None = None,
+    absorb: bool = True,
+    subtract_mean: bool = False,
+    axes: Axes = principal_axes,
+    damping: float | int = DAMPING,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """A new model whose residual stream has the widths of `plan`, calibrated on token windows; `model` stays as it is.
+
+    The result is a `prunelib_sliced` model of the same dtype on the same device, its head untied from the embeddings: to save
+    with `prunelib.models.save` or `save_pretrained`, to load with AutoModelForCausalLM wherever prunelib was imported.
+
+    Work is done layer by layer on `device` (that of the model unless given; the model may then stay on the CPU), which holds
+    one layer, one batch, a few D x D matrices in float64, and the stream of all windows: samples x tokens x D numbers of
+    `activation_dtype` (the model's unless given), unless they are kept on `activation_device`. Moments, principal axes and
+    rotations are float64, and the axes are those of the stream before the norms, not centred; the layers run in the model's
+    dtype.
+
+    absorb: shrink shortcut matrices to diagonals or nothing where the widths allow it (`sliced_model.shortcut_kinds`); the
+        model computes the same. False keeps every matrix, as SliceGPT does, and rotates uncut places as well.
+    subtract_mean: take the mean over D off the embeddings. SliceGPT's code does it to every model. It changes nothing where
+        the norms do the same (LayerNorm), and changes the function of a model that has RMSNorm.
+    axes: how directions are chosen; `random_axes` is a control.
+
+    Raises, before any work, UnsupportedModel naming the model type for a model that cannot be sliced, and ValueError for a
+    plan of another model or windows that cannot calibrate it; RuntimeError naming the layer at the first NaN or infinity.
+    """
+    wiring = _checked(model, plan)
+    check_windows(model, windows, batch_size=batch_size)
+    widths = positions(plan.widths, len(wiring.steps(model.config)), plan.hidden_size)
+    cut = [width for width in widths if width < plan.hidden_size]
+    if cut and windows.numel() < max(cut):
+        raise ValueError(
+            f"{windows.numel()} calibration tokens cannot say which {max(cut)} of {plan.hidden_size} directions to keep: "
+            "give more tokens than the widest layer keeps (many times as many, for good axes)"
+        )
+    device = torch.empty(0, device=device if device is not None else model.device).device  # with its index
+    calibration = _Calibration(
+        model=model,
+        wiring=wiring,
+        widths=widths,
+        windows=windows,
+        batch_size=batch_size,
+        device=device,
+        storage_dtype=activation_dtype or model.dtype,
+        storage_device=torch.device(activation_device) if activation_device is not None else device,
+        uncut=not absorb,
+        subtract_mean=subtract_mean,
+        axes=axes,
+        damping=float(damping),
+    )
+    with torch.no_grad():
+        bases = tqdm(calibration.bases(), desc="slicing", unit="place", total=len(widths), disable=not progress)
+        if absorb:
+            bases = _turned(bases, torch.eye(plan.hidden_size, dtype=torch.float64, device=device))
+        weights = _rotated(model, wiring, bases, shortcut_kinds(widths, plan.hidden_size, absorb), subtract_mean, device)
+        return _assembled(model, plan, shortcut_kinds(widths, plan.hidden_size, absorb), weights)
+
+
+def _checked(model: PreTrainedModel, plan: SlicePlan) -> Wiring:
+    """The wiring of a model that can be sliced by this plan; refuses everything else before any work."""
+    wiring = wiring_of(model.config)
+    model_type, config = model.config.model_type, model.config
+    if not isinstance(model, classes(model_type)[1].__mro__[1]) or type(model).__module__.startswith("transformers_modules"):
+        raise UnsupportedModel(f"{type(model).__name__} is not the causal language model of type {model_type!r}")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(f"this {model_type} model is quantised; slice it unquantised, then quantise the sliced model")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModel(
+            f"this {model_type} model is spread over several devices; load it on one (the CPU), and give slice_model a device"
+        )
+    layers = model.get_submodule(wiring.layers)
+    branches = {branch for step in wiring.steps(config) for branch in step}
+    for module, paths in [(model, (wiring.final_norm, wiring.head, *wiring.embeddings))] + [
+        (layer, (branch.norm, branch.output, *branch.inputs)) for layer in layers for branch in branches
+    ]:
+        for path in paths:
+            if not isinstance(_submodule(module, path), nn.Module):
+                raise UnsupportedModel(f"this {model_type} model cannot be sliced: it has no {path}, or one of another kind")
+    for path in wiring.embeddings:
+        if model.get_submodule(path).weight.shape[1] != config.hidden_size:
+            raise UnsupportedModel(f"this {model_type} model cannot be sliced: {path} is narrower than its hidden states")
+    if plan.hidden_size != config.hidden_size:
+        raise ValueError(f"the plan is for a hidden size of {plan.hidden_size}, this model has {config.hidden_size}")
+    if plan.n_layers != len(layers):
+        raise ValueError(f"the plan has the widths of {plan.n_layers} layers, this model has {len(layers)}")
+    return wiring
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """Everything that finding the bases needs; `uncut` asks for axes at full width as well."""
+
+    model: PreTrainedModel
+    wiring: Wiring
+    widths: list[int]
+    windows: Tensor
+    batch_size: int
+    device: torch.device
+    storage_dtype: torch.dtype
+    storage_device: torch.device
+    uncut: bool
+    subtract_mean: bool
+    axes: Axes
+    damping: float
+
+    @property
+    def size(self) -> int:
+        return self.model.config.hidden_size
+
+    def wanted(self, place: int) -> bool:
+        return self.uncut or self.widths[place] < self.size
+
+    def bases(self) -> Iterator[Float64[Tensor, "D width"] | None]:
+        """Axes kept at each place, in order, None where nothing is cut; the stream moves on as they are taken."""
+        last = max((place for place in range(len(self.widths)) if self.wanted(place)), default=-1)
+        if last < 0:
+            yield from (None for _ in self.widths)
+            return
+        states, arguments = self.embedded()
+        moments = self.no_moments(0)
+        for index, state in enumerate(states):
+            stream = state.to(self.device)
+            if self.wiring.centred or self.subtract_mean:
+                stream = _centred(stream)
+                states[index] = stream.to(self.storage_device, self.storage_dtype)
+            _add_moments(moments, stream)
+        basis = self.basis(moments, 0, "the embeddings")
+        yield basis
+        place = 0
+        for index, dense in enumerate(self.model.get_submodule(self.wiring.layers)):
+            if place >= last:
+                break
+            layer = _on(dense, self.device)
+            for step in self.wiring.steps(self.model.config):
+                if place >= last:
+                    break
+                place += 1
+                moments = self.advance(states, basis, layer, step, arguments[index], self.no_moments(place))
+                names = " and ".join(branch.modules[0] for branch in step)
+                basis = self.basis(moments, place, f"the hidden states after {names} of layer {index}")
+                yield basis
+        yield from (None for _ in self.widths[place + 1 :])
+
+    def embedded(self) -> tuple[list[Tensor], list[dict[int, dict[str, Any]]]]:
+        """The stream before layer 0, by batch, and what each layer is called with beside it, by number of rows in the batch."""
+        layers = self.model.get_submodule(self.wiring.layers)
+        taps = [_Tap(layer) for layer in layers]
+        backbone = layers_as(self.model, taps).base_model
+        states = []
+        for start in range(0, len(self.windows), self.batch_size):
+            rows = self.windows[start : start + self.batch_size].to(self.model.device)
+            backbone(input_ids=rows, use_cache=False)
+            states.append(taps[0].states.to(self.storage_device, self.storage_dtype))
+        return states, [tap.arguments for tap in taps]
+
+    def no_moments(self, place: int) -> Float64[Tensor, "D D"] | None:
+        """Moments to fill for a place; None where no axes are wanted."""
+        return torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device) if self.wanted(place) else None
+
+    def advance(
+        self,
+        states: list[Tensor],
+        basis: Float64[Tensor, "D width"] | None,
+        layer: nn.Module,
+        step: tuple[Branch, ...],
+        arguments: dict[int, dict[str, Any]],
+        moments: Float64[Tensor, "D D"] | None,
+    ) -> Float64[Tensor, "D D"] | None:
+        """Project the stream onto `basis`, run one step on it, in place, and sum up the moments of what comes out."""
+        dtype = self.model.dtype
+        arguments = {rows: _moved(values, self.device) for rows, values in arguments.items()}
+        norms = {branch.norm: _norm_weights(layer.get_submodule(branch.norm), self.wiring, dtype) for branch in step}
+        axes = None if basis is None else basis.to(dtype)
+        for index, state in enumerate(states):
+            stream = state.to(self.device, dtype)
+            if axes is not None:
+                stream = (stream @ axes) @ axes.T
+            result = stream
+            for branch in step:
+                scale, shift, eps = norms[branch.norm]
+                normed = normalised(stream, self.size, eps) * scale + shift
+                result = result + branch_output(layer, branch, normed, arguments[len(stream)])
+            if self.wiring.centred:
+                result = _centred(result)
+            states[index] = result.to(self.storage_device, self.storage_dtype)
+            _add_moments(moments, result)
+        return moments
+
+    def basis(self, moments: Float64[Tensor, "D D"] | None, place: int, what: str) -> Float64[Tensor, "D width"] | None:
+        """The axes kept at a place. Raises RuntimeError for moments that are not finite."""
+        if moments is None:
+            return None
+        if not bool(torch.isfinite(moments).all()):
+            raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
+        floor = self.damping * float(moments.diagonal().mean())
+        moments.diagonal().add_(floor)
+        if self.wiring.centred:
+            moments -= floor / self.size
+        return self.axes(moments, self.widths[place])
+
+
+class _Tap(nn.Module):
+    """A decoder slot that keeps what it is called with and hands the hidden states on unchanged."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["_stands_for"] = layer
+        self.states: Tensor | None = None
+        self.arguments: dict[int, dict[str, Any]] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.states = hidden_states
+        self.arguments[len(hidden_states)] = arguments
+        return hidden_states
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stands_for"], name)
+
+
+def _add_moments(moments: Float64[Tensor, "D D"] | None, stream: Float[Tensor, "sample token D"]) -> None:
+    if moments is not None:
+        flat = stream.flatten(0, 1).double()
+        moments.addmm_(flat.T, flat)
+
+
+def _centred(stream: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
+    return (wide - wide.mean(dim=-1, keepdim=True)).to(stream.dtype)
+
+
+def _norm_weights(norm: nn.Module, wiring: Wiring, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float, float]:
+    """Scale, shift and epsilon of a family's norm."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    scale = 1.0 if weight is None else weight.to(dtype) + wiring.norm_offset
+    return scale, 0.0 if bias is None else bias.to(dtype), norm_eps(norm)
+
+
+def _on(layer: nn.Module, device: torch.device) -> nn.Module:
+    """The layer itself where it is on the device already, else a copy there."""
+    return layer if next(layer.parameters()).device == device else copy.deepcopy(layer).to(device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors of a nested value on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+# ------------------------------------------------------------------------------------------------------ turning the bases
+
+
+def _turned(bases: Iterable[Tensor | None], identity: Float64[Tensor, "D D"]) -> Iterator[Float64[Tensor, "D width"]]:
+    """The bases, turned within what they span as `sliced_model.shortcut_kinds` says, and filled in where nothing is cut.
+
+    It looks ahead by one place, and over uncut places at the beginning.
+    """
+    waiting, before = 0, None
+    for basis in _paired(bases):
+        if basis is not None:
+            if waiting:
+                yield from [_completed(basis)] * waiting
+            waiting, before = 0, basis
+            yield basis
+        elif before is None:
+            waiting += 1
+        else:
+            before = _completed(before)
+            yield before
+    for _ in range(waiting):
+        yield identity
+
+
+def _paired(bases: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+    """Each two neighbouring bases turned by the singular vectors of what lies between them, which becomes diagonal."""
+    held = None
+    for basis in bases:
+        if held is None and basis is not None:
+            held = basis
+        elif held is None or basis is None:
+            yield from (held, None) if held is not None else (None,)
+            held = None
+        else:
+            left, _, right = torch.linalg.svd(held.T @ basis)
+            yield held @ left
+            yield basis @ right.T
+            held = None
+    if held is not None:
+        yield held
+
+
+def _completed(basis: Float64[Tensor, "D width"]) -> Float64[Tensor, "D D"]:
+    """The basis, and behind it an orthonormal basis of the rest of the space."""
+    width = basis.shape[1]
+    return torch.cat([basis, torch.linalg.qr(basis, mode="complete").Q[:, width:]], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------ rotating weights
+
+
+def _rotated(
+    model: PreTrainedModel,
+    wiring: Wiring,
+    bases: Iterable[Float64[Tensor, "D width"]],
+    shortcuts: Sequence[str],
+    subtract_mean: bool,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Weights of the sliced model that differ from the dense model's, by name; each as soon as its bases are known."""
+    weights: dict[str, Tensor] = {}
+    layers = model.get_submodule(wiring.layers)
+    steps = wiring.steps(model.config)
+
+    def put(name: str, value: Tensor, like: Tensor) -> None:
+        weights[name] = value.to(like.device, like.dtype).contiguous()
+
+    def reads(module: nn.Module, path: str, norm: nn.Module, name: str, basis: Tensor) -> None:
+        """A linear map behind a norm takes in the norm's weights and the basis."""
+        linear = module.get_submodule(path)
+        weight = linear.weight.to(device, torch.float64)
+        scale, shift, _ = _norm_weights(norm, wiring, torch.float64)
+        put(f"{name}.weight", (weight * torch.as_tensor(scale).to(device)) @ basis, linear.weight)
+        if linear.bias is not None or isinstance(shift, Tensor):
+            bias = 0.0 if linear.bias is None else linear.bias.to(device, torch.float64)
+            added = weight @ shift.to(device) if isinstance(shift, Tensor) else 0.0
+            put(f"{name}.bias", bias + added, linear.weight)
+
+    def writes(module: nn.Module, path: str, name: str, basis: Tensor) -> None:
+        linear = module.get_submodule(path)
+        target = _centred(basis.T).T if wiring.centred else basis
+        put(f"{name}.weight", target.T @ linear.weight.to(device, torch.float64), linear.weight)
+        if linear.bias is not None:
+            put(f"{name}.bias", target.T @ linear.bias.to(device, torch.float64), linear.bias)
+
+    before = None
+    for place, basis in enumerate(bases):
+        if place == 0:
+            target = _centred(basis.T).T if wiring.centred or subtract_mean else basis
+            for path in wiring.embeddings:
+                table = model.get_submodule(path).weight
+                parts = [rows.to(device, torch.float64) @ target for rows in table.split(_ROWS)]
+                put(f"{path}.weight", torch.cat([part.to(table.dtype) for part in parts]), table)
+        else:
+            index, step = divmod(place - 1, len(steps))
+            name = f"{wiring.layers}.{index}"
+            for branch in steps[step]:
+                writes(layers[index], branch.output, f"{name}.{branch.output}", basis)
+            like = layers[index].get_submodule(steps[step][0].output).weight
+            between = before.T @ basis
+            if shortcuts[place - 1] == "dense":
+                put(f"{name}.shortcuts.{step}.weight", between.T, like)
+            elif shortcuts[place - 1] == "diagonal":
+                put(f"{name}.shortcuts.{step}.weight", between.diagonal(), like)
+        index, step = divmod(place, len(steps))
+        if index < len(layers):
+            for branch in steps[step]:
+                for path in branch.inputs:
+                    norm = layers[index].get_submodule(branch.norm)
+                    reads(layers[index], path, norm, f"{wiring.layers}.{index}.{path}", basis)
+        else:
+            reads(model, wiring.head, model.get_submodule(wiring.final_norm), wiring.head, basis)
+        before = basis
+    return weights
+
+
+def _assembled(
+    model: PreTrainedModel, plan: SlicePlan, shortcuts: Sequence[str], weights: dict[str, Tensor]
+) -> PreTrainedModel:
+    """The sliced model of these weights; what they leave out is copied from the dense model."""
+    sliced = _skeleton(model.config, plan, shortcuts)
+    dense = model.state_dict()
+    for name in sliced.state_dict():
+        if name not in weights:
+            weights[name] = dense[name].clone()
+    sliced.load_state_dict(weights, strict=True, assign=True)
+    buffers = dict(model.named_buffers())
+    for name, buffer in list(sliced.named_buffers()):
+        if buffer.is_meta:  # rotary frequencies and the like, which no state dict holds
+            owner, _, attribute = name.rpartition(".")
+            setattr(sliced.get_submodule(owner), attribute, buffers[name].clone())
+    sliced.generation_config = copy.deepcopy(model.generation_config)
+    return sliced.eval()
+
+
+def _skeleton(config: PreTrainedConfig, plan: SlicePlan, shortcuts: Sequence[str]) -> PreTrainedModel:
+    """The sliced model without its weights, on the meta device."""
+    config_class, model_class = classes(config.model_type)
+    record = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    record["slicing"] = asdict(plan) | {
+        "family": config.model_type,
+        "shortcuts": list(shortcuts),
+        "tied": bool(config.tie_word_embeddings),
+    }
+    record["tie_word_embeddings"] = False
+    sliced = config_class.from_dict(record)
+    sliced._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        return model_class(sliced)
+
+
+# ------------------------------------------------------------------------------------------------------------ accounting
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a sliced model has and does, beside its dense model. FLOPs are per token, a multiplication and an addition as two.
+
+    parameters includes `shortcut_parameters`, and the head, which is no longer tied to the embeddings. FLOPs are those of the
+    linear maps, head and shortcuts included, and of attention over `context` earlier tokens; norms and activations are not
+    counted. A token's embedding is a look-up.
+    """
+
+    dense_parameters: int
+    parameters: int
+    shortcut_parameters: int
+    dense_flops: int
+    flops: int
+    context: int
+
+    @property
+    def removed(self) -> float:
+        """Fraction of the parameters that is really gone; negative where shortcuts (or the untied head) outweigh the cuts."""
+        return 1 - self.parameters / self.dense_parameters
+
+    @property
+    def flops_removed(self) -> float:
+        """Fraction of the FLOPs that is really gone."""
+        return 1 - self.flops / self.dense_flops
+
+
+def account(config: PreTrainedConfig, plan: SlicePlan | None = None, *, absorb: bool = True, context: int = 0) -> Account:
+    """Parameters and FLOPs per token of a sliced model, without slicing: counted on models that have no weights.
+
+    `config` is that of a dense model with the `plan` it is to be sliced by, or of a sliced model. Raises ValueError when the
+    plan is missing or does not fit, and UnsupportedModel as `slice_model`.
+    """
+    if config.model_type == MODEL_TYPE:
+        if plan is not None:
+            raise ValueError("this configuration is of a sliced model, which has its plan: give none, or the dense one")
+        sliced_class = classes(config.slicing["family"])[1]
+        dense_config = dense_configuration(config)
+        with torch.device("meta"):
+            sliced = sliced_class(copy.deepcopy(config))
+    else:
+        wiring = wiring_of(config)
+        if plan is None:
+            raise ValueError("a plan is needed to say how this model would be sliced")
+        if (plan.hidden_size, plan.n_layers) != (config.hidden_size, config.num_hidden_layers):
+            raise ValueError(
+                f"the plan is for {plan.n_layers} layers of width {plan.hidden_size}, this model has "
+                f"{config.num_hidden_layers} of width {config.hidden_size}"
+            )
+        widths = positions(plan.widths, len(wiring.steps(config)), plan.hidden_size)
+        dense_config = config
+        sliced = _skeleton(config, plan, shortcut_kinds(widths, plan.hidden_size, absorb))
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(copy.deepcopy(dense_config))
+    shortcuts = [shortcut for layer in sliced.modules() if isinstance(layer, SlicedLayer) for shortcut in layer.shortcuts]
+    return Account(
+        dense_parameters=parameter_count(dense),
+        parameters=parameter_count(sliced),
+        shortcut_parameters=sum(parameter_count(shortcut) for shortcut in shortcuts),
+        dense_flops=_flops(dense, context),
+        flops=_flops(sliced, context),
+        context=context,
+    )
+
+
+def dense_configuration(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of the dense model behind that of a sliced one."""
+    family_config = classes(config.slicing["family"])[0].__mro__[1]
+    left_out = ("model_type", "architectures", "slicing")
+    record = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    return family_config.from_dict(record | {"tie_word_embeddings": config.slicing["tied"]})
+
+
+def _flops(model: PreTrainedModel, context: int) -> int:
+    config = model.config
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    diagonal = sum(module.weight.numel() for module in model.modules() if isinstance(module, Diagonal))
+    return linear + diagonal + 4 * context * heads * head_size * config.num_hidden_layers
