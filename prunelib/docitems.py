@@ -1,7 +1,8 @@
 """Multiple-choice items from held-out docstrings: the tasks that run where there is no hub.
 
-Three tasks, four choices each (chance 25 %), from the ``evaluation`` split of the embedded corpus ``pydocs``, which no
-reference model was trained on. They were fixed by reasoning, before any pruned model was run on them:
+All come from the ``evaluation`` split of the embedded corpus ``pydocs``, which no reference model was trained on; few-shot
+examples, where asked for, come in the same way from its ``calibration`` split. They were fixed by reasoning, before any pruned
+model was run on them. Three have four choices (chance 25 %) and score texts of the corpus itself:
 
 - ``pydocs_next_line``: some lines of a docstring → its true next line. The other choices are lines of the same docstring that
   meet the same conditions as the answer, so neither the topic nor the form of a line gives the answer away.
@@ -10,7 +11,13 @@ reference model was trained on. They were fixed by reasoning, before any pruned 
 - ``pydocs_parameter``: which of four parameters (``name : type``) is described here? All four stand in the same docstring.
 
 In the last two the scored text is the same for every choice and only what precedes it differs: neither the length nor the
-commonness of a choice can decide. Everything follows from names and texts by sha256: the same corpus gives the same items,
+commonness of a choice can decide. Two more ask in a prompt, as MMLU and BoolQ do, and score the name of the answer:
+
+- ``pydocs_letters``: the questions of ``pydocs_summary``, the choices listed as A to D; the letter is scored (chance 25 %).
+- ``pydocs_yes_no``: does this summary belong to this paragraph? Either its own or the nearest of the distractors above; yes is
+  right exactly as often as no (chance 50 %, and no constant answer does better).
+
+Everything follows from names and texts by sha256: the same corpus gives the same items,
 in the same order, with the answer at the same place.
 """
 
@@ -51,27 +58,27 @@ class Item:
     label: int
 
 
-def items(task: str) -> tuple[Item, ...]:
-    """The items of one task, built from the embedded corpus on this machine.
+def items(task: str, split: str = "evaluation") -> tuple[Item, ...]:
+    """The items of one task, built from the embedded corpus on this machine; `split` "calibration" for few-shot examples.
 
     Raises:
-        ValueError: unknown task, or a corpus that yields fewer than 500 items (another set of packages is installed).
+        ValueError: unknown task or split, or a corpus that yields fewer than 500 items (another set of packages is installed).
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(BUILDERS)}")
-    found = _from_corpus(task, pydocs.build("pydocs").stat().st_mtime_ns)
+    found = _from_corpus(task, split, pydocs.build("pydocs").stat().st_mtime_ns)
     if len(found) < ITEMS:
         raise ValueError(
-            f"{task}: {len(found)} items instead of {ITEMS}; the docstrings on this machine are not those of the lock: "
-            "pip install -r requirements.lock and delete data/corpora/pydocs.jsonl"
+            f"{task}: {len(found)} items of the {split} split instead of {ITEMS}; the docstrings on this machine are not those "
+            "of the lock: pip install -r requirements.lock and delete data/corpora/pydocs.jsonl"
         )
     return found
 
 
-@lru_cache(maxsize=8)
-def _from_corpus(task: str, modified: int) -> tuple[Item, ...]:
+@lru_cache(maxsize=16)
+def _from_corpus(task: str, split: str, modified: int) -> tuple[Item, ...]:
     """The items of the corpus on disk, built once; `modified` makes the cache forget a corpus that was rebuilt."""
-    return build(task, pydocs.records("pydocs", "evaluation"))
+    return build(task, pydocs.records("pydocs", split))
 
 
 def build(task: str, documents: Sequence[pydocs.Document]) -> tuple[Item, ...]:
@@ -85,9 +92,9 @@ def digest(found: Sequence[Item]) -> str:
     return hashlib.sha256(_lines(found).encode()).hexdigest()
 
 
-def write(task: str, path: Path) -> Path:
+def write(task: str, path: Path, split: str = "evaluation") -> Path:
     """Write the items of one task as JSON lines, the form that the YAML of the task reads; return the path."""
-    write_text(path, _lines(items(task)))
+    write_text(path, _lines(items(task, split)))
     return path
 
 
@@ -174,7 +181,8 @@ def _summary_and_paragraph(document: pydocs.Document) -> tuple[str, str] | None:
     return parts[0], _cut(parts[1], PARAGRAPH)
 
 
-def summary(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
+def _summaries(documents: Sequence[pydocs.Document]) -> Iterator[tuple[str, str, str, list[str]]]:
+    """(document, summary, paragraph, summaries of others: those of the nearest modules of the package first)."""
     packages: dict[str, list[tuple]] = {}
     for document in documents:
         pair = _summary_and_paragraph(document)
@@ -192,9 +200,34 @@ def summary(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
                 if plain_text not in others or rank < others[plain_text]:
                     others[plain_text] = rank
             if len(others) >= CHOICES - 1:
-                nearest = [rank[-1] for rank in sorted(others.values())][: CHOICES - 1]
-                choices, label = _placed(answer, nearest, name)
-                yield Item(name, "", choices, f"\n\n{paragraph}", label)
+                yield name, answer, paragraph, [rank[-1] for rank in sorted(others.values())][: CHOICES - 1]
+
+
+def summary(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
+    for name, answer, paragraph, others in _summaries(documents):
+        choices, label = _placed(answer, others, name)
+        yield Item(name, "", choices, f"\n\n{paragraph}", label)
+
+
+# --- the same questions in prompts ---------------------------------------------------------------------------------------
+
+LETTERS = ("A", "B", "C", "D")
+NO_YES = ("no", "yes")  # the order of BoolQ in lm-eval
+
+
+def letters(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
+    for item in build("pydocs_summary", documents):
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=True))
+        query = f"{item.continuation.strip()}\n\nWhich summary belongs to this text?\n{listed}\nAnswer:"
+        yield Item(item.document, query, LETTERS, "", item.label)
+
+
+def yes_no(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
+    found = sorted(_summaries(documents), key=lambda entry: _hash("yes_no", entry[0]))
+    for rank, (name, answer, paragraph, others) in enumerate(found[:ITEMS]):
+        label = rank % 2
+        told = answer if label else others[0]
+        yield Item(name, f"{paragraph}\n\nQuestion: Is this its summary? {told}\nAnswer:", NO_YES, "", label)
 
 
 # --- the parameter of a description --------------------------------------------------------------------------------------
@@ -244,13 +277,17 @@ BUILDERS: dict[str, Callable[[Sequence[pydocs.Document]], Iterator[Item]]] = {
     "pydocs_next_line": next_line,
     "pydocs_summary": summary,
     "pydocs_parameter": parameter,
+    "pydocs_letters": letters,
+    "pydocs_yes_no": yes_no,
 }
 
 
 def main() -> None:
     """``python -m prunelib.docitems``: write the items to build/tasks, where the YAML files in data/tasks look for them."""
+    folder = project_root() / "build" / "tasks"
     for task in BUILDERS:
-        write(task, project_root() / "build" / "tasks" / f"{task}.jsonl")
+        write(task, folder / f"{task}.jsonl")
+        write(task, folder / f"{task}_fewshot.jsonl", "calibration")
 
 
 if __name__ == "__main__":

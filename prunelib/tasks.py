@@ -5,6 +5,8 @@
 tokenizer or to chance is stated: BOS, few-shot examples, all four seeds. ``data_dir`` points at offline copies,
 ``<data_dir>/<task>/<split>.jsonl`` with the columns that the official task reads; then no hub is needed.
 
+`evaluate_layer_sets` gives the same results for many removals of layers from one model, several times cheaper than one by one.
+
 Two tasks decide averages by a single constant answer (BoolQ 62.2 % "yes", WSC 63.5 % "no"): `TaskResult.constant_answer` says
 when that has happened, and `TaskResults.averages` gives every average with and without them.
 """
@@ -17,7 +19,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,13 +30,21 @@ from jaxtyping import Float64
 from transformers import PreTrainedModel
 
 from prunelib import corpora, docitems
+from prunelib.likelihoods import Answer, LayerSetLikelihoods, Request, layer_set_likelihoods
+from prunelib.models import decoder_layers
+from prunelib.prefix import check_layer_set
 from prunelib.provenance import project_root
+from prunelib.search import LayerSet
 
 Scores = Sequence[float] | Sequence[int] | np.ndarray  # one number per item
 
-EMBEDDED = tuple(docitems.BUILDERS)
+# Two sets: in the first a text of the corpus is scored, in the second the name of an answer (a letter, yes or no). Small models
+# read texts long before they can answer in names, so an average over both would say nothing.
+EMBEDDED = ("pydocs_next_line", "pydocs_summary", "pydocs_parameter")
+EMBEDDED_PROMPTS = ("pydocs_letters", "pydocs_yes_no")
 TASK_SETS: dict[str, tuple[str, ...]] = {
     "embedded": EMBEDDED,
+    "embedded_prompts": EMBEDDED_PROMPTS,
     # SimDiff, Tables 2, 3 and 5: plain acc, 0 shots.
     "simdiff_zero_shot": (
         "boolq",
@@ -393,38 +403,162 @@ def evaluate_tasks(
         FileNotFoundError: no ``data_dir``, or no file for a task in it (the message names what was looked for).
         TaskError: the hub cannot be reached and there is no copy; lm-eval is not installed.
     """
-    names = task_names(task_set)
-    if (limit is not None and limit < 1) or batch_size < 1 or (num_fewshot is not None and num_fewshot < 0) or seed < 0:
-        raise ValueError(
-            f"limit={limit}, batch_size={batch_size}, num_fewshot={num_fewshot}, seed={seed}: limit and batch_size from 1, "
-            "num_fewshot and seed from 0"
-        )
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("bos=True, but the tokenizer has no BOS token: take bos=False")
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder")
+    request = _Asked.of(tokenizer, task_set, bos, limit, num_fewshot, batch_size, seed, data_dir)
     lm_eval = _lm_eval()
     with _quiet(), _generators(seed):
-        leaves, specs, sources = _specs(names, None if data_dir is None else Path(data_dir))
+        loaded = _loaded(request)
         lm = _language_model(model, tokenizer, bos, batch_size, progress)
-        loaded = _load(specs, names, hub=data_dir is None and not set(names) <= set(EMBEDDED))
-        for task in loaded["tasks"].values():
-            if num_fewshot is not None or task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=num_fewshot or 0)
-            task.set_fewshot_seed(seed=seed)
-            _check_fewshot(task)
-        output = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+        output = lm_eval.evaluate(lm=lm, task_dict=loaded.tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    return _results(request, loaded, output["samples"], lm, model)
+
+
+class LayerSetTasks(dict[LayerSet, TaskResults]):
+    """Removed layers → `TaskResults`, and what it cost.
+
+    ``layer_forwards`` counts the calls of decoder layers, over all batches; ``layer_forwards_alone`` is what every set by
+    itself takes on the same batches. ``tokens`` counts the tokens in these batches; ``tokens_alone`` is what they are in
+    `evaluate_tasks`, where every choice is a text of its own. So `evaluate_tasks` on every set takes, in calls weighed by their
+    tokens, ``layer_forwards_alone / layer_forwards * tokens_alone / tokens`` times the work.
+    """
+
+    layer_forwards: int = 0
+    layer_forwards_alone: int = 0
+    tokens: int = 0
+    tokens_alone: int = 0
+
+
+def evaluate_layer_sets(
+    model: PreTrainedModel,
+    tokenizer,
+    task_set: str | Sequence[str],
+    layer_sets: Iterable[LayerSet],
+    *,
+    bos: bool,
+    limit: int | None = None,
+    num_fewshot: int | None = 0,
+    batch_size: int = 16,
+    seed: int = 1234,
+    data_dir: str | Path | None = None,
+    progress: bool = True,
+    unit: str = "layer",
+) -> LayerSetTasks:
+    """`evaluate_tasks` on the model without each of the given sets of layers, for the price of what differs between them.
+
+    The same tasks, prompts, metrics and settings: lm-eval asks, and what it asks is answered for all sets in one walk
+    (`prunelib.likelihoods`), in which layers that several sets begin with run once, choices of one question share the beginning
+    of their text, and the head runs at the scored positions only. Log-likelihoods agree with
+    ``evaluate_tasks(remove_layers(model, removed), …)`` to float tolerance, so an item can differ only where two choices tie.
+
+    Args:
+        layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
+        batch_size: choices in one batch.
+        unit: "sublayer" for sets of sublayers instead, as in `evaluation.layer_set_perplexity`.
+
+    The other arguments are those of `evaluate_tasks`.
+
+    Raises:
+        ValueError: an unknown unit; a set that is not ascending, out of range, or everything; a task that does not compare
+            likelihoods of given texts (GSM8K and XSum generate); and as `evaluate_tasks`.
+        FileNotFoundError, TaskError: as `evaluate_tasks`.
+        UnsupportedModel: layers of this model cannot be skipped.
+    """
+    request = _Asked.of(tokenizer, task_set, bos, limit, num_fewshot, batch_size, seed, data_dir)
+    sets = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
+    for removed in sets:
+        check_layer_set(len(decoder_layers(model)), removed, unit)
+    lm_eval = _lm_eval()
+    found = LayerSetTasks()
+    with _quiet(), _generators(seed):
+        loaded = _loaded(request)
+        for name, task in loaded.tasks["tasks"].items():
+            if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                raise ValueError(
+                    f"task {name!r} asks for {task.OUTPUT_TYPE}, and only likelihoods of given texts are shared between "
+                    "layer sets: take evaluate_tasks(remove_layers(model, removed), …) for this task"
+                )
+            _keep_requests(task)
+        lm = _shared_language_model(model, tokenizer, sets, unit, bos, batch_size, progress)
+        for removed in sets:
+            lm.removed = removed
+            output = lm_eval.evaluate(lm=lm, task_dict=loaded.tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+            found[removed] = _results(request, loaded, output["samples"], lm, model)
+    if sets:
+        found.layer_forwards, found.layer_forwards_alone = lm.likelihoods.layer_forwards, lm.likelihoods.layer_forwards_alone
+        found.tokens, found.tokens_alone = lm.likelihoods.tokens, lm.likelihoods.tokens_alone
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, checked."""
+
+    names: tuple[str, ...]
+    bos: bool
+    limit: int | None
+    num_fewshot: int | None
+    batch_size: int
+    seed: int
+    data_dir: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer,
+        task_set: str | Sequence[str],
+        bos: bool,
+        limit: int | None,
+        num_fewshot: int | None,
+        batch_size: int,
+        seed: int,
+        data_dir: str | Path | None,
+    ) -> "_Asked":
+        names = task_names(task_set)
+        if (limit is not None and limit < 1) or batch_size < 1 or (num_fewshot is not None and num_fewshot < 0) or seed < 0:
+            raise ValueError(
+                f"limit={limit}, batch_size={batch_size}, num_fewshot={num_fewshot}, seed={seed}: limit and batch_size from 1, "
+                "num_fewshot and seed from 0"
+            )
+        if bos and tokenizer.bos_token_id is None:
+            raise ValueError("bos=True, but the tokenizer has no BOS token: take bos=False")
+        if data_dir is not None and not Path(data_dir).is_dir():
+            raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder")
+        return cls(names, bos, limit, num_fewshot, batch_size, seed, None if data_dir is None else Path(data_dir))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """lm-eval's task objects, the leaf tasks of every name asked for, and where every leaf's items come from."""
+
+    tasks: dict
+    leaves: Mapping[str, tuple[str, ...]]
+    sources: Mapping[str, Mapping[str, str]]
+
+
+def _loaded(asked: _Asked) -> _Loaded:
+    leaves, specs, sources = _specs(asked.names, asked.data_dir, fewshot=bool(asked.num_fewshot))
+    loaded = _load(specs, asked.names, hub=asked.data_dir is None and not set(asked.names) <= set(docitems.BUILDERS))
+    for task in loaded["tasks"].values():
+        if asked.num_fewshot is not None or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=asked.num_fewshot or 0)
+        task.set_fewshot_seed(seed=asked.seed)
+        _check_fewshot(task)
+    return _Loaded(loaded, leaves, sources)
+
+
+def _results(asked: _Asked, loaded: _Loaded, samples: Mapping, lm, model: PreTrainedModel) -> TaskResults:
     results = {}
-    for name in names:
-        parts = [_result(leaf, loaded["tasks"][leaf], output["samples"][leaf], sources[leaf]) for leaf in leaves[name]]
+    for name in asked.names:
+        parts = [
+            _result(leaf, loaded.tasks["tasks"][leaf], samples[leaf], loaded.sources[leaf]) for leaf in loaded.leaves[name]
+        ]
         results[name] = parts[0] if len(parts) == 1 else _merged(name, parts)
     settings = {
         "lm_eval": importlib.metadata.version("lm_eval"),
-        "bos": bos,
-        "limit": limit,
-        "num_fewshot": "task default" if num_fewshot is None else num_fewshot,
-        "seeds": dict.fromkeys(("random", "numpy", "torch", "fewshot"), seed),
-        "batch_size": batch_size,
+        "bos": asked.bos,
+        "limit": asked.limit,
+        "num_fewshot": "task default" if asked.num_fewshot is None else asked.num_fewshot,
+        "seeds": dict.fromkeys(("random", "numpy", "torch", "fewshot"), asked.seed),
+        "batch_size": asked.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_length": lm.max_length,
         "truncated_requests": lm.truncated,
@@ -444,6 +578,65 @@ def _lm_eval():
 
 
 def _language_model(model: PreTrainedModel, tokenizer, bos: bool, batch_size: int, progress: bool):
+    return _wrapped(_in_memory(bos, progress), model, tokenizer, batch_size)
+
+
+def _shared_language_model(
+    model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet], unit: str, bos: bool, batch_size: int, progress: bool
+):
+    class Shared(_in_memory(bos, progress)):
+        """Answers for the model without the layers ``removed``: the first question is answered for all sets, and kept."""
+
+        removed: LayerSet = ()
+        likelihoods: LayerSetLikelihoods | None = None
+
+        def loglikelihood(self, requests, disable_tqdm=False) -> list[Answer]:
+            if self.likelihoods is None:
+                self._items = [(request.task_name, request.doc_id) for request in requests]
+                super().loglikelihood(requests, disable_tqdm=True)
+            return self.likelihoods[self.removed]
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[Answer]:
+            self._count_truncated(requests)
+            asked = [
+                Request(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation), item)
+                for (_, context, continuation), item in zip(requests, self._items, strict=True)
+            ]
+            self.likelihoods = layer_set_likelihoods(
+                self.model,
+                asked,
+                sets,
+                batch_size=batch_size,
+                softmax_dtype=self.softmax_dtype,
+                progress=progress,
+                unit=unit,
+            )
+            return self.likelihoods[self.removed]
+
+    return _wrapped(Shared, model, tokenizer, batch_size)
+
+
+def _wrapped(kind: type, model: PreTrainedModel, tokenizer, batch_size: int):
+    # A copy: lm-eval gives the tokenizer a pad token and turns its padding side around.
+    return kind(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=False)
+
+
+def _keep_requests(task) -> None:
+    """Build the requests of a task once: every later evaluation asks the same ones again, few-shot examples included."""
+    build, built = task.build_all_requests, False
+
+    def build_once(**settings) -> None:
+        nonlocal built
+        if not built:
+            build(**settings)
+            built = True
+        for request in task.instances:
+            request.resps, request.filtered_resps = [], {}
+
+    task.build_all_requests = build_once
+
+
+def _in_memory(bos: bool, progress: bool) -> type:
     from lm_eval.models.huggingface import HFLM
 
     class InMemory(HFLM):
@@ -468,16 +661,18 @@ def _language_model(model: PreTrainedModel, tokenizer, bos: bool, batch_size: in
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not progress)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            self._count_truncated(requests)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+        def _count_truncated(self, requests) -> None:
             self.truncated += sum(
                 len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
             )
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
         def generate_until(self, requests, disable_tqdm=False):
             return super().generate_until(requests, disable_tqdm=disable_tqdm or not progress)
 
-    # A copy: lm-eval gives the tokenizer a pad token and turns its padding side around.
-    return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=False)
+    return InMemory
 
 
 @contextlib.contextmanager
@@ -540,7 +735,7 @@ def _manager_for(names: Sequence[str]):
 
 
 def _specs(
-    names: Sequence[str], data_dir: Path | None
+    names: Sequence[str], data_dir: Path | None, *, fewshot: bool
 ) -> tuple[dict[str, tuple[str, ...]], list[dict], dict[str, dict[str, str]]]:
     """Name → its leaf tasks; what to override of every leaf; where every leaf's items come from, in words."""
     index = _manager_for(names).task_index
@@ -549,10 +744,15 @@ def _specs(
     for name, members in leaves.items():
         for leaf in members:
             config = index[leaf].cfg
-            if leaf in EMBEDDED:
-                items = docitems.items(leaf)
-                override = {"custom_dataset": _embedded(items)}
-                sources[leaf] = {"source": "pydocs/evaluation", "embedded_items_sha256": docitems.digest(items)}
+            if leaf in docitems.BUILDERS:
+                splits = {"test": docitems.items(leaf)}
+                sources[leaf] = {"source": "pydocs/evaluation", "embedded_items_sha256": docitems.digest(splits["test"])}
+                if fewshot:
+                    splits["fewshot"] = docitems.items(leaf, "calibration")
+                    sources[leaf]["fewshot_items_sha256"] = docitems.digest(splits["fewshot"])
+                override = {"custom_dataset": _embedded(splits)}
+                if not fewshot:  # lm-eval reads the examples even for 0 shots
+                    override["fewshot_split"] = None
             elif data_dir is not None:
                 override, sources[leaf] = _local(name, leaf, config, data_dir), {"source": "offline copy"}
             else:
@@ -573,11 +773,11 @@ def _leaves(name: str, index: Mapping) -> tuple[str, ...]:
     return tuple(leaf for member in members for leaf in _leaves(member, index))
 
 
-def _embedded(items: Sequence[docitems.Item]) -> Callable:
+def _embedded(splits: Mapping[str, Sequence[docitems.Item]]) -> Callable:
     def read(**_):
         import datasets
 
-        return {"test": datasets.Dataset.from_list([asdict(item) for item in items])}
+        return {split: datasets.Dataset.from_list([asdict(item) for item in items]) for split, items in splits.items()}
 
     return read
 
@@ -724,7 +924,9 @@ def _result(leaf: str, task, samples: Sequence[Mapping], source: Mapping) -> Tas
     return TaskResult(
         task=leaf,
         scores={metric: tuple(values) for metric, values in scores.items()},
-        items=tuple(str(sample["doc"].get("document", "")) if leaf in EMBEDDED else str(sample["doc_id"]) for sample in first),
+        items=tuple(
+            str(sample["doc"].get("document", "")) if leaf in docitems.BUILDERS else str(sample["doc_id"]) for sample in first
+        ),
         chance=float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in first])) if several else None,
         predicted=tuple(int(np.argmax([likelihood for likelihood, _ in sample["filtered_resps"]])) for sample in first)
         if several

@@ -33,15 +33,16 @@ def test_the_same_corpus_gives_the_same_items_in_any_order(task, documents, buil
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_four_distinct_choices_and_an_answer_at_every_place(task, built):
+def test_distinct_choices_and_an_answer_at_every_place(task, built):
     found = built[task]
+    count = 2 if task == "pydocs_yes_no" else 4
     for item in found:
-        assert len(item.choices) == len({" ".join(choice.lower().split()) for choice in item.choices}) == 4
+        assert len(item.choices) == len({" ".join(choice.lower().split()) for choice in item.choices}) == count
         assert bool(item.query) != bool(item.continuation)
         assert all(choice.strip() for choice in item.choices)
     places = Counter(item.label for item in found)
-    assert sorted(places) == [0, 1, 2, 3]
-    assert max(places.values()) < 0.32 * len(found)
+    assert sorted(places) == list(range(count))
+    assert max(places.values()) < 1.28 * len(found) / count
     assert max(Counter(item.document for item in found).values()) <= docitems.PER_DOCUMENT
 
 
@@ -71,11 +72,43 @@ def test_summaries_are_told_from_their_neighbours(documents, built):
         assert all(item.document.split("/")[0] in package[choice] for choice in item.choices)
 
 
+def test_letters_list_the_questions_of_the_summaries(built):
+    asked = {item.document: item for item in built["pydocs_summary"]}
+    assert {item.document for item in built["pydocs_letters"]} == set(asked)
+    for item in built["pydocs_letters"]:
+        question = asked[item.document]
+        lines = item.query.splitlines()
+        assert lines[-5:-1] == [f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices, strict=True)]
+        assert item.query.startswith(question.continuation.strip() + "\n")
+        assert (item.choices, item.label) == (("A", "B", "C", "D"), question.label)
+
+
+def test_yes_is_right_for_the_own_summary_and_exactly_half_of_the_time(documents, built):
+    texts = {document.name: document.text.strip() for document in documents}
+    summaries = {text.splitlines()[0] for text in texts.values()}
+    found = built["pydocs_yes_no"]
+    assert Counter(item.choices[item.label] for item in found) == {"yes": 250, "no": 250}
+    assert len({item.document for item in found}) == len(found)
+    for item in found:
+        paragraph, question, prompt = item.query.rsplit("\n", 2)
+        told = question.removeprefix("Question: Is this its summary? ")
+        assert prompt == "Answer:" and told in summaries and paragraph.strip() in texts[item.document]
+        assert texts[item.document].startswith(told + "\n") == bool(item.label)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_come_from_other_documents(task, documents, built):
+    examples = docitems.items(task, "calibration")
+    assert not {item.document for item in examples} & {document.name for document in documents}
+    assert docitems.digest(examples) != docitems.digest(built[task])
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_requests_are_short(task, built):
     tokenizer = load_tokenizer(project_root() / "data" / "reference" / "llama32")
     texts = [item.query + "\n" + c + item.continuation for item in built[task] for c in item.choices]
-    assert max(len(ids) for ids in tokenizer(texts).input_ids) <= 160
+    longest = max(len(ids) for ids in tokenizer(texts).input_ids)
+    assert longest <= (200 if task == "pydocs_letters" else 160)  # four summaries in every text
 
 
 def test_next_line_on_a_written_example():
@@ -116,6 +149,8 @@ def test_unknown_task_and_poor_corpus(monkeypatch, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == docitems.ITEMS
     assert set(rows[0]) == {"document", "query", "choices", "continuation", "label"}
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        docitems.items("pydocs_summary", "test")
     monkeypatch.setattr(docitems, "ITEMS", 100_000)
     with pytest.raises(ValueError, match=r"requirements\.lock"):
         docitems.items("pydocs_summary")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from prunelib import models, tasks
+from prunelib import docitems, models, tasks
 from prunelib.provenance import project_root
-from prunelib.tasks import TaskResult, TaskResults, evaluate_tasks
+from prunelib.tasks import TaskResult, TaskResults, evaluate_layer_sets, evaluate_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -42,6 +42,25 @@ def small() -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def small_neox() -> GPTNeoXForCausalLM:
+    """The same in another family, whose layers the rotary positions reach in another way."""
+    config = GPTNeoXConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return GPTNeoXForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +175,129 @@ def test_settings_are_stated_and_the_callers_generators_left_alone(small, tokeni
     assert settings["bos"] is False and settings["limit"] == 3 and settings["num_fewshot"] == 0
     assert settings["seeds"] == {"random": 9, "numpy": 9, "torch": 9, "fewshot": 9}
     assert settings["dtype"] == "float32" and settings["lm_eval"] and settings["truncated_requests"] == 0
+
+
+def test_one_answer_to_everything_is_right_half_of_the_time_on_yes_or_no(scripted):
+    result = scripted(lambda request: float(request.args[1] == " yes"), "pydocs_yes_no")["pydocs_yes_no"]
+    assert (result.n, result.acc, result.chance, result.best_constant) == (500, 0.5, 0.5, 0.5)
+    assert result.constant_answer == "yes"
+    letters = scripted(lambda request: float(request.args[1] == " C"), "pydocs_letters")["pydocs_letters"]
+    assert letters.constant_answer == "C" and letters.chance == 0.25
+    assert letters.acc < 0.28 and letters.best_constant < 0.28
+
+
+def test_examples_are_answered_questions_from_other_documents(scripted):
+    prompts = {}
+
+    def keep(request):
+        prompts.setdefault(request.task_name, []).append(request.args[0])
+        return 0.0
+
+    names = [*tasks.EMBEDDED, *tasks.EMBEDDED_PROMPTS]
+    results = scripted(keep, names, limit=3, num_fewshot=2)
+    for name in names:
+        examples, items = docitems.items(name, "calibration"), docitems.items(name)
+        between = {"pydocs_next_line": "\n", "pydocs_letters": " ", "pydocs_yes_no": " "}.get(name, "")
+        told = {item.query + between + item.choices[item.label] + item.continuation for item in examples}
+        for number, prompt in enumerate(prompts[name]):
+            item = items[number // len(items[0].choices)]
+            question = item.query or item.choices[number % len(item.choices)]
+            assert prompt.endswith("\n\n" + question)
+            before = prompt.removesuffix("\n\n" + question)
+            assert before.startswith(tuple(told)) and before.endswith(tuple(told)) and before not in told
+        assert results[name].settings["num_fewshot"] == 2 and results[name].settings["fewshot_items_sha256"]
+    assert "fewshot_items_sha256" not in scripted(keep, names[:1], limit=1)[names[0]].settings
+
+
+@pytest.mark.parametrize("name", ["pydocs_letters", "pydocs_parameter"])
+def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path, monkeypatch, name):
+    """As the ``lm_eval`` command runs it, from the files that ``python -m prunelib.docitems`` writes."""
+    import lm_eval
+
+    docitems.write(name, tmp_path / "build" / "tasks" / f"{name}.jsonl")
+    docitems.write(name, tmp_path / "build" / "tasks" / f"{name}_fewshot.jsonl", "calibration")
+    monkeypatch.chdir(tmp_path)
+    theirs = lm_eval.simple_evaluate(
+        model=lm_eval.models.huggingface.HFLM(pretrained=small, tokenizer=tokenizer, batch_size=16),
+        tasks=[name],
+        task_manager=tasks._task_manager(),
+        num_fewshot=1,
+        limit=12,
+    )
+    ours = evaluate_tasks(small, tokenizer, name, bos=False, num_fewshot=1, limit=12, progress=False)[name]
+    right = [sample["acc"] for sample in theirs["samples"][name]]
+    assert ours.scores["acc"] == tuple(right) and 0 < sum(right) < 12
+
+
+# --- many sets of layers -------------------------------------------------------------------------------------------------
+
+SETS = [(), (1,), (0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize("family", ["small", "small_neox"])
+@pytest.mark.parametrize(("bos", "shots"), [(True, 0), (False, 1)])
+def test_layer_sets_equal_one_pruned_model_at_a_time(request, tokenizer, family, bos, shots):
+    model, names = request.getfixturevalue(family), ["embedded", "embedded_prompts"]
+    settings = {"bos": bos, "limit": 10, "num_fewshot": shots, "batch_size": 8, "progress": False}
+    found = evaluate_layer_sets(model, tokenizer, names, [*SETS, (1,)], **settings)
+    assert list(found) == SETS
+    for removed in SETS:
+        alone = evaluate_tasks(models.remove_layers(model, removed) if removed else model, tokenizer, names, **settings)
+        assert found[removed].settings == alone.settings
+        assert found[removed].tasks == alone.tasks  # scores, predictions, prompts, item by item
+    assert len({found[removed][name].predicted for removed in SETS for name in tasks.EMBEDDED}) > 8  # the sets differ
+    # 4 + 3 + 2 + 2 layers by themselves; together 0123, 023, 1(3), 1 2 behind the embeddings: 4 + 2 + 2 + 1.
+    assert found.layer_forwards * 11 == found.layer_forwards_alone * 9
+    assert found.tokens < (0.6 if shots else 0.75) * found.tokens_alone
+
+
+def test_layer_sets_on_official_tasks_from_local_copies(stories, shared_data):
+    model, tokenizer = stories
+    names = ["piqa", "winogrande", "arc_easy", "lambada_openai"]
+    settings = {"bos": True, "limit": 3, "num_fewshot": 0, "data_dir": shared_data / "benchmarks", "progress": False}
+    sets = [(), (2,), (1, 3)]
+    found = evaluate_layer_sets(model, tokenizer, names, sets, **settings)
+    for removed in sets:
+        alone = evaluate_tasks(models.remove_layers(model, removed) if removed else model, tokenizer, names, **settings)
+        for name in names:
+            ours, theirs = found[removed][name], alone[name]
+            assert ours.scores.keys() == theirs.scores.keys()
+            for metric, scores in theirs.scores.items():  # LAMBADA's log-likelihoods are equal but for rounding
+                assert ours.scores[metric] == pytest.approx(scores, rel=1e-5)
+            assert (ours.predicted, ours.items_sha256) == (theirs.predicted, theirs.items_sha256)
+        assert found[removed].settings == alone.settings
+    shots = {**settings, "num_fewshot": 2}  # random examples: the same ones for every set
+    found = evaluate_layer_sets(model, tokenizer, "arc_easy", sets, **shots)
+    assert len({found[removed]["arc_easy"].items_sha256 for removed in sets}) == 1
+    assert found[()]["arc_easy"] == evaluate_tasks(model, tokenizer, "arc_easy", **shots)["arc_easy"]
+
+
+def test_layer_sets_of_sublayers(small, tokenizer):
+    from prunelib.plans import SublayerPlan
+    from prunelib.sublayers import remove_sublayers
+
+    settings = {"bos": True, "limit": 10, "progress": False}
+    found = evaluate_layer_sets(small, tokenizer, "embedded", [(3,)], unit="sublayer", **settings)
+    pruned = remove_sublayers(small, SublayerPlan.from_units(4, (3,), "by hand"))
+    assert found[(3,)].tasks == evaluate_tasks(pruned, tokenizer, "embedded", **settings).tasks
+
+
+def test_layer_sets_refuse_what_they_cannot_do(small, tokenizer, tmp_path):
+    def run(task_set, layer_sets, **settings):
+        return evaluate_layer_sets(small, tokenizer, task_set, layer_sets, bos=True, progress=False, **settings)
+
+    offline_copy(tmp_path / "xsum", test=[{"document": "A tree stood.", "summary": "A tree.", "id": "1"}])
+    with pytest.raises(ValueError, match=r"'xsum' asks for generate_until.*evaluate_tasks"):
+        run(["pydocs_summary", "xsum"], [(1,)], data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"removed layers \(4,\)"):
+        run("embedded", [(1,), (4,)])
+    with pytest.raises(ValueError, match="cannot remove 4 of 4 layers"):
+        run("embedded", [(0, 1, 2, 3)])
+    with pytest.raises(ValueError, match="unknown unit 'head'"):
+        run("embedded", [(1,)], unit="head")
+    with pytest.raises(ValueError, match="limit=0"):
+        run("embedded", [(1,)], limit=0)
+    assert run("pydocs_summary", [], limit=1) == {}
 
 
 # --- official tasks on offline copies ------------------------------------------------------------------------------------
