@@ -213,12 +213,13 @@ def test_examples_are_answered_questions_from_other_documents(scripted):
 def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path, monkeypatch, name):
     """As the ``lm_eval`` command runs it, from the files that ``python -m prunelib.docitems`` writes."""
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
     docitems.write(name, tmp_path / "build" / "tasks" / f"{name}.jsonl")
     docitems.write(name, tmp_path / "build" / "tasks" / f"{name}_fewshot.jsonl", "calibration")
     monkeypatch.chdir(tmp_path)
     theirs = lm_eval.simple_evaluate(
-        model=lm_eval.models.huggingface.HFLM(pretrained=small, tokenizer=tokenizer, batch_size=16),
+        model=HFLM(pretrained=small, tokenizer=tokenizer, batch_size=16),
         tasks=[name],
         task_manager=tasks._task_manager(),
         num_fewshot=1,
