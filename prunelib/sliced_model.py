@@ -311,6 +311,11 @@ def _narrow_model(model: PreTrainedModel, wiring: Wiring, config: PreTrainedConf
     n_steps = len(steps)
     widths = positions(config.slicing["widths"], n_steps, size)
     shortcuts = config.slicing["shortcuts"]
+    if len(widths) - 1 != config.num_hidden_layers * n_steps or len(shortcuts) != len(widths) - 1:
+        raise ValueError(
+            f"the slicing of this configuration is that of {len(config.slicing['widths'])} layers and {len(shortcuts)} "
+            f"shortcuts, the model has {config.num_hidden_layers} layers: remove layers first, then slice what is left"
+        )
     for path in wiring.embeddings:
         table = model.get_submodule(path)
         table.weight = nn.Parameter(torch.empty(table.num_embeddings, widths[0]))
@@ -334,10 +339,8 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     dense_config = type(AutoConfig.for_model(family))
     dense_model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
 
-    class Config(dense_config):
-        model_type = MODEL_TYPE
-
-    Config.__name__ = Config.__qualname__ = f"Sliced{dense_config.__name__}"
+    # Not a class statement: transformers makes it a dataclass that takes more than its fields, which type checks object to.
+    Config = type(f"Sliced{dense_config.__name__}", (dense_config,), {"model_type": MODEL_TYPE})
 
     class Model(dense_model):
         config_class = Config

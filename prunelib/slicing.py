@@ -134,7 +134,7 @@ def slice_model(
         damping=float(damping),
     )
     with torch.no_grad():
-        bases = tqdm(calibration.bases(), desc="slicing", unit="place", total=len(widths), disable=not progress)
+        bases = iter(tqdm(calibration.bases(), desc="slicing", unit="place", total=len(widths), disable=not progress))
         if absorb:
             bases = _turned(bases, torch.eye(plan.hidden_size, dtype=torch.float64, device=device))
         weights = _rotated(model, wiring, bases, shortcut_kinds(widths, plan.hidden_size, absorb), subtract_mean, device)
@@ -204,7 +204,7 @@ class _Calibration:
     def wanted(self, place: int) -> bool:
         return self.uncut or self.widths[place] < self.size
 
-    def bases(self) -> Iterator[Float64[Tensor, "D width"] | None]:
+    def bases(self) -> Iterator[Tensor | None]:
         """Axes kept at each place, in order, None where nothing is cut; the stream moves on as they are taken."""
         last = max((place for place in range(len(self.widths)) if self.wanted(place)), default=-1)
         if last < 0:
@@ -349,7 +349,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 # ------------------------------------------------------------------------------------------------------ turning the bases
 
 
-def _turned(bases: Iterable[Tensor | None], identity: Float64[Tensor, "D D"]) -> Iterator[Float64[Tensor, "D width"]]:
+def _turned(bases: Iterable[Tensor | None], identity: Float64[Tensor, "D D"]) -> Iterator[Tensor]:
     """The bases, turned within what they span as `sliced_model.shortcut_kinds` says, and filled in where nothing is cut.
 
     It looks ahead by one place, and over uncut places at the beginning.
@@ -400,7 +400,7 @@ def _completed(basis: Float64[Tensor, "D width"]) -> Float64[Tensor, "D D"]:
 def _rotated(
     model: PreTrainedModel,
     wiring: Wiring,
-    bases: Iterable[Float64[Tensor, "D width"]],
+    bases: Iterable[Tensor],
     shortcuts: Sequence[str],
     subtract_mean: bool,
     device: torch.device,
