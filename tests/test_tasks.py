@@ -230,6 +230,22 @@ def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path,
     assert ours.scores["acc"] == tuple(right) and 0 < sum(right) < 12
 
 
+def test_texts_that_two_tasks_split_in_two_ways_are_scored_in_both(small, tokenizer):
+    """lm-eval's own answer to the shorter continuation is that of other positions."""
+    lm = tasks._language_model(small, tokenizer, True, 4, False)
+    text = tokenizer.encode("The larger of two numbers is returned with its place in the list.")
+    requests = [(("", str(cut)), text[:cut], text[cut:]) for cut in (4, 8, 4, 11)]
+    requests.append((("", "other"), text[:4], [*text[4:-1], 7]))
+    with torch.inference_mode():
+        likelihood = small(torch.tensor([text])).logits[0].log_softmax(-1)
+    expected = []
+    for _, context, continuation in requests:
+        rows = likelihood[len(context) - 1 : len(context) + len(continuation) - 1]
+        expected.append(float(rows.gather(-1, torch.tensor(continuation)[:, None]).sum()))
+    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [value for value, _ in answers] == pytest.approx(expected, rel=1e-5)
+
+
 # --- many sets of layers -------------------------------------------------------------------------------------------------
 
 SETS = [(), (1,), (0, 2), (0, 3)]
