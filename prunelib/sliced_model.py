@@ -8,7 +8,7 @@ Attention, MLP activations, rotary embeddings, masks, caches and generation stay
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,16 +147,19 @@ def positions(widths: Sequence[int], steps: int, hidden_size: int) -> list[int]:
     return [width for width in widths for _ in range(steps)] + [hidden_size]
 
 
-def shortcut_kinds(widths: Sequence[int], hidden_size: int, absorb: bool = True) -> list[str]:
-    """What remains of the matrix between each two neighbouring positions of these widths: a key of `SHORTCUTS`.
+def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "absorbed") -> list[str]:
+    """What stands between each two neighbouring places of these widths, a key of `SHORTCUT_MODULES`; `shortcuts` is one of
+    `SHORTCUTS`. Raises ValueError for an unknown one."""
+    if shortcuts not in SHORTCUTS:
+        raise ValueError(f"unknown shortcuts {shortcuts!r}; there are: {', '.join(SHORTCUTS)}")
+    return SHORTCUTS[shortcuts](widths, hidden_size)
 
-    Without `absorb` every one is "dense", as in SliceGPT. A basis may be turned within the space it spans, which the matrices
-    that read and write there take in; and where nothing is cut, any basis of the whole space will do. So of two shortcuts that
-    meet, one can be made diagonal (singular value decomposition, both bases turned), and one into or out of an uncut
-    position becomes the identity, with dimensions dropped or zeros added.
-    """
-    if not absorb:
-        return ["dense"] * (len(widths) - 1)
+
+def _absorbed(widths: Sequence[int], hidden_size: int) -> list[str]:
+    # A basis may be turned within the space it spans, which the matrices that read and write there take in; and where nothing
+    # is cut, any basis of the whole space will do. So of two shortcuts that meet, one can be made diagonal (singular value
+    # decomposition, both bases turned), and one into or out of an uncut place becomes the identity, with dimensions dropped
+    # or zeros added.
     kinds = []
     turned = False  # the basis before this shortcut is used up by the diagonal shortcut before it
     sliced_before = False
@@ -170,6 +173,16 @@ def shortcut_kinds(widths: Sequence[int], hidden_size: int, absorb: bool = True)
             kinds.append("diagonal")
         turned = kinds[-1] == "diagonal"
     return kinds
+
+
+SHORTCUTS: dict[str, Callable[[Sequence[int], int], list[str]]] = {
+    "absorbed": _absorbed,
+    "dense": lambda widths, hidden_size: ["dense"] * (len(widths) - 1),
+    "none": lambda widths, hidden_size: ["identity"] * (len(widths) - 1),
+}
+"""Kinds of shortcut between places of given widths. "dense": a basis of its own at every place, and a matrix between each two,
+as in SliceGPT. "absorbed": the same function, with matrices shrunk to diagonals or nothing wherever that changes nothing.
+"none": one basis for the whole model, of which each place keeps the first directions; no shortcut has parameters."""
 
 
 class Identity(nn.Module):
@@ -200,7 +213,7 @@ def _dense(before: int, after: int) -> nn.Linear:
     return nn.Linear(before, after, bias=False)
 
 
-SHORTCUTS = {"identity": Identity, "diagonal": Diagonal, "dense": _dense}
+SHORTCUT_MODULES = {"identity": Identity, "diagonal": Diagonal, "dense": _dense}
 """Modules of a residual connection between two bases, called with the widths before and after."""
 
 
@@ -278,7 +291,7 @@ class SlicedLayer(GradientCheckpointingLayer):
         for path, norm in norms.items():
             self.set_submodule(path, Normalise(hidden_size, norm_eps(norm)))
         self.shortcuts = nn.ModuleList(
-            SHORTCUTS[kind](widths[index], widths[index + 1]) for index, kind in enumerate(shortcuts)
+            SHORTCUT_MODULES[kind](widths[index], widths[index + 1]) for index, kind in enumerate(shortcuts)
         )
 
     def forward(self, hidden_states: Float[Tensor, "sample token before"], **arguments: Any) -> Tensor:

@@ -11,6 +11,7 @@ all cuts before it have done. Rotated weights are made once, when the bases on t
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def slice_model(
     device: str | torch.device | None = None,
     activation_dtype: torch.dtype | None = None,
     activation_device: str | torch.device | None = None,
-    absorb: bool = True,
+    shortcuts: str = "absorbed",
     subtract_mean: bool = False,
     axes: Axes = principal_axes,
     damping: float | int = DAMPING,
@@ -100,8 +101,10 @@ def slice_model(
     rotations are float64, and the axes are those of the stream before the norms, not centred; the layers run in the model's
     dtype.
 
-    absorb: shrink shortcut matrices to diagonals or nothing where the widths allow it (`sliced_model.shortcut_kinds`); the
-        model computes the same. False keeps every matrix, as SliceGPT does, and rotates uncut places as well.
+    shortcuts: "dense" keeps a matrix between each two places, as SliceGPT does, and rotates uncut places as well. "absorbed"
+        computes the same with half of these parameters or less (`sliced_model.SHORTCUTS`). "none" gives the whole model one
+        basis, the principal axes of the dense stream's moments at all places, each divided by its trace: no shortcut has
+        parameters, so that more directions can be kept at equal size, which fit each place less well.
     subtract_mean: take the mean over D off the embeddings. SliceGPT's code does it to every model. It changes nothing where
         the norms do the same (LayerNorm), and changes the function of a model that has RMSNorm.
     axes: how directions are chosen; `random_axes` is a control.
@@ -119,6 +122,7 @@ def slice_model(
             "give more tokens than the widest layer keeps (many times as many, for good axes)"
         )
     device = torch.empty(0, device=device if device is not None else model.device).device  # with its index
+    kinds = shortcut_kinds(widths, plan.hidden_size, shortcuts)
     calibration = _Calibration(
         model=model,
         wiring=wiring,
@@ -128,17 +132,15 @@ def slice_model(
         device=device,
         storage_dtype=activation_dtype or model.dtype,
         storage_device=torch.device(activation_device) if activation_device is not None else device,
-        uncut=not absorb,
+        everywhere=shortcuts != "absorbed",
         subtract_mean=subtract_mean,
         axes=axes,
         damping=float(damping),
+        progress=progress,
     )
     with torch.no_grad():
-        bases = iter(tqdm(calibration.bases(), desc="slicing", unit="place", total=len(widths), disable=not progress))
-        if absorb:
-            bases = _turned(bases, torch.eye(plan.hidden_size, dtype=torch.float64, device=device))
-        weights = _rotated(model, wiring, bases, shortcut_kinds(widths, plan.hidden_size, absorb), subtract_mean, device)
-        return _assembled(model, plan, shortcut_kinds(widths, plan.hidden_size, absorb), weights)
+        weights = _rotated(model, wiring, _BASES[shortcuts](calibration), kinds, subtract_mean, device)
+        return _assembled(model, plan, kinds, weights)
 
 
 def _checked(model: PreTrainedModel, plan: SlicePlan) -> Wiring:
@@ -182,7 +184,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class _Calibration:
-    """Everything that finding the bases needs; `uncut` asks for axes at full width as well."""
+    """Everything that finding the bases needs; `everywhere` asks for axes where nothing is cut as well."""
 
     model: PreTrainedModel
     wiring: Wiring
@@ -192,48 +194,66 @@ class _Calibration:
     device: torch.device
     storage_dtype: torch.dtype
     storage_device: torch.device
-    uncut: bool
+    everywhere: bool
     subtract_mean: bool
     axes: Axes
     damping: float
+    progress: bool
 
     @property
     def size(self) -> int:
         return self.model.config.hidden_size
 
     def wanted(self, place: int) -> bool:
-        return self.uncut or self.widths[place] < self.size
+        return self.everywhere or self.widths[place] < self.size
 
-    def bases(self) -> Iterator[Tensor | None]:
-        """Axes kept at each place, in order, None where nothing is cut; the stream moves on as they are taken."""
+    def bases(self, basis: Callable[[Tensor, int], Tensor | None] | None = None) -> Iterator[Tensor | None]:
+        """The axes [D, width] kept at each place, in order, None where nothing is cut; the stream moves on as they are taken.
+
+        `basis` makes them of moments and a width, by `axes` unless given; where it returns None, nothing is cut.
+        Raises RuntimeError for moments that are not finite.
+        """
+        basis = basis or self.chosen
         last = max((place for place in range(len(self.widths)) if self.wanted(place)), default=-1)
-        if last < 0:
-            yield from (None for _ in self.widths)
-            return
+        places = self.places(last) if last >= 0 else ()
+        with tqdm(desc="slicing", unit="place", total=last + 1, disable=not self.progress) as bar:
+            found: Tensor | None = None
+            for place, (what, moments_after) in enumerate(places):
+                moments = moments_after(found, self.no_moments(place))
+                found = None
+                if moments is not None:
+                    if not bool(torch.isfinite(moments).all()):
+                        raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
+                    found = basis(moments, self.widths[place])
+                bar.update()
+                yield found
+        yield from (None for _ in self.widths[last + 1 :])
+
+    def chosen(self, moments: Float64[Tensor, "D D"], width: int) -> Float64[Tensor, "D width"]:
+        """The axes of moments that are damped here, in place."""
+        floor = self.damping * float(moments.diagonal().mean())
+        moments.diagonal().add_(floor)
+        if self.wiring.centred:
+            moments -= floor / self.size
+        return self.axes(moments, width)
+
+    def places(self, last: int) -> Iterator[tuple[str, Callable[[Tensor | None, Tensor | None], Tensor | None]]]:
+        """Each place up to `last`: its name, and what moves the stream there, given the basis of the place before, and fills in
+        the moments."""
         states, arguments = self.embedded()
-        moments = self.no_moments(0)
-        for index, state in enumerate(states):
-            stream = state.to(self.device)
-            if self.wiring.centred or self.subtract_mean:
-                stream = _centred(stream)
-                states[index] = stream.to(self.storage_device, self.storage_dtype)
-            _add_moments(moments, stream)
-        basis = self.basis(moments, 0, "the embeddings")
-        yield basis
         place = 0
+        yield "the embeddings", functools.partial(self.start, states)
         for index, dense in enumerate(self.model.get_submodule(self.wiring.layers)):
-            if place >= last:
+            if place == last:
                 break
             layer = _on(dense, self.device)
             for step in self.wiring.steps(self.model.config):
-                if place >= last:
+                if place == last:
                     break
                 place += 1
-                moments = self.advance(states, basis, layer, step, arguments[index], self.no_moments(place))
                 names = " and ".join(branch.modules[0] for branch in step)
-                basis = self.basis(moments, place, f"the hidden states after {names} of layer {index}")
-                yield basis
-        yield from (None for _ in self.widths[place + 1 :])
+                move = functools.partial(self.advance, states, layer, step, arguments[index])
+                yield f"the hidden states after {names} of layer {index}", move
 
     def embedded(self) -> tuple[list[Tensor], list[dict[int, dict[str, Any]]]]:
         """The stream before layer 0, by batch, and what each layer is called with beside it, by number of rows in the batch."""
@@ -244,20 +264,36 @@ class _Calibration:
         for start in range(0, len(self.windows), self.batch_size):
             rows = self.windows[start : start + self.batch_size].to(self.model.device)
             backbone(input_ids=rows, use_cache=False)
-            states.append(taps[0].states.to(self.storage_device, self.storage_dtype))
+            states.append(self.kept(taps[0].states))
         return states, [tap.arguments for tap in taps]
 
     def no_moments(self, place: int) -> Float64[Tensor, "D D"] | None:
         """Moments to fill for a place; None where no axes are wanted."""
         return torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device) if self.wanted(place) else None
 
+    def kept(self, stream: Float[Tensor, "sample token D"]) -> Float[Tensor, "sample token D"]:
+        """A copy for the time between two steps, in page-locked memory where an accelerator will read it from the CPU."""
+        pinned = self.storage_device.type == "cpu" and self.device.type == "cuda"
+        space = torch.empty(stream.shape, dtype=self.storage_dtype, device=self.storage_device, pin_memory=pinned)
+        return space.copy_(stream.to(self.storage_dtype))
+
+    def start(self, states: list[Tensor], basis: None, moments: Float64[Tensor, "D D"] | None) -> Float64[Tensor, "D D"] | None:
+        """Prepare the embedded stream, in place, and sum up its moments."""
+        for state in states:
+            stream = state.to(self.device)
+            if self.wiring.centred or self.subtract_mean:
+                stream = _centred(stream)
+                state.copy_(stream)
+            _add_moments(moments, stream)
+        return moments
+
     def advance(
         self,
         states: list[Tensor],
-        basis: Float64[Tensor, "D width"] | None,
         layer: nn.Module,
         step: tuple[Branch, ...],
         arguments: dict[int, dict[str, Any]],
+        basis: Float64[Tensor, "D width"] | None,
         moments: Float64[Tensor, "D D"] | None,
     ) -> Float64[Tensor, "D D"] | None:
         """Project the stream onto `basis`, run one step on it, in place, and sum up the moments of what comes out."""
@@ -265,8 +301,8 @@ class _Calibration:
         arguments = {rows: _moved(values, self.device) for rows, values in arguments.items()}
         norms = {branch.norm: _norm_weights(layer.get_submodule(branch.norm), self.wiring, dtype) for branch in step}
         axes = None if basis is None else basis.to(dtype)
-        for index, state in enumerate(states):
-            stream = state.to(self.device, dtype)
+        for state in states:
+            stream = state.to(self.device, non_blocking=True).to(dtype)
             if axes is not None:
                 stream = (stream @ axes) @ axes.T
             result = stream
@@ -276,21 +312,9 @@ class _Calibration:
                 result = result + branch_output(layer, branch, normed, arguments[len(stream)])
             if self.wiring.centred:
                 result = _centred(result)
-            states[index] = result.to(self.storage_device, self.storage_dtype)
+            state.copy_(result.to(self.storage_dtype))
             _add_moments(moments, result)
         return moments
-
-    def basis(self, moments: Float64[Tensor, "D D"] | None, place: int, what: str) -> Float64[Tensor, "D width"] | None:
-        """The axes kept at a place. Raises RuntimeError for moments that are not finite."""
-        if moments is None:
-            return None
-        if not bool(torch.isfinite(moments).all()):
-            raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
-        floor = self.damping * float(moments.diagonal().mean())
-        moments.diagonal().add_(floor)
-        if self.wiring.centred:
-            moments -= floor / self.size
-        return self.axes(moments, self.widths[place])
 
 
 class _Tap(nn.Module):
@@ -334,7 +358,15 @@ def _norm_weights(norm: nn.Module, wiring: Wiring, dtype: torch.dtype) -> tuple[
 
 def _on(layer: nn.Module, device: torch.device) -> nn.Module:
     """The layer itself where it is on the device already, else a copy there."""
-    return layer if next(layer.parameters()).device == device else copy.deepcopy(layer).to(device)
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if all(tensor.device == device for tensor in tensors):
+        return layer
+    # The memo makes deepcopy take these for copies of the layer's tensors, which are not copied on their own device first.
+    return copy.deepcopy(layer, {id(tensor): _like(tensor, tensor.to(device)) for tensor in tensors})
+
+
+def _like(tensor: Tensor, copied: Tensor) -> Tensor:
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -346,7 +378,37 @@ def _moved(value: Any, device: torch.device) -> Any:
     return type(value)(_moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
 
 
-# ------------------------------------------------------------------------------------------------------ turning the bases
+# ------------------------------------------------------------------------------------------------- from axes to bases
+
+
+def _absorbing(calibration: _Calibration) -> Iterator[Tensor]:
+    return _turned(calibration.bases(), torch.eye(calibration.size, dtype=torch.float64, device=calibration.device))
+
+
+def _separate(calibration: _Calibration) -> Iterator[Tensor]:
+    return calibration.bases()
+
+
+def _shared(calibration: _Calibration) -> Iterator[Tensor]:
+    """The first directions of one basis at every place."""
+    total = torch.zeros(calibration.size, calibration.size, dtype=torch.float64, device=calibration.device)
+
+    def collect(moments: Tensor, width: int) -> None:
+        # Divided by the trace, lest the deep layers, where the stream is largest, decide alone.
+        total.add_(moments / moments.trace())
+
+    for _ in calibration.bases(collect):
+        pass
+    axes = calibration.chosen(total, calibration.size)
+    for width in calibration.widths:
+        yield axes[:, :width]
+
+
+_BASES: dict[str, Callable[[_Calibration], Iterator[Tensor]]] = {
+    "absorbed": _absorbing,
+    "dense": _separate,
+    "none": _shared,
+}
 
 
 def _turned(bases: Iterable[Tensor | None], identity: Float64[Tensor, "D D"]) -> Iterator[Tensor]:
@@ -380,12 +442,26 @@ def _paired(bases: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
             yield from (held, None) if held is not None else (None,)
             held = None
         else:
-            left, _, right = torch.linalg.svd(held.T @ basis)
+            left, right = _singular_vectors(held.T @ basis)
             yield held @ left
-            yield basis @ right.T
+            yield basis @ right
             held = None
     if held is not None:
         yield held
+
+
+def _singular_vectors(matrix: Float64[Tensor, "m n"]) -> tuple[Float64[Tensor, "m m"], Float64[Tensor, "n n"]]:
+    """Orthogonal U and V that make U^T matrix V diagonal, its entries at least 0, to 1e-8 at worst for entries up to 1.
+
+    By an eigendecomposition and a QR decomposition: on accelerators far faster than a singular value decomposition.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, left = _singular_vectors(matrix.T)
+        return left, right
+    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)
+    left, upper = torch.linalg.qr(matrix @ right, mode="complete")
+    left[:, : len(right)] *= torch.where(upper.diagonal() < 0, -1.0, 1.0)
+    return left, right
 
 
 def _completed(basis: Float64[Tensor, "D width"]) -> Float64[Tensor, "D D"]:
@@ -416,20 +492,20 @@ def _rotated(
     def reads(module: nn.Module, path: str, norm: nn.Module, name: str, basis: Tensor) -> None:
         """A linear map behind a norm takes in the norm's weights and the basis."""
         linear = module.get_submodule(path)
-        weight = linear.weight.to(device, torch.float64)
+        weight = linear.weight.to(device).to(torch.float64)
         scale, shift, _ = _norm_weights(norm, wiring, torch.float64)
         put(f"{name}.weight", (weight * torch.as_tensor(scale).to(device)) @ basis, linear.weight)
         if linear.bias is not None or isinstance(shift, Tensor):
-            bias = 0.0 if linear.bias is None else linear.bias.to(device, torch.float64)
+            bias = 0.0 if linear.bias is None else linear.bias.to(device).to(torch.float64)
             added = weight @ shift.to(device) if isinstance(shift, Tensor) else 0.0
             put(f"{name}.bias", bias + added, linear.weight)
 
     def writes(module: nn.Module, path: str, name: str, basis: Tensor) -> None:
         linear = module.get_submodule(path)
         target = _centred(basis.T).T if wiring.centred else basis
-        put(f"{name}.weight", target.T @ linear.weight.to(device, torch.float64), linear.weight)
+        put(f"{name}.weight", target.T @ linear.weight.to(device).to(torch.float64), linear.weight)
         if linear.bias is not None:
-            put(f"{name}.bias", target.T @ linear.bias.to(device, torch.float64), linear.bias)
+            put(f"{name}.bias", target.T @ linear.bias.to(device).to(torch.float64), linear.bias)
 
     before = None
     for place, basis in enumerate(bases):
@@ -437,7 +513,7 @@ def _rotated(
             target = _centred(basis.T).T if wiring.centred or subtract_mean else basis
             for path in wiring.embeddings:
                 table = model.get_submodule(path).weight
-                parts = [rows.to(device, torch.float64) @ target for rows in table.split(_ROWS)]
+                parts = [rows.to(device).to(torch.float64) @ target for rows in table.split(_ROWS)]
                 put(f"{path}.weight", torch.cat([part.to(table.dtype) for part in parts]), table)
         else:
             index, step = divmod(place - 1, len(steps))
@@ -527,7 +603,9 @@ class Account:
         return 1 - self.flops / self.dense_flops
 
 
-def account(config: PreTrainedConfig, plan: SlicePlan | None = None, *, absorb: bool = True, context: int = 0) -> Account:
+def account(
+    config: PreTrainedConfig, plan: SlicePlan | None = None, *, shortcuts: str = "absorbed", context: int = 0
+) -> Account:
     """Parameters and FLOPs per token of a sliced model, without slicing: counted on models that have no weights.
 
     `config` is that of a dense model with the `plan` it is to be sliced by, or of a sliced model. Raises ValueError when the
@@ -551,18 +629,47 @@ def account(config: PreTrainedConfig, plan: SlicePlan | None = None, *, absorb: 
             )
         widths = positions(plan.widths, len(wiring.steps(config)), plan.hidden_size)
         dense_config = config
-        sliced = _skeleton(config, plan, shortcut_kinds(widths, plan.hidden_size, absorb))
+        sliced = _skeleton(config, plan, shortcut_kinds(widths, plan.hidden_size, shortcuts))
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(copy.deepcopy(dense_config))
-    shortcuts = [shortcut for layer in sliced.modules() if isinstance(layer, SlicedLayer) for shortcut in layer.shortcuts]
+    added = [shortcut for layer in sliced.modules() if isinstance(layer, SlicedLayer) for shortcut in layer.shortcuts]
     return Account(
         dense_parameters=parameter_count(dense),
         parameters=parameter_count(sliced),
-        shortcut_parameters=sum(parameter_count(shortcut) for shortcut in shortcuts),
+        shortcut_parameters=sum(parameter_count(shortcut) for shortcut in added),
         dense_flops=_flops(dense, context),
         flops=_flops(sliced, context),
         context=context,
     )
+
+
+def plan_of_size(
+    config: PreTrainedConfig,
+    removed: float | int,
+    schedule: Callable[[float], SlicePlan],
+    *,
+    shortcuts: str = "absorbed",
+    highest: float = 0.85,
+    tolerance: float = 1e-3,
+) -> SlicePlan:
+    """The plan of a schedule that removes this fraction of a dense model's parameters, shortcuts included, to `tolerance`.
+
+    `schedule` makes a plan of a slice percentage: ``lambda s: constant(32, 4096, s)``. The smallest one that removes enough is
+    found by bisection up to `highest`. Raises ValueError when even that does not remove so much.
+    """
+    low, high = 0.0, highest
+    plan, found = schedule(high), account(config, schedule(high), shortcuts=shortcuts).removed
+    if not 0 <= removed <= found:
+        raise ValueError(f"removed={removed}: this schedule removes 0 to {found:.3f} of the parameters, at slices up to {high}")
+    while found - removed > tolerance and high - low > 1e-4:
+        middle = (low + high) / 2
+        candidate = schedule(middle)
+        share = account(config, candidate, shortcuts=shortcuts).removed
+        if share >= removed:
+            high, plan, found = middle, candidate, share
+        else:
+            low = middle
+    return plan
 
 
 def dense_configuration(config: PreTrainedConfig) -> PreTrainedConfig:

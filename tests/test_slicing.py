@@ -19,8 +19,17 @@ from prunelib import corpora, models
 from prunelib.evaluation import perplexity
 from prunelib.models import UnsupportedModel, parameter_count
 from prunelib.schedules import SlicePlan, constant
-from prunelib.sliced_model import WIRING, Diagonal, Identity, SlicedLayer, positions, shortcut_kinds
-from prunelib.slicing import account, dense_configuration, principal_axes, random_axes, slice_model
+from prunelib.sliced_model import SHORTCUTS, WIRING, Diagonal, Identity, SlicedLayer, positions, shortcut_kinds
+from prunelib.slicing import (
+    _on,
+    _singular_vectors,
+    account,
+    dense_configuration,
+    plan_of_size,
+    principal_axes,
+    random_axes,
+    slice_model,
+)
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = [
@@ -89,25 +98,25 @@ def exact(model):
 def test_without_cuts_the_model_is_the_dense_model(name, tokens):
     model = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for absorb in (True, False):
-        assert difference(sliced(model, FULL, tokens, absorb=absorb), model, tokens) < 1e-4
+    for shortcuts in ("absorbed", "dense"):
+        assert difference(sliced(model, FULL, tokens, shortcuts=shortcuts), model, tokens) < 1e-4
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model = exact(model)
-    for absorb in (True, False):
-        assert difference(exact(sliced(model, FULL, tokens, absorb=absorb)), model, tokens) < 1e-9
+    for shortcuts in ("absorbed", "dense"):
+        assert difference(exact(sliced(model, FULL, tokens, shortcuts=shortcuts)), model, tokens) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "opt"])
 def test_wirings_that_the_configuration_chooses(name, tokens):
     changes = {"gpt_neox": {"use_parallel_residual": False}, "opt": {"layer_norm_elementwise_affine": False}}
     model = build(name, **changes[name])
-    assert difference(sliced(model, FULL, tokens, absorb=False), model, tokens) < 1e-5
-    assert difference(sliced(model, CUT, tokens), sliced(model, CUT, tokens, absorb=False), tokens) < 1e-4
+    assert difference(sliced(model, FULL, tokens, shortcuts="dense"), model, tokens) < 1e-5
+    assert difference(sliced(model, CUT, tokens), sliced(model, CUT, tokens, shortcuts="dense"), tokens) < 1e-4
 
 
 def test_biases_that_a_norm_leaves_behind_are_kept(tokens):
     model = build("gpt_neox", attention_bias=False)  # the norms have biases, the maps behind them have none
-    assert difference(sliced(model, FULL, tokens, absorb=False), model, tokens) < 1e-5
+    assert difference(sliced(model, FULL, tokens, shortcuts="dense"), model, tokens) < 1e-5
 
 
 def test_a_layer_norm_model_loses_nothing_by_one_dimension(tokens):
@@ -117,7 +126,7 @@ def test_a_layer_norm_model_loses_nothing_by_one_dimension(tokens):
 
 
 def test_full_rotation_leaves_perplexity_unchanged(tiny_llama, tokens):
-    rotated = sliced(tiny_llama, FULL, tokens, absorb=False)
+    rotated = sliced(tiny_llama, FULL, tokens, shortcuts="dense")
     assert perplexity(rotated, tokens).ppl == pytest.approx(perplexity(tiny_llama, tokens).ppl, rel=1e-6)
     turned = [layer.shortcuts[0].weight.detach() for layer in models.decoder_layers(rotated)]
     assert all(float((weight.abs() - torch.eye(32)).abs().max()) > 0.1 for weight in turned)  # it is not the identity
@@ -129,7 +138,7 @@ def test_full_rotation_leaves_perplexity_unchanged(tiny_llama, tokens):
 @pytest.mark.parametrize("plan", [CUT, UNCUT_LAYERS], ids=["cut", "uncut_layers"])
 def test_absorbed_shortcuts_compute_the_same(name, plan, tokens):
     model = build(name).double()
-    small, large = sliced(model, plan, tokens), sliced(model, plan, tokens, absorb=False)
+    small, large = sliced(model, plan, tokens), sliced(model, plan, tokens, shortcuts="dense")
     assert difference(small, large, tokens) < 1e-6  # some norms of the families round to float32
     assert difference(small, model, tokens) > 1e-2
     assert parameter_count(small) < parameter_count(large)
@@ -257,13 +266,74 @@ def test_shortcuts_vanish_where_they_can():
     places = positions((6, 5, 4), 2, size)
     assert places == [6, 6, 5, 5, 4, 4, 8]
     assert shortcut_kinds(places, size) == ["diagonal", "dense", "diagonal", "dense", "diagonal", "identity"]
-    assert shortcut_kinds(places, size, absorb=False) == ["dense"] * 6
+    assert shortcut_kinds(places, size, shortcuts="dense") == ["dense"] * 6
     assert shortcut_kinds([8, 8, 8], size) == ["identity"] * 2
     # Layer 0 spared: its places take over the basis of layer 1, from which layer 1 keeps the first directions.
     assert shortcut_kinds([8, 8, 5, 5, 5, 5, 8], size) == ["identity"] * 2 + ["diagonal", "dense", "diagonal", "identity"]
     # Spared in the middle: into it for nothing, out of it at the price of one matrix.
     assert shortcut_kinds([5, 5, 8, 8, 5, 5, 8], size) == ["diagonal", *["identity"] * 2, "dense", "diagonal", "identity"]
     assert shortcut_kinds([5, 8, 5, 8], size) == ["identity", "dense", "identity"]
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
+def test_singular_vectors(shape):
+    left = torch.linalg.qr(torch.randn(12, shape[0], dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(12, shape[1], dtype=torch.float64)).Q
+    matrix = left.T @ right
+    matrix[:, 0] = 0  # a singular value of 0
+    u, v = _singular_vectors(matrix)
+    for basis in (u, v):
+        assert torch.allclose(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64), atol=1e-12)
+    between = u.T @ matrix @ v
+    singular = between.diagonal().clone()
+    between.diagonal().zero_()
+    assert float(between.abs().max()) < 1e-8
+    assert torch.allclose(singular, torch.linalg.svdvals(matrix), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_basis_needs_no_shortcuts(name, tokens):
+    model = build(name).double()
+    shared = sliced(model, UNCUT_LAYERS, tokens, shortcuts="none")
+    assert set(shared.config.slicing["shortcuts"]) == {"identity"}
+    assert account(shared.config).shortcut_parameters == 0
+    assert difference(sliced(model, FULL, tokens, shortcuts="none"), model, tokens) < 1e-6
+    assert 1e-2 < difference(shared, model, tokens) < 10
+
+
+def test_one_basis_is_that_of_the_dense_stream(tokens):
+    model = build("llama").double()
+    moments = []
+
+    def axes(total, width):
+        moments.append(total.clone())
+        return principal_axes(total, width)
+
+    shared = sliced(model, CUT, tokens, shortcuts="none", axes=axes, damping=0.0)
+    states = []
+    for layer in models.decoder_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    logits(model, tokens)
+    flat = [state.flatten(0, 1) for state in states]
+    expected = sum(x.T @ x / x.square().sum() for x in flat)
+    assert len(moments) == 1
+    assert torch.allclose(moments[0], expected, atol=1e-6)
+    basis = principal_axes(expected, 32)[:, : CUT.widths[0]]
+    table, expected = shared.model.embed_tokens.weight, model.model.embed_tokens.weight @ basis
+    assert torch.allclose(table @ table.T, expected @ expected.T, atol=1e-4)
+
+
+def test_a_plan_of_a_given_size(tokens):
+    config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=500)
+    for shortcuts in SHORTCUTS:
+        plan = plan_of_size(config, 0.2, lambda share: constant(4, 256, share), shortcuts=shortcuts, tolerance=2e-3)
+        assert account(config, plan, shortcuts=shortcuts).removed == pytest.approx(0.201, abs=1.1e-3)
+    plan = plan_of_size(config, 0.2, lambda share: constant(4, 256, share, spare=(0,)), highest=0.6)
+    assert plan.widths[0] == 256
+    with pytest.raises(ValueError, match=r"removed=0\.95: this schedule removes 0 to 0\.\d+ of the parameters"):
+        plan_of_size(config, 0.95, lambda share: constant(4, 256, share))
 
 
 def test_shortcut_modules(tokens):
@@ -300,8 +370,6 @@ def test_batches_and_where_activations_are_kept_change_nothing(tokens):
 
 def test_a_layer_on_another_device_is_copied_there(tokens):
     # No accelerator is needed to see that work happens on copies and that the dense model keeps its weights.
-    from prunelib.slicing import _on
-
     layer = models.decoder_layers(build("llama"))[0]
     assert _on(layer, torch.device("cpu")) is layer
     elsewhere = _on(layer, torch.device("meta"))
@@ -410,6 +478,8 @@ def test_plans_of_another_model(tiny_llama, tokens, plan, message):
 def test_windows_that_cannot_calibrate(tiny_llama, tokens):
     with pytest.raises(ValueError, match="20 calibration tokens cannot say which 30 of 32 directions to keep"):
         slice_model(tiny_llama, CUT, tokens[:1, :20])
+    with pytest.raises(ValueError, match="unknown shortcuts 'short'; there are: absorbed, dense, none"):
+        slice_model(tiny_llama, CUT, tokens, shortcuts="short")
     with pytest.raises(ValueError, match="batch_size=0"):
         slice_model(tiny_llama, CUT, tokens, batch_size=0)
     with pytest.raises(ValueError, match="another model's tokenizer"):
@@ -428,10 +498,10 @@ def test_the_first_nan_is_named(tiny_llama, tokens):
 
 def test_parameter_counts_of_slicegpt():
     """The counts that SliceGPT's own tests state for slices of 20 %."""
-    opt = account(OPTConfig(), constant(12, 768, 0.20, multiple=8, rounding="down"), absorb=False)
+    opt = account(OPTConfig(), constant(12, 768, 0.20, multiple=8, rounding="down"), shortcuts="dense")
     assert opt.parameters == 147_250_880
     phi_2 = PhiConfig(vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32)
-    phi = account(phi_2, constant(32, 2560, 0.20, multiple=8, rounding="down"), absorb=False)
+    phi = account(phi_2, constant(32, 2560, 0.20, multiple=8, rounding="down"), shortcuts="dense")
     assert phi.parameters == 2_391_772_160
 
 
@@ -448,18 +518,18 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
     ids=["llama-2-7b", "llama-2-70b", "mistral-7b"],
 )
 def test_slicing_is_not_parameter_removal(config, with_matrices, absorbed):
-    for absorb, expected in ((False, with_matrices), (True, absorbed)):
+    for shortcuts, expected in (("dense", with_matrices), ("absorbed", absorbed)):
         for share, removed in expected.items():
             plan = constant(config.num_hidden_layers, config.hidden_size, share, multiple=8, rounding="down")
-            assert 100 * account(config, plan, absorb=absorb).removed == pytest.approx(removed, abs=0.06)
+            assert 100 * account(config, plan, shortcuts=shortcuts).removed == pytest.approx(removed, abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt_neox", "qwen2"])
 def test_accounts_are_those_of_the_models(name, tokens):
     model = build(name)
-    for absorb in (True, False):
-        narrow = sliced(model, CUT, tokens, absorb=absorb)
-        found = account(model.config, CUT, absorb=absorb, context=10)
+    for shortcuts in ("absorbed", "dense"):
+        narrow = sliced(model, CUT, tokens, shortcuts=shortcuts)
+        found = account(model.config, CUT, shortcuts=shortcuts, context=10)
         assert (found.parameters, found.dense_parameters) == (parameter_count(narrow), parameter_count(model))
         assert found == account(narrow.config, context=10)
         assert found.shortcut_parameters == sum(
