@@ -7,12 +7,13 @@
 
 A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
 notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
-hash is in every run file and the table warns when hashes mix; rerun on purpose with --forcerun statistics depth.
+hash is in every run file and the table warns when hashes mix; rerun on purpose with --forcerun statistics depth selection blocks tasks.
 """
 
 import re
 import sys
 from glob import glob
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
@@ -33,6 +34,7 @@ except ValueError as error:
 
 PYTHON = PROFILE.python or sys.executable
 CHAPTERS = {chapter: PROFILE.figure_files(chapter) for chapter in PROFILE.chapters}
+TABLES = PROFILE.tables
 FIGURES = [file for files in CHAPTERS.values() for file in files]
 
 # `source` in the params below is a plain value: a function of the input would be no reason to run again (Snakemake 9).
@@ -48,13 +50,14 @@ wildcard_constraints:
     corpus="|".join(map(re.escape, PROFILE.calibration)),
     seed=r"\d+",
     layers_removed=r"\d+",
+    part="|".join(map(re.escape, (*PROFILE.selection, *PROFILE.blocks, *PROFILE.tasks, *PROFILE.optimum))) or "none",
 
 
-localrules: all, table
+localrules: all
 
 
 rule all:
-    input: PROFILE.experiment_runs(), PROFILE.results, [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
+    input: PROFILE.experiment_runs(), TABLES, [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
 
 
 rule statistics:
@@ -94,10 +97,87 @@ rule depth:
     shell: RUN
 
 
-rule table:
-    input: PROFILE.experiment_runs()
-    output: PROFILE.results
-    shell: "{PYTHON:q} -m prunelib.results {input:q} {output:q}"
+if PROFILE.selection:
+
+    rule selection:
+        input: notebook=ancient(grid.SELECTION)
+        output: run=PROFILE.selection_run("{model}", "{seed}", "{part}")
+        log: notebook=PROFILE.selection_run("{model}", "{seed}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.SELECTION),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(
+                grid.selection_values(PROFILE, wildcards.model, int(wildcards.seed), wildcards.part)
+            ),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+if PROFILE.blocks:
+
+    rule blocks:
+        input:
+            notebook=ancient(grid.BLOCKS),
+            statistics=lambda wildcards: PROFILE.statistics_of(wildcards.model),
+            arrays=lambda wildcards: PROFILE.statistics_of(wildcards.model, ".safetensors"),
+        output: run=PROFILE.blocks_run("{model}", "{part}")
+        log: notebook=PROFILE.blocks_run("{model}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.BLOCKS),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(grid.blocks_values(PROFILE, wildcards.model, wildcards.part)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+if PROFILE.tasks:
+
+    rule tasks:
+        input:
+            notebook=ancient(grid.TASKS),
+            choices=lambda wildcards: PROFILE.choices_of(wildcards.model, wildcards.part),
+        output: run=PROFILE.tasks_run("{model}", "{part}")
+        log: notebook=PROFILE.tasks_run("{model}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.TASKS),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(grid.tasks_values(PROFILE, wildcards.model, wildcards.part)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+if PROFILE.optimum:
+
+    rule optimum:
+        input: notebook=ancient(grid.OPTIMUM)
+        output:
+            run=PROFILE.optimum_run("{model}", "{part}"),
+            arrays=PROFILE.optimum_run("{model}", "{part}", ".safetensors"),
+        log: notebook=PROFILE.optimum_run("{model}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.OPTIMUM),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(grid.optimum_values(PROFILE, wildcards.model, wildcards.part)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+for table, runs in TABLES.items():
+
+    rule:
+        name: f"table_{Path(table).stem}"
+        input: runs
+        output: table
+        localrule: True
+        shell: "{PYTHON:q} -m prunelib.results {input:q} {output:q}"
 
 
 for chapter, files in CHAPTERS.items():
@@ -106,7 +186,7 @@ for chapter, files in CHAPTERS.items():
         name: f"chapter_{chapter}"
         input:
             notebook=ancient(grid.chapter_notebook(chapter)),
-            results=[PROFILE.results] if "results" in grid.chapter_values(PROFILE, chapter) else [],
+            tables=[table for table in TABLES if table in grid.chapter_values(PROFILE, chapter).values()],
             published=sorted(glob("data/published/*.csv")),
         output: files, run=PROFILE.chapter_run(chapter)
         log: notebook=PROFILE.chapter_run(chapter, ".ipynb")

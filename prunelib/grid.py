@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import PurePosixPath
 
 from prunelib.notebook import Parameter, ParameterError, closest, parameters
 from prunelib.provenance import at_root
@@ -17,7 +18,12 @@ from prunelib.provenance import at_root
 NOTEBOOKS = "notebooks"
 STATISTICS = f"{NOTEBOOKS}/experiments/statistics.ipynb"
 DEPTH = f"{NOTEBOOKS}/experiments/depth.ipynb"
+SELECTION = f"{NOTEBOOKS}/experiments/selection.ipynb"
+BLOCKS = f"{NOTEBOOKS}/experiments/blocks.ipynb"
+TASKS = f"{NOTEBOOKS}/experiments/tasks.ipynb"
+OPTIMUM = f"{NOTEBOOKS}/experiments/optimum.ipynb"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
+OWN_TABLE = ("selection", "blocks", "tasks", "optimum")  # experiments whose rows are not in `results`
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
 
 
@@ -34,6 +40,10 @@ class Profile:
     calibration: short name → {corpus (that name by default), split, data_dir, n_samples, seq_len}, of statistics.ipynb.
     calibration_seeds, layers_removed: the other two axes.
     statistics, depth: the remaining parameters of these notebooks, the same for all of their runs.
+    selection: name → parameters of selection.ipynb; a run for every model and calibration seed.
+    blocks, optimum: name → parameters of these notebooks; a run for every model.
+    tasks: name → {choices: a name below `selection` (its first seed) or `blocks`, parameters of tasks.ipynb}; a run for every
+        model. Each of these four has a table of its own beside `results`: selection.csv, blocks.csv, optimum.csv, tasks.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
     """
@@ -48,16 +58,20 @@ class Profile:
     chapters: dict
     statistics: dict = field(default_factory=dict)
     depth: dict = field(default_factory=dict)
+    selection: dict = field(default_factory=dict)
+    blocks: dict = field(default_factory=dict)
+    tasks: dict = field(default_factory=dict)
+    optimum: dict = field(default_factory=dict)
     threads: int = 1
     retries: int = 0
     resources: dict = field(default_factory=dict)
     python: str = ""
 
     def __post_init__(self) -> None:
-        for name in (*self.models, *self.calibration):
+        for name in (*self.models, *self.calibration, *self.selection, *self.blocks, *self.tasks, *self.optimum):
             if not NAME.fullmatch(str(name)) or "__" in str(name):
                 raise ProfileError(f"`{name}` cannot be part of a file name: use letters, digits, `.`, `-` and single `_`")
-        for key in ("models", "calibration", "chapters"):
+        for key in ("models", "calibration", "chapters", "selection", "blocks", "tasks", "optimum"):
             for name, entry in getattr(self, key).items():
                 if entry is not None and not isinstance(entry, dict):
                     raise ProfileError(f"{key}.{name} must be a mapping of parameters, not {entry!r}")
@@ -65,6 +79,13 @@ class Profile:
             values = getattr(self, key)
             if not all(type(value) is int and value >= 0 for value in values) or len(set(values)) < len(values):
                 raise ProfileError(f"{key} must be different whole numbers from 0 on, not {values!r}")
+        both = set(self.selection) & set(self.blocks)
+        if both:
+            raise ProfileError(f"`{both.pop()}` is in both selection and blocks: tasks could not say which of them they read")
+        for name, entry in self.tasks.items():
+            if (entry or {}).get("choices") not in (*self.selection, *self.blocks):
+                known = ", ".join((*self.selection, *self.blocks)) or "none"
+                raise ProfileError(f"tasks.{name}.choices must name an entry of selection or blocks; there are: {known}")
         for key in ("threads", "retries"):
             if type(getattr(self, key)) is bool or getattr(self, key) < (key == "threads"):
                 raise ProfileError(f"{key} = {getattr(self, key)!r} is too small")
@@ -74,6 +95,47 @@ class Profile:
 
     def depth_run(self, model: str, layers_removed: int, suffix: str = ".json") -> str:
         return f"{self.runs}/depth/{model}__k{layers_removed}{suffix}"
+
+    def selection_run(self, model: str, seed: int | str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/selection/{model}__s{seed}__{name}{suffix}"
+
+    def blocks_run(self, model: str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/blocks/{model}__{name}{suffix}"
+
+    def tasks_run(self, model: str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/tasks/{model}__{name}{suffix}"
+
+    def optimum_run(self, model: str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/optimum/{model}__{name}{suffix}"
+
+    def choices_of(self, model: str, name: str) -> str:
+        """The run file that a run of tasks takes its sets of layers from."""
+        source = self.tasks[name]["choices"]
+        if source in self.blocks:
+            return self.blocks_run(model, source)
+        return self.selection_run(model, self.calibration_seeds[0], source)
+
+    def runs_of(self, experiment: str) -> list[str]:
+        """All run files of one of the experiments that have a table of their own."""
+        if experiment == "selection":
+            return [
+                self.selection_run(model, seed, name)
+                for model in self.models
+                for seed in self.calibration_seeds
+                for name in self.selection
+            ]
+        run = {"blocks": self.blocks_run, "tasks": self.tasks_run, "optimum": self.optimum_run}[experiment]
+        return [run(model, name) for model in self.models for name in getattr(self, experiment)]
+
+    def table(self, experiment: str) -> str:
+        """Where the table of one of these experiments lies."""
+        return str(PurePosixPath(self.results).with_name(f"{experiment}.csv"))
+
+    @property
+    def tables(self) -> dict[str, list[str]]:
+        """The tables this profile makes → the run files each is made of."""
+        own = {self.table(experiment): self.runs_of(experiment) for experiment in OWN_TABLE}
+        return {table: runs for table, runs in {self.results: self.experiment_runs(), **own}.items() if runs}
 
     def chapter_run(self, chapter: str, suffix: str = ".json") -> str:
         return f"{self.runs}/chapters/{chapter}{suffix}"
@@ -112,9 +174,15 @@ def read(config: Mapping) -> Profile:
             raise ProfileError(f"the profile has no `{key}`")
     profile = Profile(**config)
 
-    both = {**_known(STATISTICS), **_known(DEPTH)}
+    every = {name: known for notebook in (STATISTICS, DEPTH) for name, known in _known(notebook).items()}
     for name, entry in profile.models.items():
-        _refuse_unknown(entry or {}, both, f"models.{name}", f"{STATISTICS} or {DEPTH}")
+        _refuse_unknown(entry or {}, every, f"models.{name}", f"{STATISTICS} or {DEPTH}")
+        for seed in profile.calibration_seeds:
+            for part in profile.selection:
+                selection_values(profile, name, seed, part)
+        for experiment, values in (("blocks", blocks_values), ("tasks", tasks_values), ("optimum", optimum_values)):
+            for part in getattr(profile, experiment):
+                values(profile, name, part)
         for count in profile.layers_removed:
             depth_values(profile, name, count)
         for corpus in profile.calibration:
@@ -151,10 +219,49 @@ def depth_values(profile: Profile, model: str, layers_removed: int) -> dict:
     return _complete(DEPTH, sources)
 
 
+def selection_values(profile: Profile, model: str, seed: int, name: str) -> dict:
+    """Every parameter of one run of selection.ipynb, but `output`."""
+    sources = {
+        f"models.{model}": _declared(SELECTION, profile.models[model]),
+        "calibration_seeds": {"seed": seed},
+        f"selection.{name}": profile.selection[name] or {},
+    }
+    return _complete(SELECTION, sources)
+
+
+def blocks_values(profile: Profile, model: str, name: str) -> dict:
+    """Every parameter of one run of blocks.ipynb, but `output`."""
+    sources = {
+        f"models.{model}": _declared(BLOCKS, profile.models[model]),
+        "calibration": {"statistics": profile.statistics_of(model)},
+        f"blocks.{name}": profile.blocks[name] or {},
+    }
+    return _complete(BLOCKS, sources)
+
+
+def tasks_values(profile: Profile, model: str, name: str) -> dict:
+    """Every parameter of one run of tasks.ipynb, but `output`."""
+    sources = {
+        f"models.{model}": _declared(TASKS, profile.models[model]),
+        f"tasks.{name}": {**profile.tasks[name], "choices": profile.choices_of(model, name)},
+    }
+    return _complete(TASKS, sources)
+
+
+def optimum_values(profile: Profile, model: str, name: str) -> dict:
+    """Every parameter of one run of optimum.ipynb, but `output`."""
+    sources = {
+        f"models.{model}": _declared(OPTIMUM, profile.models[model]),
+        f"optimum.{name}": profile.optimum[name] or {},
+    }
+    return _complete(OPTIMUM, sources)
+
+
 def chapter_values(profile: Profile, chapter: str) -> dict:
-    """Every parameter of one chapter, but `output`."""
+    """Every parameter of one chapter, but `output`. The places of tables and figures are those of the profile."""
     notebook = chapter_notebook(chapter)
     places = {"results": profile.results, "figures": profile.figures}
+    places |= {experiment: profile.table(experiment) for experiment in OWN_TABLE if getattr(profile, experiment)}
     sources = {"profile": _declared(notebook, places), f"chapters.{chapter}": profile.chapters[chapter] or {}}
     return _complete(notebook, sources)
 

@@ -25,7 +25,8 @@ SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
 RESERVED = ("run", "experiment", "code")
 PUBLISHED = "data/published/published.csv"
-PATHS = ("output", "data_dir", "statistics")  # parameters that name files of one machine or one batch
+# Parameters that name files of one machine or one batch.
+PATHS = ("output", "data_dir", "task_data_dir", "statistics", "choices")
 
 
 class ResultError(ValueError):

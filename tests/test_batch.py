@@ -101,7 +101,7 @@ def test_faults_resume_and_reruns(tmp_path):
     axes = {"calibration_seeds": [0, 1], "layers_removed": [2]}
     weights, profile = tmp_path / "data/tiny/model.safetensors", tmp_path / "profile.yaml"
     before = {path: path.read_bytes() for path in (statistics, weights, profile)}
-    chapter = {"table": 1, "chapter_01_chapter": 1}
+    chapter = {"table_results": 1, "chapter_01_chapter": 1}
 
     def code(content):
         content["cells"][1]["source"] = "import os\n" + content["cells"][1]["source"]
