@@ -4,24 +4,21 @@ A slice is the fraction of the residual stream's width D that a layer loses. `sl
 L layers, `slice_base` (S_B) the slice of the least redundant layer, both fractions of 1.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from prunelib.provenance import write_text
+from prunelib.plans import _check_settings, _JsonPlan
 
 CAP = 0.9
 """No layer loses more than this unless a schedule is told otherwise; what would go beyond is taken from the other layers."""
 
 
 @dataclass(frozen=True)
-class SlicePlan:
+class SlicePlan(_JsonPlan):
     """Width of the residual stream at every decoder layer.
 
     hidden_size: width D of the dense model. widths: of each layer, 1 to D; the input of its attention and of its MLP are that
@@ -30,6 +27,8 @@ class SlicePlan:
 
     Raises ValueError when a width is out of range, there is none, or `settings` cannot be written as JSON.
     """
+
+    _name: ClassVar[str] = "slice plan"
 
     hidden_size: int
     widths: tuple[int, ...]
@@ -42,10 +41,7 @@ class SlicePlan:
         wrong = [(layer, width) for layer, width in enumerate(self.widths) if not 1 <= width <= self.hidden_size]
         if wrong:
             raise ValueError(f"widths must lie between 1 and {self.hidden_size}; (layer, width) that do not: {wrong}")
-        try:
-            json.dumps(self.settings, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"settings of a plan must be plain JSON values: {error}; got {self.settings}") from error
+        _check_settings(self.settings)
 
     @property
     def n_layers(self) -> int:
@@ -61,41 +57,6 @@ class SlicePlan:
     def mean_slice(self) -> float:
         """Mean of `slices`: the slice percentage really reached. It is not the fraction of parameters removed."""
         return 1 - sum(self.widths) / (self.hidden_size * self.n_layers)
-
-    def to_json(self) -> str:
-        """The plan as a JSON object, one field per line."""
-        lines = (f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in asdict(self).items())
-        return "{\n" + ",\n".join(lines) + "\n}\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "SlicePlan":
-        """Inverse of `to_json`. Raises ValueError for anything that is not a plan."""
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a slice plan, because not JSON: {error}") from error
-        fields = {"hidden_size": int, "widths": list, "method": str, "settings": dict}
-        if not isinstance(record, dict) or set(record) != set(fields):
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"a slice plan has the fields {', '.join(fields)}; found {found}")
-        for name, kind in fields.items():
-            if not isinstance(record[name], kind) or isinstance(record[name], bool):
-                raise ValueError(f"{name} of a slice plan must be {kind.__name__}, got {record[name]!r}")
-        if not all(type(width) is int for width in record["widths"]):
-            raise ValueError(f"widths must be whole numbers, got {record['widths']}")
-        return cls(record["hidden_size"], tuple(record["widths"]), record["method"], record["settings"])
-
-    def write(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON, atomically: the file appears complete or not at all."""
-        write_text(path, self.to_json())
-
-    @classmethod
-    def read(cls, path: str | os.PathLike) -> "SlicePlan":
-        """Inverse of `write`. Raises ValueError naming the file when it holds no plan."""
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

@@ -302,7 +302,7 @@ class _Calibration:
         norms = {branch.norm: _norm_weights(layer.get_submodule(branch.norm), self.wiring, dtype) for branch in step}
         axes = None if basis is None else basis.to(dtype)
         for state in states:
-            stream = state.to(self.device, non_blocking=True).to(dtype)
+            stream = state.to(self.device, non_blocking=self.device.type != "cpu").to(dtype)
             if axes is not None:
                 stream = (stream @ axes) @ axes.T
             result = stream

@@ -419,6 +419,17 @@ def test_mean_subtraction_changes_rms_norm_models_only(tokens):
     assert difference(sliced(neox, CUT, tokens, subtract_mean=True), sliced(neox, CUT, tokens), tokens) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_random_axes_are_a_control(name, tokens):
+    model = build(name).double()
+    drawn = [sliced(model, CUT, tokens, axes=random_axes(seed)) for seed in (0, 0, 1)]
+    assert difference(drawn[0], drawn[1], tokens) == 0
+    assert difference(drawn[0], drawn[2], tokens) > 1e-2
+    assert difference(sliced(model, SlicePlan(32, (31,) * 6, "test"), tokens, axes=random_axes(0)), model, tokens) < (
+        1e-9 if name == "opt" else 10  # the one direction that nothing needs is the one that is never drawn
+    )
+
+
 def test_the_epsilon_is_the_models_own(tokens):
     model = build("llama", rms_norm_eps=0.3)
     assert difference(sliced(model, FULL, tokens), model, tokens) < 1e-5
