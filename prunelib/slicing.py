@@ -218,14 +218,16 @@ class _Calibration:
         places = self.places(last) if last >= 0 else ()
         with tqdm(desc="slicing", unit="place", total=last + 1, disable=not self.progress) as bar:
             found: Tensor | None = None
-            for place, (what, moments_after) in enumerate(places):
+            place = 0
+            for what, moments_after in places:
                 moments = moments_after(found, self.no_moments(place))
-                found = None
+                found = moments_after = None  # the layer behind it leaves the device before the next one comes
                 if moments is not None:
                     if not bool(torch.isfinite(moments).all()):
                         raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
                     found = basis(moments, self.widths[place])
                 bar.update()
+                place += 1  # noqa: SIM113 (enumerate would hold on to the layer)
                 yield found
         yield from (None for _ in self.widths[last + 1 :])
 
@@ -251,9 +253,9 @@ class _Calibration:
                 if place == last:
                     break
                 place += 1
-                names = " and ".join(branch.modules[0] for branch in step)
-                move = functools.partial(self.advance, states, layer, step, arguments[index])
-                yield f"the hidden states after {names} of layer {index}", move
+                what = f"the hidden states after {' and '.join(branch.modules[0] for branch in step)} of layer {index}"
+                yield what, functools.partial(self.advance, states, layer, step, arguments[index])
+            del layer
 
     def embedded(self) -> tuple[list[Tensor], list[dict[int, dict[str, Any]]]]:
         """The stream before layer 0, by batch, and what each layer is called with beside it, by number of rows in the batch."""

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,22 @@ def test_a_layer_on_another_device_is_copied_there(tokens):
     assert _on(layer, torch.device("cpu")) is layer
     elsewhere = _on(layer, torch.device("meta"))
     assert next(elsewhere.parameters()).is_meta and not next(layer.parameters()).is_meta
+
+
+def test_one_layer_at_a_time_is_on_the_device(tiny_llama, tokens, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = []
+
+    def copied(layer, device):
+        most.append(sum(reference() is not None for reference in alive))
+        on_device = copy.deepcopy(layer)
+        alive.append(weakref.ref(on_device))
+        return on_device
+
+    monkeypatch.setattr("prunelib.slicing._on", copied)
+    sliced(tiny_llama, CUT, tokens)
+    assert len(most) == 6
+    assert max(most) == 0  # when a layer comes, none of those before is there
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
