@@ -1,5 +1,6 @@
 # make figures   every figure and table of the reference profile (resumes what was interrupted)
 # make test      style and tests
+# make optimum   the yardstick in data/optimum anew: every set of layers; for a GPU
 # make verify    check models and corpora, rerun the smoke profile, compare with the committed values
 # make lab       the notebooks in JupyterLab
 # make lock      resolve the dependencies anew
@@ -18,11 +19,14 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures test verify lab lock clean
+.PHONY: figures optimum test verify lab lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
 	@$(BIN)/python -m prunelib.batch $(PROFILE) --cores $(CORES) $(ARGS)
+
+optimum: $(READY)
+	@$(BIN)/python -m prunelib.batch profiles/optimum.yaml --cores $(CORES) $(ARGS)
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/python -m pytest $(ARGS)

@@ -124,6 +124,23 @@ METHODS: dict[str, Method] = _Methods(
             Method("llm_pruner", "LLM-Pruner", "#aa4499", ">"),
             Method("slicegpt", "SliceGPT", "#661100", "*"),
             Method("dynamic_slicing", "dynamic slicing", "#117733", "d"),
+            # The zoo of chapter 02, where a name stands beside every point: one colour for one idea.
+            Method("block_cosine", "block cosine (LLM-Streamline)", "#56b4e9", "d"),
+            Method("leave_one_out_nll", "leave-one-out NLL (PPL+)", "#332288", "h"),
+            Method("leave_one_out_kl", "leave-one-out KL", "#332288", "H"),
+            Method("taylor", "Taylor+", "#cc6677", "8"),
+            Method("magnitude", "Mag+", "#cc6677", "P"),
+            Method("entropy_gain", "EntroDrop (as published)", "#cc79a7", "X"),
+            Method("entropy_gain_attention", "EntroDrop (as released)", "#cc79a7", "x"),
+            Method("laco_published", "LaCo (as published)", "#44aa99", "<"),
+            Method("laco_released", "LaCo (as released)", "#44aa99", ">"),
+            Method("greedy", "greedy NLL (SLEB)", "#999933", "p"),
+            Method("greedy_kl", "greedy KL", "#999933", "d"),
+            Method("beam", "beam search", "#117733", "d"),
+            Method("evolutionary", "evolution (EvoPress)", "#117733", "*"),
+            Method("blockpruner", "greedy over sublayers (BlockPruner)", "#aa4499", "s"),
+            Method("evolutionary_sublayers", "evolution over sublayers (EvoPress)", "#aa4499", "*"),
+            Method("best", "best set", "#000000", "*"),
         )
     }
 )
@@ -480,6 +497,40 @@ def layer_bars(
     (axes.set_xlim if upright else axes.set_ylim)(-0.7, len(value) - 0.3)
     (axes.set_xlabel if upright else axes.set_ylabel)("layer")
     (axes.set_ylabel if upright else axes.set_xlabel)("importance (higher = keep)")
+
+
+def ranked_dots(
+    axes: Axes, data: pd.DataFrame, order: Sequence[str], *, low: float | int | None = None, high: float | int | None = None
+) -> None:
+    """One line per method, in the given order from top to bottom: a dot at `value` and a bar from `low` to `high`.
+
+    data: rows with `method`, `value` and, where there are several draws, `low` and `high`; a method without a row leaves its
+    line empty. low, high: ends of the axis; a dot beyond `high` stands at the edge with its number beside it.
+    """
+    places = {method: place for place, method in enumerate(order)}
+    edge = np.inf if high is None else high
+    for row in data.itertuples():
+        look, place = METHODS[row.method], places[row.method]
+        inside = row.value <= edge
+        if inside and getattr(row, "high", row.value) > getattr(row, "low", row.value):
+            axes.plot([row.low, min(row.high, edge)], [place, place], color=look.color, linewidth=1.4)
+        axes.plot(
+            [min(row.value, edge)],
+            [place],
+            linestyle="",
+            color=look.color,
+            marker=look.marker if inside else ">",
+            clip_on=False,
+        )
+        if not inside:
+            axes.annotate(
+                f"{row.value:.1f} ", (edge, place), ha="right", va="center", xytext=(-5, 0), textcoords="offset points"
+            )
+    axes.set_yticks(range(len(order)), [METHODS[method].title for method in order])
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_xlim(low, high)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
 
 
 def heatmap(

@@ -333,6 +333,27 @@ def removed_fraction(dense: nn.Module, pruned: nn.Module) -> float:
     return 1.0 - parameter_count(pruned) / parameter_count(dense)
 
 
+def layer_share(model: nn.Module, removed: Collection[int]) -> float:
+    """Fraction of the parameters that these decoder layers alone hold: `removed_fraction` without making a pruned model.
+
+    So it is known for a model that is spread over devices, too. Raises ValueError for a layer that does not exist.
+    """
+    layers = decoder_layers(model)
+    wrong = [index for index in removed if not 0 <= index < len(layers)]
+    if wrong:
+        raise ValueError(f"layers {wrong} do not exist in a model of {len(layers)} layers (0 to {len(layers) - 1})")
+    gone = {id(parameter): parameter.numel() for index in removed for parameter in layers[index].parameters()}
+    inside = {id(module) for index in removed for module in layers[index].modules()}
+    others = (module for module in model.modules() if id(module) not in inside)
+    kept = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    return sum(count for name, count in gone.items() if name not in kept) / parameter_count(model)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate has placed the model on several devices: it can be evaluated, not pruned."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
 # --------------------------------------------------------------------------------------------------- removing layers
 
 
@@ -396,7 +417,7 @@ def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) 
     remedy = "prune it unquantised on one device (load(..., device='cpu')), save it, and load the saved folder as you like"
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"this {model_type} model is quantised; {remedy}")
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_spread(model):
         raise UnsupportedModel(f"this {model_type} model is spread over several devices; {remedy}")
     if n_layers != config.num_hidden_layers:
         raise UnsupportedModel(

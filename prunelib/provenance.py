@@ -194,7 +194,12 @@ def device_name(device: str) -> str:
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Largest memory in bytes so far: of the process on a CPU, of the allocator on an accelerator."""
+    """Largest memory in bytes so far: of the process on a CPU, of the allocator on an accelerator ("auto": on all together)."""
+    if device == "auto":
+        import torch
+
+        if torch.cuda.is_available():
+            return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     if device.startswith("cuda"):
         import torch
 

@@ -238,6 +238,10 @@ def test_parameter_counts(tiny_llama):
     pruned = remove_layers(tiny_llama, (1, 4))
     assert models.removed_fraction(tiny_llama, pruned) == pytest.approx(2 * layer / total)
     assert models.removed_fraction(tiny_llama, tiny_llama) == 0.0
+    assert models.layer_share(tiny_llama, (1, 4)) == pytest.approx(models.removed_fraction(tiny_llama, pruned))
+    assert models.layer_share(tiny_llama, ()) == 0.0
+    with pytest.raises(ValueError, match=r"layers \[6\] do not exist in a model of 6 layers"):
+        models.layer_share(tiny_llama, (0, 6))
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
