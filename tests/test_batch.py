@@ -238,6 +238,13 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
         ({"chapters": {"01_chapter": {"style": 1}}}, "chapters.01_chapter.style is not a parameter"),
         ({"chapters": {"02_absent": {}}}, "there is no notebook notebooks/02_absent.ipynb"),
         ({"threads": 0}, "threads = 0 is too small"),
+        (
+            {"tasks": {"all": {"choices": "rules"}}},
+            "tasks.all.choices must name an entry of selection or blocks; there are: none",
+        ),
+        ({"selection": {"a": {}}, "blocks": {"a": {}}}, "`a` is in both selection and blocks"),
+        ({"selection": {"a__b": {}}}, "`a__b` cannot be part of a file name"),
+        ({"blocks": {"a": {"stp": 1}}}, "there is no notebook notebooks/experiments/blocks.ipynb"),
     ],
 )
 def test_a_wrong_profile_is_an_error_that_names_the_key(notebooks, changes, message):
@@ -272,7 +279,7 @@ CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.
 
 
 @pytest.mark.skipif(not (ROOT / grid.DEPTH).is_file() or not CHAPTERS, reason="the notebooks are not there yet")
-@pytest.mark.parametrize("name", ["smoke", "reference", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "reference", "optimum", "paper"])
 def test_a_dry_run_lists_every_run(name, tmp_path):
     """Also for models, data and devices that this machine does not have."""
     import yaml
@@ -289,5 +296,9 @@ def test_a_dry_run_lists_every_run(name, tmp_path):
                 assert f"{profile['runs']}/statistics/{model}__{corpus}__s{seed}.json" in done.stdout
         for count in profile["layers_removed"]:
             assert f"{profile['runs']}/depth/{model}__k{count}.json" in done.stdout
+        for part in profile.get("tasks", {}):
+            assert f"{profile['runs']}/tasks/{model}__{part}.json" in done.stdout
+        for part in profile.get("selection", {}):
+            assert f"{profile['runs']}/selection/{model}__s0__{part}.json" in done.stdout
     for chapter in profile["chapters"]:
         assert f"rule chapter_{chapter}:" in done.stdout

@@ -13,6 +13,10 @@ from prunelib.statistics import LayerStats
 
 STATISTICS = "notebooks/experiments/statistics.ipynb"
 DEPTH = "notebooks/experiments/depth.ipynb"
+SELECTION = "notebooks/experiments/selection.ipynb"
+OPTIMUM = "notebooks/experiments/optimum.ipynb"
+BLOCKS = "notebooks/experiments/blocks.ipynb"
+TASKS = "notebooks/experiments/tasks.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +146,162 @@ def test_protected_layers_stay_whatever_the_method(place, statistics):
     removed = {int(layer) for row in run["rows"] for layer in row.get("removed_layers", "").split()}
     assert removed <= {1, 2, 3}
     assert removed
+
+
+# ------------------------------------------------------------------------------------------- every way to choose the layers
+
+
+@pytest.fixture(scope="module")
+def reported(place):
+    """What is reported in all runs below."""
+    text = str(place / "text.txt")
+    return {"report_corpus": text, "report_split": "train", "report_windows": 6, "report_seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def truth(place):
+    values = {"corpus": str(place / "text.txt"), "split": "train", "windows": 6, "seq_len": 16}
+    sizes = {"exhaustive_sizes": [1, 2], "searched_sizes": [3], "beam_width": 2, "random_draws": 5}
+    return run_notebook(OPTIMUM, place / "truth.json", model=str(place / "model"), **values, **sizes)
+
+
+@pytest.fixture(scope="module")
+def chosen(place, reported):
+    values = {"corpus": str(place / "text.txt"), "split": "train", "n_samples": 4, "seq_len": 32, "sizes": [1, 2, 3]}
+    searches = ["greedy", "greedy_kl", "beam", "evolutionary", "blockpruner", "evolutionary_sublayers"]
+    small = {"evolved_sizes": [2], "initial_sets": 4, "offspring": 3, "merge_size": 2, "merges": []}
+    return run_notebook(
+        SELECTION, place / "chosen.json", model=str(place / "model"), searches=searches, **values, **small, **reported
+    )
+
+
+def losses(run, **coordinates):
+    return {
+        row["method"]: row["value"]
+        for row in run["rows"]
+        if row["metric"] == "nats" and all(row.get(name) == value for name, value in coordinates.items())
+    }
+
+
+def test_the_optimum_is_that_of_all_sets_one_by_one(place, truth):
+    import itertools
+
+    from safetensors.numpy import load_file
+
+    from prunelib import corpora
+    from prunelib.evaluation import perplexity
+
+    run, arrays = results.read_run(truth), load_file(at_root(truth).with_suffix(".safetensors"))
+    dense = models.load(place / "model")
+    windows = corpora.consecutive_windows(corpora.load(place / "text.txt"), models.load_tokenizer(place / "model"), 16, 6)
+    alone = {
+        removed: perplexity(models.remove_layers(dense, removed), windows).nats
+        for removed in itertools.combinations(range(6), 2)
+    }
+    assert arrays["all_k2"] == pytest.approx(list(alone.values()), abs=1e-6)
+    row = next(row for row in run["rows"] if row["layers_removed"] == 2)
+    assert (row["role"], row["sets"]) == ("optimum", 15)
+    assert tuple(map(int, row["removed_layers"].split())) == min(alone, key=alone.get)
+    best_of_3 = next(row for row in run["rows"] if row["layers_removed"] == 3)
+    assert best_of_3["role"] == "best_known"
+    assert best_of_3["value"] <= arrays["random_k3"].min()
+    assert not list(at_root(truth).parent.glob(".*k2.jsonl")), "the journals go when the run is complete"
+
+
+def test_no_choice_is_better_than_the_optimum_and_searches_see_no_more_than_the_calibration(chosen, truth):
+    run, best = results.read_run(chosen), results.read_run(truth)
+    for size in (1, 2):
+        optimum = next(row["value"] for row in best["rows"] if row["layers_removed"] == size)
+        found = losses(run, layers_removed=size, role="choice")
+        whole = {method: nats for method, nats in found.items() if "sublayers" not in method and method != "blockpruner"}
+        assert len(whole) > 10
+        assert min(whole.values()) >= optimum - 1e-6
+    assert losses(run, layers_removed=0)["dense"] == pytest.approx(
+        next(row["value"] for row in best["rows"] if row["layers_removed"] == 0), abs=1e-6
+    )
+    assert run["provenance"]["data"].keys() == {
+        "calibration " + run["parameters"]["corpus"],
+        "report " + run["parameters"]["corpus"],
+    }
+
+
+def test_every_rule_has_importance_a_cost_and_a_choice_for_every_size(chosen):
+    run = results.read_run(chosen)
+    by_score = {row["method"] for row in run["rows"] if row["metric"] == "importance"}
+    costs = {row["method"] for row in run["rows"] if row["metric"] == "forwards"}
+    choices = {row["method"] for row in run["rows"] if row.get("role") == "choice"} - {"dense"}
+    assert {"block_influence", "leave_one_out_kl", "taylor", "entropy_gain", "angular"} <= by_score
+    # PPL+, Taylor+ and Mag+ keep the first four and the last two layers: of six layers nothing is left to choose.
+    assert costs - choices == {"taylor", "magnitude", "leave_one_out_nll"}
+    assert choices <= costs
+    halves = [row for row in run["rows"] if row["method"] == "evolutionary_sublayers" and row["metric"] == "nats"]
+    assert [len(row["removed_sublayers"].split()) for row in halves] == [4]
+    assert {word.split(".")[1] for word in halves[0]["removed_sublayers"].split()} == {"attn", "mlp"}
+    shares = {
+        row["metric"]: row["value"]
+        for row in run["rows"]
+        if row["method"] == "evolutionary_sublayers" and row["metric"] in ("removed", "idle")
+    }
+    assert shares["removed"] + shares["idle"] > 0
+
+
+def test_blocks_are_contiguous_and_every_block_is_one_of_the_exhaustive_sets(place, statistics, truth, reported):
+    from safetensors.numpy import load_file
+
+    values = {"model": str(place / "model"), "calibration": str(place / "text.txt"), "step": 1, "every_block": True}
+    run = results.read_run(run_notebook(BLOCKS, place / "blocks.json", statistics=statistics, **values, **reported))
+    for row in run["rows"]:
+        if row.get("role") == "choice" and row["method"] != "dense":
+            removed = [int(layer) for layer in row["removed_layers"].split()]
+            assert removed == list(range(removed[0], removed[0] + row["size"]))
+            assert 5 not in removed, "the last layer stays"
+            assert row["fraction"] == row["size"] / 6
+    single = [row["value"] for row in run["rows"] if row.get("role") == "every_block" and row["size"] == 1]
+    assert single == pytest.approx(load_file(at_root(truth).with_suffix(".safetensors"))["all_k1"].tolist(), abs=1e-6)
+    assert sum(row.get("role") == "every_block" for row in run["rows"]) == sum(range(2, 7))
+    normalised = next(row for row in run["rows"] if row["metric"] == "normalised_loss")
+    nats = next(row for row in run["rows"] if row["metric"] == "nats" and row.get("role") == "choice")
+    import math
+
+    assert normalised["value"] == pytest.approx(nats["value"] / math.log(60))
+
+
+def test_tasks_are_those_of_the_pruned_model_alone(place):
+    from prunelib import tasks
+
+    model, choices = "data/reference/neox24", "data/optimum/selection/neox24__s0__searches.json"
+    values = {"model": model, "choices": choices, "methods": ["block_influence", "greedy"], "sizes": [8], "limit": 10}
+    values |= {"tasks": ["pydocs_summary"]}
+    first = results.read_run(run_notebook(TASKS, place / "tasks.json", **values))["rows"]
+    assert first == results.read_run(run_notebook(TASKS, place / "tasks_alone.json", together=False, **values))["rows"]
+    row = next(row for row in first if row["method"] == "greedy" and row["metric"] == "acc")
+    dense, tokenizer = models.load(at_root(model)), models.load_tokenizer(at_root(model))
+    pruned = models.remove_layers(dense, [int(layer) for layer in row["removed_layers"].split()])
+    found = tasks.evaluate_tasks(pruned, tokenizer, "pydocs_summary", bos=True, limit=10, progress=False)
+    assert (row["value"], row["n"]) == (found["pydocs_summary"].acc, 10)
+    assert {row["metric"] for row in first if row["method"] == "greedy"} >= {"average", "over_dense", "over_cosine"}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "changes", "message"),
+    [
+        (SELECTION, {"searches": ["gredy"]}, "no search gredy; there are: greedy"),
+        (SELECTION, {"ablations": ["tailor"]}, "unknown ablation 'tailor'"),
+        (SELECTION, {"sizes": [6]}, "sizes go up to 6, but the model has 6 layers"),
+        (SELECTION, {"merges": ["correct"]}, "take some of published, released"),
+        (BLOCKS, {"step": 6}, "step = 6: between 1 and 5"),
+        (TASKS, {"methods": ["cosine"]}, "has no choice of 'cosine'"),
+    ],
+)
+def test_a_wrong_request_is_one_clear_error_before_work(place, chosen, reported, notebook, changes, message):
+    text = str(place / "text.txt")
+    values = {"model": str(place / "model")}
+    if notebook == SELECTION:
+        values |= {"corpus": text, "split": "train", "n_samples": 2, "seq_len": 16, "sizes": [1]} | reported
+    elif notebook == BLOCKS:
+        values |= reported
+    else:
+        values |= {"choices": str(chosen)}
+    with pytest.raises(NotebookError, match=message):
+        run_notebook(notebook, place / "refused.json", **(values | changes))
+    assert not (place / "refused.json").exists()
