@@ -7,7 +7,7 @@
 
 A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
 notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
-hash is in every run file and the table warns when hashes mix; rerun on purpose with --forcerun statistics depth selection blocks tasks.
+hash is in every run file and the table warns when hashes mix; rerun on purpose with --forcerun statistics depth selection blocks slicing tasks.
 """
 
 import re
@@ -50,7 +50,7 @@ wildcard_constraints:
     corpus="|".join(map(re.escape, PROFILE.calibration)),
     seed=r"\d+",
     layers_removed=r"\d+",
-    part="|".join(map(re.escape, (*PROFILE.selection, *PROFILE.blocks, *PROFILE.tasks, *PROFILE.optimum))) or "none",
+    part="|".join(map(re.escape, (name for experiment in grid.OWN_TABLE for name in getattr(PROFILE, experiment)))) or "none",
 
 
 localrules: all
@@ -128,6 +128,25 @@ if PROFILE.blocks:
             source=notebook_source_sha(grid.BLOCKS),
             weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
             arguments=lambda wildcards: grid.arguments(grid.blocks_values(PROFILE, wildcards.model, wildcards.part)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+if PROFILE.slicing:
+
+    rule slicing:
+        input:
+            notebook=ancient(grid.SLICING),
+            statistics=lambda wildcards: PROFILE.statistics_of(wildcards.model),
+            arrays=lambda wildcards: PROFILE.statistics_of(wildcards.model, ".safetensors"),
+        output: run=PROFILE.slicing_run("{model}", "{part}")
+        log: notebook=PROFILE.slicing_run("{model}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.SLICING),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(grid.slicing_values(PROFILE, wildcards.model, wildcards.part)),
         threads: PROFILE.threads
         retries: PROFILE.retries
         resources: **PROFILE.resources

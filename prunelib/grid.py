@@ -21,9 +21,10 @@ DEPTH = f"{NOTEBOOKS}/experiments/depth.ipynb"
 SELECTION = f"{NOTEBOOKS}/experiments/selection.ipynb"
 BLOCKS = f"{NOTEBOOKS}/experiments/blocks.ipynb"
 TASKS = f"{NOTEBOOKS}/experiments/tasks.ipynb"
+SLICING = f"{NOTEBOOKS}/experiments/slicing.ipynb"
 OPTIMUM = f"{NOTEBOOKS}/experiments/optimum.ipynb"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
-OWN_TABLE = ("selection", "blocks", "tasks", "optimum")  # experiments whose rows are not in `results`
+OWN_TABLE = ("selection", "blocks", "slicing", "tasks", "optimum")  # experiments whose rows are not in `results`
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
 
 
@@ -42,8 +43,9 @@ class Profile:
     statistics, depth: the remaining parameters of these notebooks, the same for all of their runs.
     selection: name → parameters of selection.ipynb; a run for every model and calibration seed.
     blocks, optimum: name → parameters of these notebooks; a run for every model.
+    slicing: name → {models: those that are sliced (all unless given), parameters of slicing.ipynb}; a run for each of them.
     tasks: name → {choices: a name below `selection` (its first seed) or `blocks`, parameters of tasks.ipynb}; a run for every
-        model. Each of these four has a table of its own beside `results`: selection.csv, blocks.csv, optimum.csv, tasks.csv.
+        model. Each of these five has a table of its own beside `results`, such as selection.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
     """
@@ -60,6 +62,7 @@ class Profile:
     depth: dict = field(default_factory=dict)
     selection: dict = field(default_factory=dict)
     blocks: dict = field(default_factory=dict)
+    slicing: dict = field(default_factory=dict)
     tasks: dict = field(default_factory=dict)
     optimum: dict = field(default_factory=dict)
     threads: int = 1
@@ -68,10 +71,10 @@ class Profile:
     python: str = ""
 
     def __post_init__(self) -> None:
-        for name in (*self.models, *self.calibration, *self.selection, *self.blocks, *self.tasks, *self.optimum):
+        for name in self._names():
             if not NAME.fullmatch(str(name)) or "__" in str(name):
                 raise ProfileError(f"`{name}` cannot be part of a file name: use letters, digits, `.`, `-` and single `_`")
-        for key in ("models", "calibration", "chapters", "selection", "blocks", "tasks", "optimum"):
+        for key in ("models", "calibration", "chapters", *OWN_TABLE):
             for name, entry in getattr(self, key).items():
                 if entry is not None and not isinstance(entry, dict):
                     raise ProfileError(f"{key}.{name} must be a mapping of parameters, not {entry!r}")
@@ -79,6 +82,12 @@ class Profile:
             values = getattr(self, key)
             if not all(type(value) is int and value >= 0 for value in values) or len(set(values)) < len(values):
                 raise ProfileError(f"{key} must be different whole numbers from 0 on, not {values!r}")
+        for name, entry in self.slicing.items():
+            unknown = [model for model in (entry or {}).get("models", []) if model not in self.models]
+            if unknown:
+                raise ProfileError(
+                    f"slicing.{name}.models: there is no `{unknown[0]}` below models{closest(str(unknown[0]), self.models)}"
+                )
         both = set(self.selection) & set(self.blocks)
         if both:
             raise ProfileError(f"`{both.pop()}` is in both selection and blocks: tasks could not say which of them they read")
@@ -89,6 +98,10 @@ class Profile:
         for key in ("threads", "retries"):
             if type(getattr(self, key)) is bool or getattr(self, key) < (key == "threads"):
                 raise ProfileError(f"{key} = {getattr(self, key)!r} is too small")
+
+    def _names(self) -> list[str]:
+        """Every name that becomes part of a file name."""
+        return [*self.models, *self.calibration, *(name for key in OWN_TABLE for name in getattr(self, key))]
 
     def statistics_run(self, model: str, corpus: str, seed: int, suffix: str = ".json") -> str:
         return f"{self.runs}/statistics/{model}__{corpus}__s{seed}{suffix}"
@@ -101,6 +114,9 @@ class Profile:
 
     def blocks_run(self, model: str, name: str, suffix: str = ".json") -> str:
         return f"{self.runs}/blocks/{model}__{name}{suffix}"
+
+    def slicing_run(self, model: str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/slicing/{model}__{name}{suffix}"
 
     def tasks_run(self, model: str, name: str, suffix: str = ".json") -> str:
         return f"{self.runs}/tasks/{model}__{name}{suffix}"
@@ -115,6 +131,10 @@ class Profile:
             return self.blocks_run(model, source)
         return self.selection_run(model, self.calibration_seeds[0], source)
 
+    def sliced(self, name: str) -> list[str]:
+        """The models that an entry of `slicing` is for."""
+        return list((self.slicing[name] or {}).get("models", self.models))
+
     def runs_of(self, experiment: str) -> list[str]:
         """All run files of one of the experiments that have a table of their own."""
         if experiment == "selection":
@@ -124,6 +144,8 @@ class Profile:
                 for seed in self.calibration_seeds
                 for name in self.selection
             ]
+        if experiment == "slicing":
+            return [self.slicing_run(model, name) for name in self.slicing for model in self.sliced(name)]
         run = {"blocks": self.blocks_run, "tasks": self.tasks_run, "optimum": self.optimum_run}[experiment]
         return [run(model, name) for model in self.models for name in getattr(self, experiment)]
 
@@ -183,6 +205,9 @@ def read(config: Mapping) -> Profile:
         for experiment, values in (("blocks", blocks_values), ("tasks", tasks_values), ("optimum", optimum_values)):
             for part in getattr(profile, experiment):
                 values(profile, name, part)
+        for part in profile.slicing:
+            if name in profile.sliced(part):
+                slicing_values(profile, name, part)
         for count in profile.layers_removed:
             depth_values(profile, name, count)
         for corpus in profile.calibration:
@@ -237,6 +262,17 @@ def blocks_values(profile: Profile, model: str, name: str) -> dict:
         f"blocks.{name}": profile.blocks[name] or {},
     }
     return _complete(BLOCKS, sources)
+
+
+def slicing_values(profile: Profile, model: str, name: str) -> dict:
+    """Every parameter of one run of slicing.ipynb, but `output`."""
+    entry = {key: value for key, value in (profile.slicing[name] or {}).items() if key != "models"}
+    sources = {
+        f"models.{model}": _declared(SLICING, profile.models[model]),
+        "calibration": {"statistics": profile.statistics_of(model)},
+        f"slicing.{name}": entry,
+    }
+    return _complete(SLICING, sources)
 
 
 def tasks_values(profile: Profile, model: str, name: str) -> dict:

@@ -21,6 +21,7 @@ EXPECTED = {  # table of the smoke profile → committed expectation
     "build/smoke/results.csv": "data/verify/smoke.csv",
     "build/smoke/selection.csv": "data/verify/smoke_selection.csv",
     "build/smoke/blocks.csv": "data/verify/smoke_blocks.csv",
+    "build/smoke/slicing.csv": "data/verify/smoke_slicing.csv",
     "build/smoke/tasks.csv": "data/verify/smoke_tasks.csv",
     "build/smoke/optimum.csv": "data/verify/smoke_optimum.csv",
 }
@@ -33,9 +34,10 @@ HASHED = ("data/reference/*/*.safetensors", "data/reference/*/*.json")
 TOLERANCES = {"nats": 2e-3, "nats_over_cosine": 2e-3, "alpha_nats": 2e-3, "accuracy": 4e-3, "low": 4e-3, "high": 4e-3, "n": 0}
 # An answer to one of ten questions may turn, and with it an average over three tasks.
 ANSWERS = ("acc", "acc_norm", "average", "average_low", "average_high", "constant_share", "over_dense", "over_cosine")
+ANSWERS += ("over_constant",)
 TOLERANCES |= dict.fromkeys(ANSWERS, 0.11)
 RELATIVE = 2e-3  # of every other number
-TIMES = ("seconds", "forwards")  # rows that hold times
+TIMES = ("seconds", "forwards", "latency_over_dense")  # rows that hold times
 IGNORED = ("code",)  # the hash of the library that made a row: verify compares numbers, not sources
 MEASURES = (
     *("value", "n", "stderr", "low", "high", "alpha", "alpha_low", "alpha_high", "alpha_nats", "evaluations"),

@@ -1,0 +1,121 @@
+"""The slicing notebook as a batch runs it, on a tiny model and a small text, and its place in a profile."""
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from prunelib import corpora, grid, models, results
+from prunelib.criteria import layer_redundancy
+from prunelib.evaluation import perplexity
+from prunelib.notebook import NotebookError, run_notebook
+from prunelib.provenance import at_root
+from prunelib.schedules import constant, dynamic
+from prunelib.slicing import account, slice_model
+from prunelib.statistics import LayerStats
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a 4-layer model, its tokenizer, a text, and statistics of the model on it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("slicing")
+    words = {f"w{i}": i for i in range(1, 60)} | {"<|endoftext|>": 0}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2)
+    models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
+    drawn = torch.randint(1, 60, (4000,), generator=torch.Generator().manual_seed(1))
+    (folder / "text.txt").write_text(" ".join(f"w{int(i)}" for i in drawn))
+    common = {"model": str(folder / "model"), "corpus": str(folder / "text.txt"), "n_samples": 8, "seq_len": LENGTH}
+    run_notebook("notebooks/experiments/statistics.ipynb", folder / "s0.json", seed=0, **common)
+    return folder
+
+
+def run(place, name, **changes):
+    text = str(place / "text.txt")
+    values = {
+        "model": str(place / "model"),
+        "statistics": [str(place / "s0.json")],
+        "redundancy_corpus": text,
+        "corpus": text,
+        "split": "train",
+        "n_samples": 16,
+        "seq_len": LENGTH,
+        "slice_percentages": [0.25],
+        "slice_bases": [0.125],
+        "control_percentage": 0.25,
+        "control_base": 0.125,
+        "random_seeds": [0],
+        "normalisations": ["rank"],
+        "window_seeds": [1],
+        "other_percentages": [0.5],
+        "bare_percentages": [0.25],
+        "counted_percentages": [0.25],
+        "depth_sizes": [1, 4],
+        "latency_repeats": 1,
+        "tasks": [],
+        "report_corpus": text,
+        "report_split": "train",
+        "report_windows": 4,
+        "report_seq_len": LENGTH,
+    }
+    return results.read_run(run_notebook(grid.SLICING, place / name, **(values | changes)))
+
+
+def test_the_rows_are_those_of_the_sliced_models(place):
+    rows = run(place, "sliced.json")["rows"]
+    dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
+    corpus = corpora.load(place / "text.txt")
+    windows = {seed: corpora.sample_windows(corpus, tokenizer, 16, LENGTH, seed=seed) for seed in (0, 1)}
+    report = corpora.consecutive_windows(corpus, tokenizer, LENGTH, 4)
+    redundancy = layer_redundancy(LayerStats.load(at_root(str(place / "s0.safetensors"))))
+
+    def value(metric, **where):
+        found = [row for row in rows if row["metric"] == metric and all(row.get(key) == where[key] for key in where)]
+        assert len(found) == 1, (metric, where, found)
+        return found[0]["value"]
+
+    assert value("nats", role="dense") == pytest.approx(perplexity(dense, report).nats, abs=1e-6)
+    for method, plan in (("constant", constant(4, 32, 0.25)), ("dynamic", dynamic(redundancy, 32, 0.25, 0.125))):
+        for seed, part in ((0, "sweep"), (1, "windows")):
+            nats = perplexity(slice_model(dense, plan, windows[seed], progress=False), report).nats
+            assert value("nats", role="plan", part=part, method=method) == pytest.approx(nats, abs=1e-6)
+        counted = account(dense.config, plan)
+        assert value("removed", role="plan", part="sweep", method=method) == counted.removed
+        assert value("removed", role="count", method=method, shortcuts="absorbed") == counted.removed
+        # Even the controls have the mean slice that was asked for.
+    assert {row["value"] for row in rows if row["metric"] == "mean_slice" and row["slice_percentage"] == 0.25} >= {0.25}
+    one_layer = models.removed_fraction(dense, models.remove_layers(dense, [2]))
+    assert value("removed", role="count", method="layers", layers_removed=1) == pytest.approx(one_layer)
+    assert not any(row.get("layers_removed") == 4 for row in rows), "a model without layers is none"
+
+
+def test_statistics_of_another_text_are_one_clear_error(place):
+    with pytest.raises(NotebookError, match="none of the 1 statistics is of redundancy_corpus='pydocs'"):
+        run(place, "wrong.json", redundancy_corpus="pydocs")
+    with pytest.raises(NotebookError, match=r"control_base = 0.2: give one of slice_percentages = \[0.25\]"):
+        run(place, "wrong.json", control_base=0.2)
+    assert not (place / "wrong.json").exists()
+
+
+def test_a_profile_may_slice_some_of_its_models():
+    config = yaml.safe_load(at_root("profiles/reference.yaml").read_text())
+    profile = grid.read(config)
+    assert profile.runs_of("slicing") == [f"data/runs/reference/slicing/{name}__dynamic.json" for name in profile.models]
+    assert grid.slicing_values(profile, "neox24", "dynamic")["statistics"] == profile.statistics_of("neox24")
+    config["slicing"]["dynamic"]["models"] = ["neox24"]
+    assert grid.read(config).runs_of("slicing") == ["data/runs/reference/slicing/neox24__dynamic.json"]
+    config["slicing"]["dynamic"]["models"] = ["neox"]
+    with pytest.raises(
+        grid.ProfileError, match=r"slicing.dynamic.models: there is no `neox` below models; did you mean `neox24`"
+    ):
+        grid.read(config)
