@@ -50,7 +50,7 @@ clean:
 
 # --clear: an environment that a changed lock or an interrupted installation left half done is made anew.
 $(READY): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "Python 3.11.5 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@echo "installing requirements.lock into .venv (some minutes, once)"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -qq -r requirements.lock

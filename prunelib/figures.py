@@ -11,6 +11,7 @@ what is committed. Nothing here imports torch.
 
 import hashlib
 import importlib.metadata
+import io
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from prunelib.grid import STEM, figure_suffixes
 from prunelib.provenance import at_root, file_sha256, from_root, notebook_source_sha, write_json
@@ -684,7 +686,15 @@ def write_picture(figure: Figure, path: str | os.PathLike) -> Path:
     metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
     if path.suffix not in metadata:
         raise FigureError(f"pictures are png or pdf, not {path.suffix or path.name!r}")
-    figure.savefig(path, metadata=metadata[path.suffix])
+    if path.suffix == ".pdf":
+        figure.savefig(path, metadata=metadata[path.suffix])
+        return path
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata=metadata[path.suffix])
+    with Image.open(drawn) as picture:
+        # A palette of 256 colours takes a third of the bytes; what changes are shades at the edges of letters and lines.
+        small = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+        small.save(path, optimize=True, dpi=picture.info["dpi"])
     return path
 
 
