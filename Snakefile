@@ -7,7 +7,8 @@
 
 A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
 notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
-hash is in every run file and the table warns when hashes mix; rerun on purpose with --forcerun statistics depth selection blocks slicing tasks.
+hash is in every run file and the table warns when hashes mix; rerun on purpose with
+    --forcerun statistics depth selection blocks slicing tasks healing duplicates
 """
 
 import re
@@ -158,13 +159,47 @@ if PROFILE.tasks:
     rule tasks:
         input:
             notebook=ancient(grid.TASKS),
-            choices=lambda wildcards: PROFILE.choices_of(wildcards.model, wildcards.part),
+            choices=lambda wildcards: PROFILE.choices_of("tasks", wildcards.model, wildcards.part),
         output: run=PROFILE.tasks_run("{model}", "{part}")
         log: notebook=PROFILE.tasks_run("{model}", "{part}", ".ipynb")
         params:
             source=notebook_source_sha(grid.TASKS),
             weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
             arguments=lambda wildcards: grid.arguments(grid.tasks_values(PROFILE, wildcards.model, wildcards.part)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+if PROFILE.healing:
+
+    rule healing:
+        input:
+            notebook=ancient(grid.HEALING),
+            choices=lambda wildcards: PROFILE.choices_of("healing", wildcards.model, wildcards.part),
+        output: run=PROFILE.healing_run("{model}", "{part}")
+        log: notebook=PROFILE.healing_run("{model}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.HEALING),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(grid.healing_values(PROFILE, wildcards.model, wildcards.part)),
+        threads: PROFILE.threads
+        retries: PROFILE.retries
+        resources: **PROFILE.resources
+        shell: RUN
+
+
+if PROFILE.duplicates:
+
+    rule duplicates:
+        input: notebook=ancient(grid.DUPLICATES)
+        output: run=PROFILE.duplicates_run("{model}", "{part}")
+        log: notebook=PROFILE.duplicates_run("{model}", "{part}", ".ipynb")
+        params:
+            source=notebook_source_sha(grid.DUPLICATES),
+            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
+            arguments=lambda wildcards: grid.arguments(grid.duplicates_values(PROFILE, wildcards.model, wildcards.part)),
         threads: PROFILE.threads
         retries: PROFILE.retries
         resources: **PROFILE.resources

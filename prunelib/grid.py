@@ -23,8 +23,12 @@ BLOCKS = f"{NOTEBOOKS}/experiments/blocks.ipynb"
 TASKS = f"{NOTEBOOKS}/experiments/tasks.ipynb"
 SLICING = f"{NOTEBOOKS}/experiments/slicing.ipynb"
 OPTIMUM = f"{NOTEBOOKS}/experiments/optimum.ipynb"
+HEALING = f"{NOTEBOOKS}/experiments/healing.ipynb"
+DUPLICATES = f"{NOTEBOOKS}/experiments/duplicates.ipynb"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
-OWN_TABLE = ("selection", "blocks", "slicing", "tasks", "optimum")  # experiments whose rows are not in `results`
+SOME_MODELS = ("slicing", "healing", "duplicates")  # experiments whose entries may be for some of the models alone
+CHOOSING = ("tasks", "healing")  # experiments that go on from the layers which another one has chosen
+OWN_TABLE = ("selection", "blocks", "slicing", "tasks", "optimum", "healing", "duplicates")  # experiments whose rows are not in `results`
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
 
 
@@ -43,9 +47,10 @@ class Profile:
     statistics, depth: the remaining parameters of these notebooks, the same for all of their runs.
     selection: name → parameters of selection.ipynb; a run for every model and calibration seed.
     blocks, optimum: name → parameters of these notebooks; a run for every model.
-    slicing: name → {models: those that are sliced (all unless given), parameters of slicing.ipynb}; a run for each of them.
-    tasks: name → {choices: a name below `selection` (its first seed) or `blocks`, parameters of tasks.ipynb}; a run for every
-        model. Each of these five has a table of its own beside `results`, such as selection.csv.
+    slicing, healing, duplicates: name → {models: for which there is a run (all unless given), parameters of that notebook}.
+    tasks: name → {parameters of tasks.ipynb}; a run for every model. In `tasks` and `healing`, `choices` is a name below
+        `selection` (its first seed) or `blocks`. Each of these seven has a table of its own beside `results`, such as
+        selection.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
     """
@@ -65,6 +70,8 @@ class Profile:
     slicing: dict = field(default_factory=dict)
     tasks: dict = field(default_factory=dict)
     optimum: dict = field(default_factory=dict)
+    healing: dict = field(default_factory=dict)
+    duplicates: dict = field(default_factory=dict)
     threads: int = 1
     retries: int = 0
     resources: dict = field(default_factory=dict)
@@ -82,19 +89,21 @@ class Profile:
             values = getattr(self, key)
             if not all(type(value) is int and value >= 0 for value in values) or len(set(values)) < len(values):
                 raise ProfileError(f"{key} must be different whole numbers from 0 on, not {values!r}")
-        for name, entry in self.slicing.items():
-            unknown = [model for model in (entry or {}).get("models", []) if model not in self.models]
-            if unknown:
-                raise ProfileError(
-                    f"slicing.{name}.models: there is no `{unknown[0]}` below models{closest(str(unknown[0]), self.models)}"
-                )
+        for key in SOME_MODELS:
+            for name, entry in getattr(self, key).items():
+                unknown = [model for model in (entry or {}).get("models", []) if model not in self.models]
+                if unknown:
+                    raise ProfileError(
+                        f"{key}.{name}.models: there is no `{unknown[0]}` below models{closest(str(unknown[0]), self.models)}"
+                    )
         both = set(self.selection) & set(self.blocks)
         if both:
             raise ProfileError(f"`{both.pop()}` is in both selection and blocks: tasks could not say which of them they read")
-        for name, entry in self.tasks.items():
-            if (entry or {}).get("choices") not in (*self.selection, *self.blocks):
-                known = ", ".join((*self.selection, *self.blocks)) or "none"
-                raise ProfileError(f"tasks.{name}.choices must name an entry of selection or blocks; there are: {known}")
+        for key in CHOOSING:
+            for name, entry in getattr(self, key).items():
+                if (entry or {}).get("choices") not in (*self.selection, *self.blocks):
+                    known = ", ".join((*self.selection, *self.blocks)) or "none"
+                    raise ProfileError(f"{key}.{name}.choices must name an entry of selection or blocks; there are: {known}")
         for key in ("threads", "retries"):
             if type(getattr(self, key)) is bool or getattr(self, key) < (key == "threads"):
                 raise ProfileError(f"{key} = {getattr(self, key)!r} is too small")
@@ -124,16 +133,24 @@ class Profile:
     def optimum_run(self, model: str, name: str, suffix: str = ".json") -> str:
         return f"{self.runs}/optimum/{model}__{name}{suffix}"
 
-    def choices_of(self, model: str, name: str) -> str:
-        """The run file that a run of tasks takes its sets of layers from."""
-        source = self.tasks[name]["choices"]
+    def healing_run(self, model: str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/healing/{model}__{name}{suffix}"
+
+    def duplicates_run(self, model: str, name: str, suffix: str = ".json") -> str:
+        return f"{self.runs}/duplicates/{model}__{name}{suffix}"
+
+    def choices_of(self, experiment: str, model: str, name: str) -> str:
+        """The run file that a run of tasks or healing takes its sets of layers from."""
+        source = getattr(self, experiment)[name]["choices"]
         if source in self.blocks:
             return self.blocks_run(model, source)
         return self.selection_run(model, self.calibration_seeds[0], source)
 
-    def sliced(self, name: str) -> list[str]:
-        """The models that an entry of `slicing` is for."""
-        return list((self.slicing[name] or {}).get("models", self.models))
+    def models_of(self, experiment: str, name: str) -> list[str]:
+        """The models that an entry is for."""
+        if experiment not in SOME_MODELS:
+            return list(self.models)
+        return list((getattr(self, experiment)[name] or {}).get("models", self.models))
 
     def runs_of(self, experiment: str) -> list[str]:
         """All run files of one of the experiments that have a table of their own."""
@@ -144,10 +161,16 @@ class Profile:
                 for seed in self.calibration_seeds
                 for name in self.selection
             ]
-        if experiment == "slicing":
-            return [self.slicing_run(model, name) for name in self.slicing for model in self.sliced(name)]
-        run = {"blocks": self.blocks_run, "tasks": self.tasks_run, "optimum": self.optimum_run}[experiment]
-        return [run(model, name) for model in self.models for name in getattr(self, experiment)]
+        run = {
+            "blocks": self.blocks_run,
+            "slicing": self.slicing_run,
+            "tasks": self.tasks_run,
+            "optimum": self.optimum_run,
+            "healing": self.healing_run,
+            "duplicates": self.duplicates_run,
+        }[experiment]
+        entries = getattr(self, experiment)
+        return [run(model, name) for model in self.models for name in entries if model in self.models_of(experiment, name)]
 
     def table(self, experiment: str) -> str:
         """Where the table of one of these experiments lies."""
@@ -202,12 +225,10 @@ def read(config: Mapping) -> Profile:
         for seed in profile.calibration_seeds:
             for part in profile.selection:
                 selection_values(profile, name, seed, part)
-        for experiment, values in (("blocks", blocks_values), ("tasks", tasks_values), ("optimum", optimum_values)):
+        for experiment, values in VALUES.items():
             for part in getattr(profile, experiment):
-                values(profile, name, part)
-        for part in profile.slicing:
-            if name in profile.sliced(part):
-                slicing_values(profile, name, part)
+                if name in profile.models_of(experiment, part):
+                    values(profile, name, part)
         for count in profile.layers_removed:
             depth_values(profile, name, count)
         for corpus in profile.calibration:
@@ -279,7 +300,7 @@ def tasks_values(profile: Profile, model: str, name: str) -> dict:
     """Every parameter of one run of tasks.ipynb, but `output`."""
     sources = {
         f"models.{model}": _declared(TASKS, profile.models[model]),
-        f"tasks.{name}": {**profile.tasks[name], "choices": profile.choices_of(model, name)},
+        f"tasks.{name}": {**profile.tasks[name], "choices": profile.choices_of("tasks", model, name)},
     }
     return _complete(TASKS, sources)
 
@@ -291,6 +312,37 @@ def optimum_values(profile: Profile, model: str, name: str) -> dict:
         f"optimum.{name}": profile.optimum[name] or {},
     }
     return _complete(OPTIMUM, sources)
+
+
+def healing_values(profile: Profile, model: str, name: str) -> dict:
+    """Every parameter of one run of healing.ipynb, but `output`."""
+    entry = {key: value for key, value in profile.healing[name].items() if key != "models"}
+    sources = {
+        f"models.{model}": _declared(HEALING, profile.models[model]),
+        f"healing.{name}": {**entry, "choices": profile.choices_of("healing", model, name)},
+    }
+    return _complete(HEALING, sources)
+
+
+def duplicates_values(profile: Profile, model: str, name: str) -> dict:
+    """Every parameter of one run of duplicates.ipynb, but `output`."""
+    entry = {key: value for key, value in (profile.duplicates[name] or {}).items() if key != "models"}
+    sources = {
+        f"models.{model}": _declared(DUPLICATES, profile.models[model]),
+        f"duplicates.{name}": entry,
+    }
+    return _complete(DUPLICATES, sources)
+
+
+VALUES = {
+    "blocks": blocks_values,
+    "slicing": slicing_values,
+    "tasks": tasks_values,
+    "optimum": optimum_values,
+    "healing": healing_values,
+    "duplicates": duplicates_values,
+}
+"""Experiments with a run for every model and entry → the parameters of one of these runs."""
 
 
 def chapter_values(profile: Profile, chapter: str) -> dict:
