@@ -424,7 +424,7 @@ def _embedded(name: str) -> Loader:
 
 
 LOADERS.update(
-    {name: _embedded(name) for name in ("pydocs", "pycomments", "pyreadmes")},
+    {name: _embedded(name) for name in ("pydocs", "pycomments", "pyreadmes", "pyraw")},
     wikitext2=Loader(
         {"train": "train", "validation": "validation", "test": "test", "calibration": "train", "evaluation": "test"},
         "CC BY-SA 3.0, GFDL",

@@ -1,9 +1,9 @@
 """Near-duplicates in the text that models are healed and calibrated on: clusters, what is left of a corpus, overlap, quality.
 
 Documents are compared as sets of character 25-grams. MinHash (Broder 1997; the datasketch library) with 128 permutations and
-banding proposes pairs, exact Jaccard similarity decides about them, connected components are the clusters; Lee et al. 2021
-(arXiv 2107.06499) cluster training text in the same way. Everything is deterministic: the shingles are hashed without Python's salt,
-the permutations come from a fixed seed, and a cluster is named after its first document.
+banding proposes pairs, exact Jaccard similarity decides about them, connected components are the clusters; the same three
+steps as in Lee et al. 2021 (arXiv 2107.06499), who compare words. Everything is deterministic: hashes do not depend on
+the process, the permutations come from a fixed seed, and a cluster is named after its first document.
 """
 
 import math
@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt32, UInt64
+from jaxtyping import Bool, Float64, Int64, UInt32, UInt64
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ class Settings:
 
     ngram: int = 25
     permutations: int = 128
-    threshold: float = 0.85
+    threshold: float | int = 0.85
     bands: int | None = None
     rows: int | None = None
     verify: bool = True
@@ -66,10 +66,10 @@ class Settings:
             object.__setattr__(self, "rows", rows)
         if min(self.bands, self.rows) < 1 or self.bands * self.rows > self.permutations:
             raise ValueError(
-                f"{self.bands} bands of {self.rows} rows need {self.bands * self.rows} permutations, there are {self.permutations}"
+                f"{self.bands} bands of {self.rows} rows need {self.bands * self.rows} permutations, not {self.permutations}"
             )
 
-    def probability(self, similarity: float) -> float:
+    def probability(self, similarity: float | int) -> float:
         """The S-curve: 1 - (1 - s^rows)^bands, the chance that two documents of Jaccard similarity s are compared.
 
         Raises:
@@ -77,7 +77,7 @@ class Settings:
         """
         if not 0 <= similarity <= 1:
             raise ValueError(f"similarity={similarity}: a Jaccard similarity lies between 0 and 1")
-        return 1 - (1 - similarity**self.rows) ** self.bands
+        return 1 - (1 - float(similarity) ** self.rows) ** self.bands
 
     @property
     def midpoint(self) -> float:
@@ -89,7 +89,7 @@ class Settings:
         return asdict(self) | {"midpoint": self.midpoint}
 
 
-def banding(threshold: float, permutations: int = 128, weights: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int]:
+def banding(threshold: float | int, permutations: int = 128, weights: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int]:
     """Bands and rows that minimise the weighted areas of false positives and false negatives around ``threshold`` (datasketch).
 
     `RECALL_WEIGHTS` suit an exact comparison afterwards: it removes the false positives, nothing brings back the others.
@@ -98,7 +98,7 @@ def banding(threshold: float, permutations: int = 128, weights: tuple[float, flo
 
 
 @lru_cache(maxsize=32)
-def _banding(threshold: float, permutations: int, weights: tuple[float, float]) -> tuple[int, int]:
+def _banding(threshold: float | int, permutations: int, weights: tuple[float, float]) -> tuple[int, int]:
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=threshold, num_perm=permutations, weights=weights)
@@ -116,8 +116,8 @@ def normalise(text: str) -> str:
 def shingles(text: str, ngram: int = 25) -> UInt64[np.ndarray, " shingle"]:
     """The distinct character n-grams of the normalised text, as sorted 64-bit hashes.
 
-    A text shorter than ``ngram`` is one shingle. Two different n-grams share a hash with probability 2⁻⁶⁴, so that set operations on these
-    arrays are exact for every practical purpose.
+    A text shorter than ``ngram`` is one shingle. Two different n-grams share a hash with a probability of about 2⁻⁶⁴: set
+    operations on these arrays are exact for every practical purpose.
     """
     codes = np.frombuffer(normalise(text).encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.uint64)
     width = max(1, min(ngram, len(codes)))
@@ -159,6 +159,22 @@ def signatures(
     return values
 
 
+def _signed(
+    documents: Sequence[str],
+    settings: Settings,
+    signed: UInt32[np.ndarray, "document permutation"] | None,
+    progress: bool,
+) -> UInt32[np.ndarray, "document permutation"]:
+    if signed is None:
+        return signatures(documents, settings, progress=progress)
+    wanted = (len(documents), settings.permutations)
+    if signed.shape != wanted:
+        raise ValueError(
+            f"signatures of shape {signed.shape}, but documents and permutations make {wanted}: of another corpus?"
+        )
+    return signed
+
+
 def _require(documents: Sequence[str], what: str = "the corpus") -> None:
     if isinstance(documents, str):
         raise ValueError(f"{what} is one text, not a list of documents: put it in a list")
@@ -169,7 +185,7 @@ def _require(documents: Sequence[str], what: str = "the corpus") -> None:
 # --- clusters ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """Which documents are near-duplicates of each other.
 
@@ -249,11 +265,7 @@ def clusters(
     """
     settings = settings or Settings()
     _require(documents)
-    signed = signatures(documents, settings, progress=progress) if signed is None else signed
-    if signed.shape != (len(documents), settings.permutations):
-        raise ValueError(
-            f"signatures of shape {signed.shape}: {len(documents)} documents and {settings.permutations} permutations are asked for"
-        )
+    signed = _signed(documents, settings, signed, progress)
     root = list(range(len(documents)))
 
     def find(index: int) -> int:
@@ -262,14 +274,7 @@ def clusters(
             index = root[index]
         return index
 
-    sets: dict[int, np.ndarray] = {}  # of the documents that are compared: few, so that a large corpus fits into memory
-
-    def similarity(first: int, second: int) -> float:
-        for index in (first, second):
-            if index not in sets:
-                sets[index] = shingles(documents[index], settings.ngram)
-        return jaccard(sets[first], sets[second])
-
+    similarity = _Similarity(documents, settings.ngram)
     seen: set[tuple[int, int]] = set()
     rejected = 0
     for group in tqdm(_proposed(signed, settings), desc="compare", unit="group", disable=not progress, delay=3):
@@ -287,6 +292,20 @@ def clusters(
                 root[max(one, other)] = min(one, other)
     labels = np.array([find(index) for index in range(len(documents))], dtype=np.int64)
     return Clusters(labels, settings, len(seen), rejected)
+
+
+class _Similarity:
+    """Exact Jaccard similarity of two documents by index; keeps the shingles of those that were asked for, few of a corpus."""
+
+    def __init__(self, documents: Sequence[str], ngram: int):
+        self.documents, self.ngram = documents, ngram
+        self.sets: dict[int, np.ndarray] = {}
+
+    def __call__(self, first: int, second: int) -> float:
+        for index in (first, second):
+            if index not in self.sets:
+                self.sets[index] = shingles(self.documents[index], self.ngram)
+        return jaccard(self.sets[first], self.sets[second])
 
 
 def _proposed(signed: UInt32[np.ndarray, "document permutation"], settings: Settings) -> Iterator[list[int]]:
@@ -324,50 +343,199 @@ def deduplicate(corpus: Corpus, settings: Settings | None = None, *, progress: b
 # --- overlap -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Overlap:
     """How much of some texts occurs in a corpus.
 
     ``containment`` is, for every text, the share of its distinct character n-grams that occur anywhere in the corpus;
-    ``near_duplicates`` the texts that are in one cluster with a document of the corpus.
+    ``near_duplicates`` says which texts are near-duplicates of a document of the corpus.
     """
 
     containment: Float64[np.ndarray, " text"] = field(repr=False)
-    near_duplicates: tuple[int, ...] = field(repr=False)
+    near_duplicates: Bool[np.ndarray, " text"] = field(repr=False)
     settings: Settings
 
-    def share(self, least: float) -> float:
+    def share(self, least: float | int) -> float:
         """Fraction of the texts of which at least the part ``least`` occurs in the corpus."""
         return float(np.mean(self.containment >= least))
 
 
 def overlap(
-    texts: Sequence[str], corpus: Sequence[str], settings: Settings | None = None, *, progress: bool = False
+    texts: Sequence[str],
+    corpus: Sequence[str],
+    settings: Settings | None = None,
+    *,
+    signed: UInt32[np.ndarray, "document permutation"] | None = None,
+    progress: bool = False,
 ) -> Overlap:
     """Containment of ``texts`` in ``corpus``, and near-duplicates across the two.
 
-    Containment finds what Jaccard similarity cannot: a short text inside a long document. It also counts common phrases.
+    Containment finds what Jaccard similarity cannot: a short text inside a long document. It also counts common phrases, so
+    that a text which nobody copied is not at 0.
+
+    Args:
+        signed: `signatures` of the corpus, where they are known.
 
     Raises:
-        ValueError: no text, or no document.
+        ValueError: no text, no document, or signatures of another corpus.
     """
     settings = settings or Settings()
     _require(texts, "the list of texts")
     _require(corpus)
-    known = _known(corpus, settings.ngram, progress)
-    contained = np.array([np.mean(_among(shingles(text, settings.ngram), known)) for text in texts], dtype=np.float64)
-    both = clusters([*corpus, *texts], settings, progress=progress)
-    inside = set(both.labels[: len(corpus)].tolist())
-    near = tuple(index for index, label in enumerate(both.labels[len(corpus) :].tolist()) if label in inside)
-    return Overlap(contained, near, settings)
-
-
-def _known(corpus: Sequence[str], ngram: int, progress: bool) -> UInt64[np.ndarray, " shingle"]:
-    """Sorted distinct shingles of all documents."""
+    signed = _signed(corpus, settings, signed, progress)
     bar = tqdm(corpus, desc="shingles", unit="document", disable=not progress, delay=3)
-    return np.unique(np.concatenate([shingles(document, ngram) for document in bar]))
+    known = np.unique(np.concatenate([shingles(document, settings.ngram) for document in bar]))
+
+    def contained(text: str) -> float:
+        own = shingles(text, settings.ngram)
+        return float(np.mean(known[np.minimum(np.searchsorted(known, own), len(known) - 1)] == own))
+
+    documents = [*corpus, *texts]
+    similarity = _Similarity(documents, settings.ngram)
+    near = np.zeros(len(texts), dtype=bool)
+    seen: set[tuple[int, int]] = set()
+    for group in _proposed(np.concatenate([signed, signatures(texts, settings)]), settings):
+        inside = [index for index in group if index < len(corpus)]
+        for text in group[len(inside) :]:
+            for document in inside:
+                if near[text - len(corpus)]:
+                    break
+                if (document, text) not in seen:
+                    seen.add((document, text))
+                    near[text - len(corpus)] = not settings.verify or similarity(document, text) >= settings.threshold
+    return Overlap(np.array([contained(text) for text in texts], dtype=np.float64), near, settings)
 
 
-def _among(some: UInt64[np.ndarray, " some"], known: UInt64[np.ndarray, " known"]) -> np.ndarray:
-    places = np.minimum(np.searchsorted(known, some), len(known) - 1)
-    return known[places] == some
+# --- quality -------------------------------------------------------------------------------------------------------------
+
+STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))  # as Rae et al. list them
+BULLETS = ("•", "‣", "-", "*", "·")
+ELLIPSES = ("...", "…")
+TERMINALS = (".", "!", "?", '"', "”")
+
+
+@dataclass(frozen=True)
+class Heuristics:
+    """What cheap filters look at in one document; shares are of its words or of its lines that are not blank.
+
+    All but ``punctuated_lines`` are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1); the share of lines
+    that end in a terminal punctuation mark is C4's (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
+    """
+
+    words: int
+    word_length: float
+    symbols_per_word: float
+    alphabetic_words: float
+    stop_words: int
+    bullet_lines: float
+    ellipsis_lines: float
+    duplicate_lines: float
+    punctuated_lines: float
+
+    @property
+    def rules(self) -> Mapping[str, bool]:
+        """Which of Gopher's rules the document passes."""
+        return {
+            "words": 50 <= self.words <= 100_000,
+            "word_length": 3 <= self.word_length <= 10,
+            "symbols_per_word": self.symbols_per_word <= 0.1,
+            "alphabetic_words": self.alphabetic_words >= 0.8,
+            "stop_words": self.stop_words >= 2,
+            "bullet_lines": self.bullet_lines <= 0.9,
+            "ellipsis_lines": self.ellipsis_lines <= 0.3,
+            "duplicate_lines": self.duplicate_lines <= 0.3,
+        }
+
+    @property
+    def passed(self) -> float:
+        """Share of Gopher's rules that the document passes: one number for its form, 1 is the best."""
+        return sum(self.rules.values()) / len(self.rules)
+
+
+def heuristics(document: str) -> Heuristics:
+    """The measures of one document.
+
+    Raises:
+        ValueError: a document without a word.
+    """
+    words = document.split()
+    lines = [line.strip() for line in document.splitlines() if line.strip()]
+    if not words:
+        raise ValueError("a blank document has no quality: leave it out")
+    symbols = document.count("#") + sum(document.count(dots) for dots in ELLIPSES)
+    repeated = len(lines) - len(set(lines))
+    plain = {re.sub(r"\W", "", word.lower()) for word in words}
+
+    def share(found: Iterable[bool], of: Sequence[str]) -> float:
+        return sum(found) / len(of)
+
+    return Heuristics(
+        words=len(words),
+        word_length=sum(map(len, words)) / len(words),
+        symbols_per_word=symbols / len(words),
+        alphabetic_words=share((any(map(str.isalpha, word)) for word in words), words),
+        stop_words=len(STOP_WORDS & plain),
+        bullet_lines=share((line.startswith(BULLETS) for line in lines), lines),
+        ellipsis_lines=share((line.endswith(ELLIPSES) for line in lines), lines),
+        duplicate_lines=repeated / len(lines),
+        punctuated_lines=share((line.endswith(TERMINALS) for line in lines), lines),
+    )
+
+
+@torch.inference_mode()
+def document_nats(
+    model: PreTrainedModel,
+    tokenizer,
+    documents: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Float64[np.ndarray, " document"]:
+    """Mean loss of every document by itself, in nats per token, over its first ``max_tokens`` tokens.
+
+    The quality of a text as a language model sees it (CCNet, Wenzek et al. 2020, arXiv 1911.00359): a low loss is
+    fluent, and a very low one predictable. Every document begins behind the beginning-of-text token, or the end-of-text token
+    where there is none, so that its first token counts too. Few tokens have little context: compare texts of one length.
+
+    Raises:
+        ValueError: no document, one without a token, a tokenizer with neither token, a model in training mode, or more tokens
+            than its positions.
+    """
+    _require(documents)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token: set tokenizer.bos_token, documents begin behind it")
+    if model.training:
+        raise ValueError("the model is in training mode (dropout would blur the result): call model.eval() first")
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if max_tokens < 1 or batch_size < 1 or (positions is not None and max_tokens + 1 > positions):
+        raise ValueError(
+            f"max_tokens={max_tokens}, batch_size={batch_size}: at least 1, and below the model's {positions} positions"
+        )
+    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = [[start, *tokens[:max_tokens]] for tokens in encoded]
+    empty = [number for number, tokens in enumerate(ids) if len(tokens) < 2]
+    if empty:
+        raise ValueError(f"document {empty[0]} has no token ({documents[empty[0]][:40]!r}): leave it out")
+    nats = np.empty(len(ids), dtype=np.float64)
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # batches of equal length waste nothing
+    bar = tqdm(range(0, len(order), batch_size), desc="loss of documents", unit="batch", disable=not progress, delay=3)
+    for begin in bar:
+        batch = order[begin : begin + batch_size]
+        longest = max(len(ids[number]) for number in batch)
+        # Padding stands on the right: under a causal mask no scored token sees it.
+        padded = torch.tensor([ids[number] + [start] * (longest - len(ids[number])) for number in batch], device=model.device)
+        logits = model(input_ids=padded, use_cache=False).logits
+        for row, number in enumerate(batch):
+            scored = len(ids[number]) - 1
+            loss = functional.cross_entropy(logits[row, :scored].float(), padded[row, 1 : scored + 1], reduction="none")
+            nats[number] = loss.double().mean().item()
+    return nats
+
+
+def size_bins(largest: int) -> tuple[tuple[int, int], ...]:
+    """Bins of cluster sizes that double: (1, 1), (2, 2), (3, 4), (5, 8), … up to ``largest``, ends included."""
+    if largest < 1:
+        raise ValueError(f"largest={largest}: a cluster has at least 1 document")
+    return tuple((2 ** (power - 1) + 1 if power else 1, 2**power) for power in range(math.ceil(math.log2(largest)) + 1))

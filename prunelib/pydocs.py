@@ -6,6 +6,9 @@ Three corpora, in three registers, are read from the installed packages (never i
 - ``pycomments``: comment paragraphs from the source of the same packages;
 - ``pyreadmes``: the long descriptions (README files) of the installed distributions.
 
+Short texts and near-copies are left out of these three. A fourth, ``pyraw``, keeps both: all docstrings and comment
+paragraphs as they stand in the packages, with their licence headers and generated texts, to study what near-duplicates do.
+
 The same lock gives the same bytes, whatever the machine. ``data/corpora/manifest.json`` holds the package versions and
 one sha256 per split; `check` compares. Extraction costs about a minute, so `build` writes each corpus once, as a plain
 JSON-lines file under ``data/corpora/``, and `documents` reads it from there.
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from prunelib.provenance import project_root, write_json, write_text
@@ -154,6 +158,7 @@ class Recipe:
     packages: Callable[[], list[str]]
     calibration_from: int
     evaluation_from: int
+    raw: bool = False  # short texts and near-copies stay
 
 
 RECIPES = {
@@ -161,6 +166,8 @@ RECIPES = {
     "pydocs": Recipe(_each(_docstrings), lambda: list(PACKAGES), 800, 900),
     "pycomments": Recipe(_each(_comments), lambda: list(PACKAGES), 0, 500),
     "pyreadmes": Recipe(_readmes, locked_names, 0, 500),
+    # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-copies apart.
+    "pyraw": Recipe(lambda: chain(_each(_docstrings)(), _each(_comments)()), lambda: list(PACKAGES), 500, 900, raw=True),
 }
 EMBEDDED = tuple(RECIPES)
 
@@ -195,10 +202,12 @@ def without_near_duplicates(documents: list[Document]) -> list[Document]:
 
 
 def extract(corpus: str) -> list[Document]:
-    """Read one embedded corpus from the installed packages: long enough, distinct, in the order of names."""
+    """Read one embedded corpus from the installed packages: long enough, distinct (unless raw), in the order of names."""
     recipe = _recipe(corpus)
-    found = {document.name: document for document in recipe.read() if len(document.text) >= SHORTEST}
-    return without_near_duplicates([found[name] for name in sorted(found)])
+    shortest = 1 if recipe.raw else SHORTEST
+    found = {document.name: document for document in recipe.read() if len(document.text) >= shortest}
+    documents = [found[name] for name in sorted(found)]
+    return documents if recipe.raw else without_near_duplicates(documents)
 
 
 def _recipe(corpus: str) -> Recipe:
@@ -255,7 +264,9 @@ def records(corpus: str, split: str) -> tuple[Document, ...]:
             if record["split"] == split:
                 found.append(Document(record["name"], record["text"]))
     if not found:
-        raise ValueError(f"{corpus} has no {split} split: only pydocs has a train split, take calibration or evaluation")
+        raise ValueError(
+            f"{corpus} has no {split} split: only pydocs and pyraw have a train split, take calibration or evaluation"
+        )
     return tuple(found)
 
 
