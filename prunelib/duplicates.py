@@ -8,6 +8,7 @@ the process, the permutations come from a fixed seed, and a cluster is named aft
 
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -545,3 +546,24 @@ def size_bins(largest: int) -> tuple[tuple[int, int], ...]:
     if largest < 1:
         raise ValueError(f"largest={largest}: a cluster has at least 1 document")
     return tuple((2 ** (power - 1) + 1 if power else 1, 2**power) for power in range(math.ceil(math.log2(largest)) + 1))
+
+
+def length_matched(lengths: Sequence[int], pool: Sequence[int]) -> tuple[int, ...]:
+    """For every length the place in ``pool`` of the nearest length that is not taken yet: a control group of equal lengths.
+
+    Raises:
+        ValueError: more lengths than the pool has.
+    """
+    if len(lengths) > len(pool):
+        raise ValueError(f"{len(lengths)} lengths, but a pool of {len(pool)}: draw fewer")
+    order = sorted(range(len(pool)), key=lambda place: (pool[place], place))
+    sizes = [pool[place] for place in order]
+    taken: list[int] = []
+    for length in lengths:
+        right = bisect_left(sizes, length)
+        left = right - 1
+        nearer = left >= 0 and (right == len(sizes) or length - sizes[left] <= sizes[right] - length)
+        index = left if nearer else right
+        sizes.pop(index)
+        taken.append(order.pop(index))
+    return tuple(taken)

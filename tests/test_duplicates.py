@@ -299,3 +299,12 @@ def test_the_raw_corpus_holds_what_the_others_leave_out():
         text for text in raw.values() if text == "Authors: The scikit-learn developers\nSPDX-License-Identifier: BSD-3-Clause"
     ]
     assert len(licence) > 100
+
+
+def test_the_control_group_has_the_nearest_lengths_each_once():
+    pool = [10, 50, 11, 30, 12, 31]
+    assert duplicates.length_matched([11, 11, 40, 29], pool) == (2, 0, 5, 3)
+    assert duplicates.length_matched([1000], pool) == (1,)
+    assert sorted(duplicates.length_matched([0] * 6, pool)) == list(range(6))
+    with pytest.raises(ValueError, match="2 lengths, but a pool of 1"):
+        duplicates.length_matched([1, 2], [1])
