@@ -8,8 +8,10 @@ What an ordinary checkpoint can express. x = z + a, where a is what the last lay
 or, in a layer with parallel branches, what its attention and its MLP write. The matrices that write a are free to change:
 nothing but the stream behind the cut reads a. z is not free: the same layer's MLP and all layers below read parts of it. One
 number is: norms do not see a factor, so that a stream s x behind the cut, to which the layers above add, is the stream x to
-which they add 1 / s of it (exactly, but for the epsilon in the norms). A cut below every layer has no a, and no z: x is what
-the embedding tables hold, and any map of it can be taken in by them, unless the output head shares the table.
+which they add 1 / s of it (exactly, but for the epsilon in the norms). Least squares shrinks what it cannot predict, and so
+gives all later additions too much weight; the methods with a factor end by matching the norm of y. A cut below every layer
+has no a, and no z: x is what the embedding tables hold, and any map of it can be taken in by them, unless the output head
+shares the table.
 
 A map of the whole stream, x (I + M), has no place in a checkpoint anywhere else: put into everything that writes to the stream
 below, it would be seen by norms, which it does not pass through unless it is orthogonal. Such maps (LinearPatch, Ghosted
@@ -34,7 +36,7 @@ from prunelib.models import Skip, UnsupportedModel, decoder_layers, layers_as, r
 from prunelib.registration import MODEL_TYPE
 from prunelib.sliced_model import WIRING, Branch, Wiring
 
-DAMPINGS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """What `damping=None` chooses from."""
 
 FOLDS = 4
@@ -52,8 +54,8 @@ class Cut:
     tokens: calibrated on. error_before, error_after: |y - x| / |y| over all of them (root of summed squares, Frobenius norm),
         with the repairs of the cuts below in place, without and with this one's; as the regression has it, before the new
         weights are rounded to their dtype.
-    held_out_before, held_out_after: the same on windows that the map was not fitted on (each in its turn), which is what the
-        damping was chosen by; None where no damping was chosen.
+    held_out_before, held_out_after: the same on windows that the map was not fitted on (each in its turn), before the norm is
+        matched: what the damping was chosen by. None where no damping was chosen.
     regressors: columns of the regression. gram_rank: rank of their second moments (centred, where a bias is fitted too); where
         it is smaller, of all maps that fit equally well the smallest change is taken.
     damping: added to the diagonal of these moments, times its mean; None for a method that has none.
@@ -116,8 +118,9 @@ class Method:
     """A way to repair.
 
     source: where it is from, and how it differs. regressors: which columns u the change is a map of: "outputs" of the MLP's
-    last matrix; "inputs" of all matrices that write last; "stream" x itself; "none". scaled: the stream gets a factor.
-    from_zero: damping shrinks the whole map I + change instead of the change. damped: whether it has a damping at all.
+    last matrix; "inputs" of all matrices that write last; "stream" x itself; "none". scaled: the stream gets a factor, by
+    least squares together with the change; then both are multiplied so that the sum of squares is that of y, which may raise
+    the error. from_zero: damping shrinks the whole map I + change instead of the change. damped: whether it has a damping.
     """
 
     source: str
@@ -138,7 +141,7 @@ METHODS: dict[str, Method] = {
         from_zero=True,
     ),
     "scale": Method(
-        "own: LinearPatch (arXiv 2505.24680) with one factor for all channels, by least squares, put into the layers above",
+        "own: LinearPatch (arXiv 2505.24680) with one factor for all channels, |y| / |x|, put into the layers above",
         "none",
         scaled=True,
         damped=False,
@@ -330,7 +333,7 @@ def _prepared(
         raise ValueError(f"damping={damping}: method {method!r} has none, leave it out")
     if damping is not None and not 0 <= damping < math.inf:
         raise ValueError(f"damping={damping}: 0 (plain least squares) or a finite positive number, or None to choose it")
-    wiring = _wiring(dense)
+    wiring = _wiring(dense, removed)
     size = dense.config.hidden_size
     if rank is not None and not 0 <= rank <= size:
         raise ValueError(f"rank={rank}: from 0 (no change) to the hidden size {size}, or None for no limit")
@@ -350,8 +353,8 @@ def _prepared(
     return _Job(dense, pruned, wiring, places, windows, chosen, damping, rank, batch_size, progress)
 
 
-def _wiring(model: PreTrainedModel) -> Wiring:
-    """How the model's layers write to the stream. Raises UnsupportedModel naming the model type when that is not known."""
+def _wiring(model: PreTrainedModel, removed: Collection[SupportsIndex]) -> Wiring:
+    """How the layers that stay write to the stream. Raises UnsupportedModel naming the model type when that is not known."""
     decoder_layers(model)
     model_type = model.config.model_type
     if model_type == MODEL_TYPE:
@@ -363,16 +366,16 @@ def _wiring(model: PreTrainedModel) -> Wiring:
             "write to the stream directly, with no norm (Gemma 2, OLMo 2), factor or mixture of experts in between. Families "
             f"known to do so: {', '.join(sorted(WIRING))}. Remove the layers without repair, and heal by training"
         )
-    paths = [wiring.final_norm, *wiring.embeddings]
-    for module, names in [(model, paths)] + [
-        (layer, [wiring.attn.output, wiring.mlp.output]) for layer in decoder_layers(model)
-    ]:
-        for path in names:
-            found = module
-            for name in path.split("."):
-                found = getattr(found, name, None)
-            if not isinstance(found, nn.Module) or (names is not paths and not isinstance(found, nn.Linear)):
-                raise UnsupportedModel(f"this {model_type} model cannot be repaired: it has no {path}, or one of another kind")
+    needed = [(model, path, nn.Module) for path in (wiring.final_norm, *wiring.embeddings)]
+    for index, layer in enumerate(decoder_layers(model)):
+        if index not in removed:
+            needed += [(layer, branch.output, nn.Linear) for branch in (wiring.attn, wiring.mlp)]
+    for owner, path, kind in needed:
+        module = owner
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if not isinstance(module, kind):
+            raise UnsupportedModel(f"this {model_type} model cannot be repaired: it has no {path}, or one of another kind")
     return wiring
 
 
@@ -411,6 +414,14 @@ class _Sums:
         squared += float((d * (self.uu @ d + 2 * (s * self.ux - self.uy))).sum())
         squared += float(c @ (self.tokens * c + 2 * (self.u @ d + s * self.x - self.y)))
         return math.sqrt(max(squared, 0.0) / self.yy) if self.yy else 0.0
+
+    def matched(self, fit: _Fit) -> _Fit:
+        """The fit times what makes its sum of squares that of y."""
+        s, d, c = fit.scale, fit.change, fit.constant
+        squared = s * s * self.xx + float((d * (self.uu @ d + 2 * s * self.ux)).sum())
+        squared += float(c @ (self.tokens * c + 2 * (self.u @ d + s * self.x)))
+        factor = math.sqrt(self.yy / squared) if self.yy > 0 and squared > 0 else 1.0
+        return _Fit(s * factor, d * factor, c * factor)
 
     def nothing(self) -> _Fit:
         """No repair."""
@@ -544,6 +555,8 @@ class _Job:
             damping, held_out = self._chosen(folds, total, intercept)
         regression = _Regression(total, self.method, intercept)
         fit = regression.fit(float(damping or 0.0), self.rank)
+        if self.method.scaled:
+            fit = total.matched(fit)
         return fit, self.record(place, total, fit, regression.gram_rank, damping, held_out)
 
     def _chosen(self, folds: list[_Sums], total: _Sums, intercept: bool) -> tuple[float, tuple[float, float]]:
