@@ -48,6 +48,7 @@ Axes = Callable[[Tensor, int], Tensor]
 """From second moments [D, D] and a width to orthonormal columns [D, width], in float64."""
 
 _ROWS = 8192  # of an embedding table that are rotated at once in float64
+_BLOCK = 512  # rows of second moments that are added at once: large enough for an accelerator
 
 
 # ----------------------------------------------------------------------------------------------------------------- axes
@@ -210,7 +211,7 @@ class _Calibration:
     def bases(self, basis: Callable[[Tensor, int], Tensor | None] | None = None) -> Iterator[Tensor | None]:
         """The axes [D, width] kept at each place, in order, None where nothing is cut; the stream moves on as they are taken.
 
-        `basis` makes them of moments and a width, by `axes` unless given; where it returns None, nothing is cut.
+        `basis` makes them of moments and a width, as `chosen` does unless given; where it returns None, nothing is cut.
         Raises RuntimeError for moments that are not finite.
         """
         basis = basis or self.chosen
@@ -225,19 +226,20 @@ class _Calibration:
                 if moments is not None:
                     if not bool(torch.isfinite(moments).all()):
                         raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
-                    found = basis(moments, self.widths[place])
+                    found = basis(_mirrored(moments), self.widths[place])
+                kept = None if found is None else found[:, : self.widths[place]]
                 bar.update()
                 place += 1  # noqa: SIM113 (enumerate would hold on to the layer)
-                yield found
+                yield kept
         yield from (None for _ in self.widths[last + 1 :])
 
-    def chosen(self, moments: Float64[Tensor, "D D"], width: int) -> Float64[Tensor, "D width"]:
-        """The axes of moments that are damped here, in place."""
+    def chosen(self, moments: Float64[Tensor, "D D"], width: int) -> Float64[Tensor, "D _"]:
+        """The axes of moments that are damped here, in place: `width` to keep, then, where they come for free, those to cut."""
         floor = self.damping * float(moments.diagonal().mean())
         moments.diagonal().add_(floor)
         if self.wiring.centred:
             moments -= floor / self.size
-        return self.axes(moments, width)
+        return self.axes(moments, self.size if self.axes is principal_axes else width)
 
     def places(self, last: int) -> Iterator[tuple[str, Callable[[Tensor | None, Tensor | None], Tensor | None]]]:
         """Each place up to `last`: its name, and what moves the stream there, given the basis of the place before, and fills in
@@ -252,9 +254,9 @@ class _Calibration:
             for step in self.wiring.steps(self.model.config):
                 if place == last:
                     break
-                place += 1
+                width, place = self.widths[place], place + 1
                 what = f"the hidden states after {' and '.join(branch.modules[0] for branch in step)} of layer {index}"
-                yield what, functools.partial(self.advance, states, layer, step, arguments[index])
+                yield what, functools.partial(self.advance, states, layer, step, arguments[index], width)
             del layer
 
     def embedded(self) -> tuple[list[Tensor], list[dict[int, dict[str, Any]]]]:
@@ -280,7 +282,7 @@ class _Calibration:
         return space.copy_(stream.to(self.storage_dtype))
 
     def start(self, states: list[Tensor], basis: None, moments: Float64[Tensor, "D D"] | None) -> Float64[Tensor, "D D"] | None:
-        """Prepare the embedded stream, in place, and sum up its moments."""
+        """Prepare the embedded stream, in place, and sum up its moments, on and below the diagonal."""
         for state in states:
             stream = state.to(self.device)
             if self.wiring.centred or self.subtract_mean:
@@ -295,18 +297,24 @@ class _Calibration:
         layer: nn.Module,
         step: tuple[Branch, ...],
         arguments: dict[int, dict[str, Any]],
-        basis: Float64[Tensor, "D width"] | None,
+        width: int,
+        basis: Float64[Tensor, "D _"] | None,
         moments: Float64[Tensor, "D D"] | None,
     ) -> Float64[Tensor, "D D"] | None:
-        """Project the stream onto `basis`, run one step on it, in place, and sum up the moments of what comes out."""
+        """Project the stream onto the first `width` axes of `basis`, run one step on it, in place, and sum up the moments of
+        what comes out, on and below the diagonal."""
         dtype = self.model.dtype
         arguments = {rows: _moved(values, self.device) for rows, values in arguments.items()}
         norms = {branch.norm: _norm_weights(layer.get_submodule(branch.norm), self.wiring, dtype) for branch in step}
-        axes = None if basis is None else basis.to(dtype)
+        kept = None if basis is None or width == self.size else basis[:, :width].to(dtype)
+        # To take off what is cut is less work than to keep what is kept, and rounds it less.
+        cut = basis[:, width:].to(dtype) if kept is not None and basis.shape[1] == self.size < 2 * width else None
         for state in states:
             stream = state.to(self.device, non_blocking=self.device.type != "cpu").to(dtype)
-            if axes is not None:
-                stream = (stream @ axes) @ axes.T
+            if cut is not None:
+                stream = stream - (stream @ cut) @ cut.T
+            elif kept is not None:
+                stream = (stream @ kept) @ kept.T
             result = stream
             for branch in step:
                 scale, shift, eps = norms[branch.norm]
@@ -341,9 +349,17 @@ class _Tap(nn.Module):
 
 
 def _add_moments(moments: Float64[Tensor, "D D"] | None, stream: Float[Tensor, "sample token D"]) -> None:
+    """Sums of products, in blocks on and below the diagonal."""
     if moments is not None:
         flat = stream.flatten(0, 1).double()
-        moments.addmm_(flat.T, flat)
+        for first in range(0, len(moments), _BLOCK):
+            rows = slice(first, first + _BLOCK)
+            moments[rows, : rows.stop].addmm_(flat[:, rows].T, flat[:, : rows.stop])
+
+
+def _mirrored(moments: Float64[Tensor, "D D"]) -> Float64[Tensor, "D D"]:
+    """The symmetric matrix of one that is filled in on and below the diagonal."""
+    return moments.tril_().add_(moments.tril(-1).T)
 
 
 def _centred(stream: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

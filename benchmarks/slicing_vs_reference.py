@@ -1,0 +1,257 @@
+"""Slicing against the published implementation: the same perplexity on the same tokens, and how long each takes.
+
+    git clone https://github.com/microsoft/TransformerCompression ../TransformerCompression
+    git -C ../TransformerCompression checkout 6b12cdee6ad51791d7c776b3a046bc408b9e77e9
+    pip install ml_collections
+    python benchmarks/slicing_vs_reference.py --reference ../TransformerCompression
+
+Nothing of the clone is installed or changed, and none of its code is here. It was written for transformers 4.41, where
+attention returned three values and layers returned tuples; the two classes below put its layers into a model of the installed
+transformers 5, so that both implementations run on the same attention, the same weights and the same windows. Its Llama and
+OPT models can be compared.
+
+It departs from the dense model in two ways that ours takes over here for the comparison: it takes the mean off the embeddings
+of every model (`subtract_mean`), and its norms have an epsilon of 1e-5 whatever the model's (`ours_as_is_ppl`: neither).
+Every repetition times one after the other; printed are the medians and the median ratio. The clone collects garbage several
+times a layer, which small models feel most: `speed_without_cleanup` leaves that time out.
+"""
+
+import argparse
+import copy
+import importlib
+import inspect
+import json
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+
+from prunelib import corpora
+from prunelib.evaluation import perplexity
+from prunelib.models import load, load_tokenizer
+from prunelib.schedules import SlicePlan
+from prunelib.sliced_model import SHORTCUTS, wiring_of
+from prunelib.slicing import slice_model
+
+ADAPTERS = {
+    "llama": ("llama_adapter", "LlamaModelAdapter", "CompressedLlamaDecoderLayer"),
+    "opt": ("opt_adapter", "OPTModelAdapter", "CompressedOPTDecoderLayer"),
+}
+EPSILON = 1e-5
+EMBEDDED = "data/reference/llama32"
+
+
+class Reference:
+    """The clone's modules, without its package's own imports: data sets and hub code that nothing here needs."""
+
+    def __init__(self, clone: Path, clock: Callable[[], float]):
+        folder = clone / "src" / "slicegpt"
+        if not (folder / "rotate.py").is_file():
+            raise SystemExit(f"{clone} holds no src/slicegpt/rotate.py: give a clone of microsoft/TransformerCompression")
+        package = types.ModuleType("slicegpt")
+        package.__path__ = [str(folder)]
+        sys.modules["slicegpt"] = package
+        self.cleanup_seconds = 0.0
+        collect = self.utils.cleanup_memory
+
+        def timed() -> None:
+            start = clock()
+            collect()
+            self.cleanup_seconds += clock() - start
+
+        self.utils.cleanup_memory = self.rotate.cleanup_memory = timed
+
+    def __getattr__(self, name: str) -> types.ModuleType:
+        return importlib.import_module(f"slicegpt.{name}")
+
+    def sliced(
+        self, model: PreTrainedModel, windows: torch.Tensor, width: int, batch_size: int, device: torch.device
+    ) -> PreTrainedModel:
+        """The model itself, sliced in place to the same width everywhere, by the steps of the clone's script."""
+        self.config.config.device = device
+        file, adapter_name, layer_name = ADAPTERS[model.config.model_type]
+        adapters = importlib.import_module(f"slicegpt.adapters.{file}")
+        layer_class = _layer_class(getattr(adapters, layer_name))
+        adapter_class = type(
+            adapter_name, (getattr(adapters, adapter_name),), {"compressed_layer_type": property(lambda _: layer_class)}
+        )
+        model.config.use_cache = False  # it runs each layer twice, and a cache would take in both
+        adapter = adapter_class(model)
+        batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(batch_size)]
+        self.layernorm_fusion.replace_layers(adapter)
+        self.layernorm_fusion.fuse_modules(adapter)
+        scheduler = self.slicing_scheduler.ConstSlicingScheduler(width)
+        self.rotate.rotate_and_slice(adapter, batches, scheduler, final_orientation="pca")
+        return adapter.model.to(device).eval()
+
+
+def _layer_class(layer_class: type) -> type:
+    """The clone's layer for transformers 5: called with its arguments, and returning a tensor."""
+    taken = inspect.signature(layer_class.forward).parameters
+    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+
+    class Layer(layer_class):
+        def __init__(self, config, layer_idx=None):
+            super().__init__(config, layer_idx)
+            self.self_attn.__class__ = _attention_class(type(self.self_attn))
+
+        def forward(self, hidden_states, **arguments):
+            given = {name: value for name, value in arguments.items() if everything or name in taken}
+            given.pop("past_key_values", None)
+            return super().forward(hidden_states, **given)[0]
+
+    return Layer
+
+
+def _attention_class(attention_class: type) -> type:
+    class Attention(attention_class):
+        def forward(self, **arguments):
+            for name in ("past_key_value", "layer_head_mask", "use_cache"):
+                arguments.pop(name, None)
+            return *super().forward(**arguments)[:2], None
+
+    return Attention
+
+
+def with_epsilon(model: PreTrainedModel, epsilon: float) -> PreTrainedModel:
+    """A copy whose norms have this epsilon."""
+    model = copy.deepcopy(model)
+    if hasattr(model.config, "rms_norm_eps"):
+        model.config.rms_norm_eps = epsilon
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = epsilon
+    return model
+
+
+RANDOM = {
+    # LayerNorms with a bias, learned positions
+    "random-opt": OPTConfig(
+        vocab_size=4096,
+        hidden_size=160,
+        ffn_dim=432,
+        num_hidden_layers=12,
+        num_attention_heads=5,
+        max_position_embeddings=512,
+        word_embed_proj_dim=160,
+        init_std=0.1,
+        dropout=0.0,
+    ),
+    # grouped-query attention; wide, so that arithmetic is what takes the time
+    "random-llama": LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+    ),
+}
+"""Models to compare on beside trained ones. The weights are larger than usual, else their layers would change little."""
+
+
+def random_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(RANDOM[name]).eval()
+    for path, parameter in model.named_parameters():
+        if "norm" in path or path.endswith("bias"):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, help="folder of the clone")
+    parser.add_argument("--model", default=EMBEDDED, help=f"folder or hub name of a model, or {', '.join(RANDOM)}")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the work is done")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--corpus", default="pydocs", help="a corpus of prunelib.corpora, calibration and evaluation splits")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=20, help="of the evaluation text")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--slices", type=float, nargs="+", default=[0.2, 0.25, 0.3])
+    parser.add_argument("--multiple", type=int, default=8, help="widths are rounded down to a multiple of it, as in the clone")
+    parser.add_argument("--shortcuts", choices=[kind for kind in SHORTCUTS if kind != "none"], default="absorbed")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="of the process instead of the wall, on a busy machine")
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    clock = time.process_time if settings.cpu_time else time.perf_counter
+    reference = Reference(settings.reference, clock)
+
+    if settings.model in RANDOM:
+        dense, tokenizer = random_model(settings.model).to(getattr(torch, settings.dtype)), load_tokenizer(EMBEDDED)
+    else:
+        dense, tokenizer = load(settings.model, dtype=settings.dtype), load_tokenizer(settings.model)
+    if dense.config.model_type not in ADAPTERS:
+        raise SystemExit(f"model type {dense.config.model_type!r}: one of {', '.join(ADAPTERS)} can be compared")
+    text = {split: corpora.load(settings.corpus, split, data_dir=settings.data_dir) for split in ("calibration", "evaluation")}
+    windows = corpora.sample_windows(text["calibration"], tokenizer, settings.samples, settings.tokens, 0, progress=False)
+    held_out = corpora.consecutive_windows(text["evaluation"], tokenizer, settings.tokens, settings.windows, progress=False)
+    n_layers = len(dense.get_submodule(wiring_of(dense.config).layers))
+    alike = with_epsilon(dense, EPSILON)
+
+    def ours(model: PreTrainedModel, plan: SlicePlan, subtract_mean: bool) -> PreTrainedModel:
+        return slice_model(
+            model,
+            plan,
+            windows,
+            batch_size=settings.batch,
+            device=settings.device,
+            shortcuts=settings.shortcuts,
+            subtract_mean=subtract_mean,
+            progress=False,
+        )
+
+    def ppl(model: PreTrainedModel) -> float:
+        return perplexity(model.to(settings.device), held_out, batch_size=settings.batch).ppl
+
+    def timed(work) -> tuple[PreTrainedModel, float]:
+        start = clock()
+        result = work()
+        if settings.device.type == "cuda":
+            torch.cuda.synchronize()
+        return result, clock() - start
+
+    for share in settings.slices:
+        width = int((1 - share) * dense.config.hidden_size)
+        width -= width % settings.multiple
+        plan = SlicePlan(dense.config.hidden_size, (width,) * n_layers, "constant")
+        seconds: dict[str, list[float]] = {"reference": [], "cleanup": [], "ours": []}
+        for _ in range(settings.repeats):
+            copied, reference.cleanup_seconds = copy.deepcopy(dense), 0.0
+            theirs, taken = timed(lambda: reference.sliced(copied, windows, width, settings.batch, settings.device))  # noqa: B023
+            seconds["reference"].append(taken)
+            seconds["cleanup"].append(reference.cleanup_seconds)
+            sliced, taken = timed(lambda: ours(alike, plan, True))  # noqa: B023
+            seconds["ours"].append(taken)
+        found = {"reference": ppl(theirs), "ours": ppl(sliced), "ours_as_is": ppl(ours(dense, plan, False))}
+        report = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "width": f"{width} of {dense.config.hidden_size}",
+            "dense_ppl": ppl(dense),
+            "reference_ppl": found["reference"],
+            "ours_ppl": found["ours"],
+            "relative_difference": abs(found["ours"] / found["reference"] - 1),
+            "ours_as_is_ppl": found["ours_as_is"],
+            "reference_s": statistics.median(seconds["reference"]),
+            "ours_s": statistics.median(seconds["ours"]),
+            "speed": statistics.median(a / b for a, b in zip(seconds["reference"], seconds["ours"], strict=True)),
+            "speed_without_cleanup": statistics.median((a - b) / c for a, b, c in zip(*seconds.values(), strict=True)),
+        }
+        print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
