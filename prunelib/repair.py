@@ -182,6 +182,7 @@ def repair(
     damping: float | int | None = None,
     rank: int | None = None,
     batch_size: int = 4,
+    keep_states: bool = False,
     progress: bool = True,
 ) -> Repaired:
     """`dense` without the layers `removed`, repaired at every cut; `dense` stays as it was.
@@ -199,6 +200,8 @@ def repair(
             held-out windows (`FOLDS`), then fits on all windows.
         rank: limit on the rank of the change (of T - I), by reduced-rank regression; 0 leaves only a new bias and the factor.
             It saves nothing, the change is fused: it is another way to keep the map from fitting noise.
+        keep_states: hold the hidden states of all windows, twice, on the CPU in the model's dtype, so that the next cut goes on
+            from there. Of use for several cuts; the result is the same.
 
     Raises, before any work: ValueError for an unknown method, damping or rank out of range, layers that do not exist or windows
     that cannot calibrate; UnsupportedModel where the family's wiring is not known (`sliced_model.WIRING`) or the cut leaves
@@ -210,7 +213,7 @@ def repair(
             f"method {method!r} maps the whole stream, which an ordinary checkpoint cannot hold: measure it with bound() and "
             f"unfused(), or repair with one of: {', '.join(METHODS)}"
         )
-    job = _prepared(METHODS, dense, removed, windows, method, damping, rank, batch_size, progress)
+    job = _prepared(METHODS, dense, removed, windows, method, damping, rank, batch_size, keep_states, progress)
     cuts, factor = [], 1.0
     for place in job.places:
         fit, cut = job.fitted(place, factor)
@@ -236,13 +239,14 @@ def bound(
     damping: float | int | None = None,
     rank: int | None = None,
     batch_size: int = 4,
+    keep_states: bool = False,
     progress: bool = True,
 ) -> Bound:
     """Maps of the whole stream at every cut, to be measured with `unfused`: not a model that can be saved.
 
     Arguments and errors as `repair`, with a key of `BOUNDS`; LinearPatch has neither damping nor rank.
     """
-    job = _prepared(BOUNDS, dense, removed, windows, method, damping, rank, batch_size, progress)
+    job = _prepared(BOUNDS, dense, removed, windows, method, damping, rank, batch_size, keep_states, progress)
     if method == "linearpatch" and rank is not None:
         raise ValueError(f"rank={rank}: method 'linearpatch' has none, leave it out")
     cuts, maps = [], []
@@ -323,6 +327,7 @@ def _prepared(
     damping: float | int | None,
     rank: int | None,
     batch_size: int,
+    keep_states: bool,
     progress: bool,
 ) -> "_Job":
     """Everything checked, nothing run."""
@@ -350,7 +355,9 @@ def _prepared(
             f"layer 0 of this {dense.config.model_type} model is removed, so that only the embedding table could take in the "
             "repair, but the output head shares it: keep layer 0, use method 'scale', or untie the head first"
         )
-    return _Job(dense, pruned, wiring, places, windows, chosen, damping, rank, batch_size, progress)
+    keep = keep_states and len(places) > 1
+    walks = _Walk(dense, keep), _Walk(pruned, keep)
+    return _Job(dense, pruned, wiring, places, windows, chosen, damping, rank, batch_size, progress, *walks)
 
 
 def _wiring(model: PreTrainedModel, removed: Collection[SupportsIndex]) -> Wiring:
@@ -497,6 +504,8 @@ class _Job:
     rank: int | None
     batch_size: int
     progress: bool
+    dense_walk: "_Walk"
+    pruned_walk: "_Walk"
 
     @property
     def size(self) -> int:
@@ -510,36 +519,35 @@ class _Job:
         last: tuple[Branch, ...] = self.wiring.steps(self.dense.config)[-1]
         return [layer.get_submodule(branch.output) for branch in last]
 
-    def states(self, place: _Place, rows: range, factor: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Regressors u, states x at the cut and target y of the windows `rows`, by batch: [sample, token, _] in float64."""
+    def states(self, place: _Place, factor: float = 1.0, folds: int = 1) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """By batch: which fold of the windows, regressors u, states x at the cut, target y: [sample, token, _] in float64."""
         regressors = _REGRESSORS[self.method.regressors]
         writers = self.writers(place)
-        with _stream(self.dense, place.dense_layers, []) as dense, _stream(self.pruned, place.layers, writers) as pruned:
-            for start in range(rows.start, rows.stop, self.batch_size):
-                batch = self.windows[start : min(start + self.batch_size, rows.stop)].to(self.dense.device)
-                target, _ = dense(batch)
-                stream, written = pruned(batch)
-                if not bool(torch.isfinite(target).all() and torch.isfinite(stream).all()):
-                    raise RuntimeError(f"NaN or infinity at {place}; check the weights, or use a dtype of wider range")
-                stream = stream.double()
-                columns = regressors(stream, written).double().reshape(*stream.shape[:2], -1)
-                yield columns, stream, target.double() / factor
+        at_target = self.dense_walk.behind(place.dense_layers, [], last_may_change=False)
+        at_cut = self.pruned_walk.behind(place.layers, writers, last_may_change=True)
+        bar = tqdm(desc=f"repair of {place}", unit="window", total=len(self.windows), disable=not self.progress)
+        edges = [fold * len(self.windows) // folds for fold in range(folds + 1)]
+        with bar, at_target as dense, at_cut as pruned:
+            for fold, (first, stop) in enumerate(itertools.pairwise(edges)):
+                for start in range(first, stop, self.batch_size):
+                    batch = self.windows[start : min(start + self.batch_size, stop)].to(self.dense.device)
+                    target, _ = dense(start, batch)
+                    stream, written = pruned(start, batch)
+                    if not bool(torch.isfinite(target).all() and torch.isfinite(stream).all()):
+                        raise RuntimeError(f"NaN or infinity at {place}; check the weights, or use a dtype of wider range")
+                    stream = stream.double()
+                    columns = regressors(stream, written).double().reshape(*stream.shape[:2], -1)
+                    yield fold, columns, stream, target.double() / factor
+                    bar.update(len(batch))
 
     def sums(self, place: _Place, factor: float = 1.0) -> list[_Sums]:
         """Those of each fold of windows; of all windows when no damping is to be chosen."""
         choose = self.method.damped and self.damping is None
-        folds = min(FOLDS, len(self.windows)) if choose else 1
-        edges = [fold * len(self.windows) // folds for fold in range(folds + 1)]
-        found = []
-        with tqdm(desc=f"repair of {place}", unit="window", total=len(self.windows), disable=not self.progress) as bar:
-            for first, stop in itertools.pairwise(edges):
-                total = None
-                for batch in self.states(place, range(first, stop), factor):
-                    part = _Sums.of(*(item.flatten(0, 1) for item in batch))
-                    total = part if total is None else total.combined(part)
-                    bar.update(len(batch[0]))
-                found.append(total)
-        return found
+        found: dict[int, _Sums] = {}
+        for fold, *batch in self.states(place, factor, min(FOLDS, len(self.windows)) if choose else 1):
+            part = _Sums.of(*(item.flatten(0, 1) for item in batch))
+            found[fold] = found[fold].combined(part) if fold in found else part
+        return list(found.values())
 
     def fitted(self, place: _Place, factor: float = 1.0) -> tuple[_Fit, Cut]:
         """The map of a cut, and its record; the target is divided by `factor`."""
@@ -610,41 +618,80 @@ _REGRESSORS: dict[str, Callable[[Tensor, _Written], Tensor]] = {
 """From the stream and the last writers' (input, output); above the embeddings there are no writers, and the stream is free."""
 
 
-@contextmanager
-def _stream(
-    model: PreTrainedModel, count: int, writers: Sequence[nn.Linear]
-) -> Iterator[Callable[[Tensor], tuple[Tensor, _Written]]]:
-    """A function from token ids to the hidden states behind the first `count` layers, and what these linear maps took and gave
-    on the way. The layers above do not run."""
-    layers = decoder_layers(model)
-    slots = [*layers[:count], *(Skip(layer) for layer in layers[count:])]
-    backbone = layers_as(model, slots).base_model
-    seen: dict[int, Any] = {}
-    with ExitStack() as hooks:
+class _Pass(Skip):
+    """A skipped layer that need not run once to show what it returns: in every family of `WIRING` it is the hidden states."""
 
-        def before(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen[-1] = args[0] if args else kwargs["hidden_states"]
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.returns = Tensor
+
+
+class _Resumed(_Pass):
+    """A decoder slot that hands on given states instead of its input."""
+
+    states: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return super().forward(self.states, *args[1:], **kwargs)
+        return super().forward(**kwargs | {"hidden_states": self.states})
+
+
+class _Walk:
+    """The stream of a model, from one place up to the next. The layers above it do not run; those below run from the start each
+    time, unless `keep`: then the states of all windows are held in between, on the CPU, in the model's dtype."""
+
+    def __init__(self, model: PreTrainedModel, keep: bool):
+        self.model, self.keep = model, keep
+        self.layers = decoder_layers(model)
+        self.done = 0
+        self.held: dict[int, Tensor] = {}
+
+    @contextmanager
+    def behind(
+        self, count: int, writers: Sequence[nn.Linear], last_may_change: bool
+    ) -> Iterator[Callable[[int, Tensor], tuple[Tensor, _Written]]]:
+        """A function from the first row and the token ids of a batch to the hidden states behind the first `count` layers, and
+        to what the `writers` took and gave on the way. If the last of these layers may change, the next place starts before it.
+        """
+        resumed = [_Resumed(layer) for layer in self.layers[: min(self.done, 1)]]
+        below = [_Pass(layer) for layer in self.layers[1 : self.done]]
+        slots = [*resumed, *below, *self.layers[self.done : count], *(_Pass(layer) for layer in self.layers[count:])]
+        backbone = layers_as(self.model, slots).base_model
+        seen: dict[int | str, Any] = {}
+        held: dict[int, Tensor] = {}
+
+        def before(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+            return lambda layer, args, kwargs: seen.update({name: args[0] if args else kwargs["hidden_states"]})
 
         def after(layer: nn.Module, args: tuple, output: Any) -> None:
-            seen[-1] = output if isinstance(output, Tensor) else output[0]
+            seen["stream"] = output if isinstance(output, Tensor) else output[0]
 
-        if count:
-            hooks.callback(slots[count - 1].register_forward_hook(after).remove)
-        else:
-            hooks.callback(slots[0].register_forward_pre_hook(before, with_kwargs=True).remove)
-        for index, writer in enumerate(writers):
+        with ExitStack() as hooks:
+            if count:
+                hooks.callback(slots[count - 1].register_forward_pre_hook(before("last"), with_kwargs=True).remove)
+                hooks.callback(slots[count - 1].register_forward_hook(after).remove)
+            else:
+                hooks.callback(slots[0].register_forward_pre_hook(before("stream"), with_kwargs=True).remove)
+            for index, writer in enumerate(writers):
 
-            def wrote(module: nn.Module, args: tuple, output: Tensor, index: int = index) -> None:
-                seen[index] = (args[0], output)
+                def wrote(module: nn.Module, args: tuple, output: Tensor, index: int = index) -> None:
+                    seen[index] = (args[0], output)
 
-            hooks.callback(writer.register_forward_hook(wrote).remove)
+                hooks.callback(writer.register_forward_hook(wrote).remove)
 
-        def run(ids: Tensor) -> tuple[Tensor, _Written]:
-            with torch.no_grad():
-                backbone(input_ids=ids, use_cache=False)
-            return seen[-1], [seen[index] for index in range(len(writers))]
+            def run(row: int, ids: Tensor) -> tuple[Tensor, _Written]:
+                for slot in resumed:
+                    slot.states = self.held[row].to(ids.device)
+                with torch.no_grad():
+                    backbone(input_ids=ids, use_cache=False)
+                if self.keep and count:
+                    held[row] = seen["last" if last_may_change else "stream"].cpu()
+                return seen["stream"], [seen[index] for index in range(len(writers))]
 
-        yield run
+            yield run
+        if self.keep:
+            self.done, self.held = max(count - last_may_change, 0), held
 
 
 # --------------------------------------------------------------------------------------------------------------- fusing
@@ -697,7 +744,7 @@ _FUSE: dict[str, Callable[[_Job, _Place, _Fit], None]] = {
 def _linearpatch(job: _Job, place: _Place) -> tuple[_Fit, Cut]:
     total, ratios = None, 0.0
     turn = hadamard(job.size).to(job.dense.device)
-    for _, x, y in job.states(place, range(len(job.windows))):
+    for _, _, x, y in job.states(place):
         before, after = ((states @ turn).abs().mean(dim=1) for states in (x, y))
         # A channel that is silent in a window says nothing: it counts as unchanged there.
         ratios = ratios + torch.where(before > 0, after / before.clamp(min=torch.finfo(torch.float64).tiny), 1.0).sum(0)

@@ -308,10 +308,36 @@ def test_bfloat16_stays_bfloat16():
 
 def test_batches_do_not_matter():
     dense, windows = double("gpt_neox"), windows_of(7)
-    for method in METHODS:
+    for method in ("replaceme", "refit_scale"):
         one, other = (repair(dense, [1, 4], windows, method=method, batch_size=size, progress=False) for size in (1, 5))
         assert [cut.damping for cut in one.cuts] == [cut.damping for cut in other.cuts]
         torch.testing.assert_close(one.model.state_dict(), other.model.state_dict(), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+def test_kept_states_save_layers_and_change_nothing(family):
+    dense, windows = build(family, **({"tie_word_embeddings": False} if family == "opt" else {})), windows_of(7)
+    calls = []
+    for layer in decoder_layers(dense):
+        layer.register_forward_hook(lambda *_: calls.append(1))  # the layers of the pruned model have it as well
+    for removed, plain, kept in (([1, 3, 5], (2 + 4 + 6) + (1 + 2 + 3), 6 + (1 + 2 + 2)), ([0, 3], (1 + 4) + 2, 4 + 2)):
+        for function, settings in (
+            (repair, {"method": "refit_scale", "damping": 0}),
+            (repair, {"method": "scale"}),
+            (bound, {"method": "ghosted", "damping": 0}),
+            (bound, {"method": "linearpatch"}),
+        ):
+            calls.clear()
+            one = function(dense, removed, windows, **settings, batch_size=7, progress=False)
+            assert len(calls) == plain
+            calls.clear()
+            other = function(dense, removed, windows, **settings, batch_size=7, keep_states=True, progress=False)
+            assert len(calls) == kept
+            assert one.cuts == other.cuts
+    settings = {"method": "refit_scale", "batch_size": 2, "progress": False}  # with folds, and batches of unequal size
+    one, other = (repair(dense, [0, 3, 5], windows, keep_states=keep, **settings) for keep in (False, True))
+    assert one.cuts == other.cuts
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in one.model.state_dict().items())
 
 
 def test_nothing_removed_is_nothing_repaired():
