@@ -11,8 +11,9 @@ its last checkpoint with the next call, to the same losses and weights as an uni
 else in the same folder is refused. Under ``accelerate launch`` the same code trains on several processes, with the same global
 batches: ``accelerate launch -m prunelib.healing MODEL OUT --corpus c4 --recipe gromov_qlora`` (``--help`` lists the rest).
 
-4-bit weights (`NF4Linear`) are always dequantised before they are multiplied. The library's own layer changes its weights to
-a layout without derivatives when it is evaluated on some processors, so that measuring in the middle would spoil training.
+4-bit weights (`NF4Linear`) are bitsandbytes', but always dequantised before they are multiplied. The library's own layer
+changes its weights to a layout without derivatives when it is evaluated on some processors, so that measuring in the middle
+would spoil the training, and on a CPU it dequantises wrongly where the rows are no whole number of blocks.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -134,7 +136,7 @@ class Recipe:
             "dropout": 0 <= self.dropout < 1,
             "hidden_weight": self.hidden_weight >= 0,
             "temperature": 0 < self.temperature < math.inf,
-            "learning_rate": self.learning_rate > 0,
+            "learning_rate": 0 < self.learning_rate < math.inf,
             "warmup_steps": 0 <= self.warmup_steps <= self.steps,
             "weight_decay": self.weight_decay >= 0,
         }
@@ -357,11 +359,12 @@ def _adapter_config(model: PreTrainedModel, recipe: Recipe):
 
 
 def _train_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
-    from peft import inject_adapter_in_model
+    with _quiet():
+        from peft import inject_adapter_in_model
 
-    config = _adapter_config(model, recipe)
-    BASES[recipe.base](model)
-    inject_adapter_in_model(config, model)
+        config = _adapter_config(model, recipe)
+        BASES[recipe.base](model)
+        inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -397,7 +400,7 @@ class NF4Linear(nn.Linear):
 
         nn.Module.__init__(self)  # the weights are those of `linear`, not new ones
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed, state = quantize_4bit(linear.weight.detach().contiguous(), blocksize=self.BLOCK, quant_type="nf4")
+        packed, state = quantize_4bit(linear.weight.detach().flatten(), blocksize=self.BLOCK, quant_type="nf4")
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", state.absmax)
         self.register_parameter("bias", linear.bias)
@@ -406,9 +409,11 @@ class NF4Linear(nn.Linear):
         """The weights as they are applied."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        shape = torch.Size((self.out_features, self.in_features))
+        # As one long row: for a matrix whose rows are no whole number of blocks, bitsandbytes 0.50 takes the wrong scales on a
+        # CPU, without a word.
+        shape = torch.Size((self.out_features * self.in_features,))
         state = QuantState(self.absmax, shape=shape, blocksize=self.BLOCK, quant_type="nf4", dtype=dtype)
-        return dequantize_4bit(self.weight, state)
+        return dequantize_4bit(self.weight, state).view(self.out_features, self.in_features)
 
     def forward(self, states: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         output = _Dequantised.apply(states, self)
@@ -936,6 +941,23 @@ def _generators_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of loading and saving, and without bitsandbytes' advice to fetch faster kernels."""
+    from transformers.utils import logging as bars
+
+    advice, shown = logging.getLogger("bitsandbytes"), bars.is_progress_bar_enabled()
+    level = advice.level
+    advice.setLevel(logging.ERROR)
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        advice.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _evaluating(model: nn.Module | None) -> Iterator[None]:
     """While this lasts the model, if there is one, is in evaluation mode."""
     training = [] if model is None else [module for module in model.modules() if module.training]
@@ -1008,7 +1030,8 @@ def _train(
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         if recipe.trains == "lora" and not (folder / "base").is_dir():
-            models.save(pruned, None, folder / "base")
+            with _quiet():
+                models.save(pruned, None, folder / "base")
         write_json(folder / "request.json", request)
     if gradient_checkpointing:
         # The older name of the same thing where the newer one is not there yet.
@@ -1016,7 +1039,8 @@ def _train(
         enable({"use_reentrant": False})
     if pruned.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pruned.device)
-    trainer_class, watch_class = _classes()
+    with _quiet():
+        trainer_class, watch_class = _classes()
     watch = watch_class(training, folder / "checkpoints")
     trainer = trainer_class(watch, model=model, args=arguments, train_dataset=_Rows(training.rows, recipe.rows))
     stopped = None
