@@ -1,0 +1,139 @@
+"""Healing in processes of their own: killed without warning, and shared by two."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+from transformers import AutoTokenizer
+
+from prunelib import corpora, healing, models
+from prunelib.healing import RECIPES, document_rows, heal, load_file
+from prunelib.pretraining import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"batch": 4, "seq_len": 16, "steps": 8, "warmup_steps": 1, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A pruned model with its tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("project")
+    text = folder / "text.txt"
+    sentences = [f"Returns the {i}-th eigenvalue of {'a symmetric ' * (i % 4)}matrix." for i in range(40)]
+    text.write_text("\n<|endoftext|>\n".join(sentences))
+    train_tokenizer([text], folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    pruned = models.keep_layers(build("gpt_neox", vocab_size=len(tokenizer)), [0, 1, 4, 5])
+    models.save(pruned, tokenizer, folder / "pruned")
+    return folder
+
+
+def environment():
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+
+
+def arguments(project, out):
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    text, pruned = str(project / "text.txt"), str(project / "pruned")
+    return [pruned, str(out), "--corpus", text, "--rows", "documents", "--quiet", "--set", *settings]
+
+
+def rows_of(project, recipe):
+    tokenizer = models.load_tokenizer(project / "pruned")
+    corpus = corpora.load(project / "text.txt")
+    return document_rows(corpus, tokenizer, recipe.rows, recipe.seq_len, 0, progress=False)
+
+
+def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model(project, tmp_path, capsys):
+    # What `accelerate launch` runs too; it starts several processes on GPUs alone.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "prunelib.healing"]
+    two = subprocess.run(
+        [*launch, *arguments(project, tmp_path / "two")],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert healing.main(arguments(project, tmp_path / "one")) == 0
+    found = {name: json.loads((tmp_path / name / "healing.json").read_text()) for name in ("one", "two")}
+    requests = {name: json.loads((tmp_path / name / "training" / "request.json").read_text()) for name in found}
+    assert [requests[name]["processes"] for name in ("one", "two")] == [1, 2]
+    losses = {name: [entry["loss"] for entry in result["log"]] for name, result in found.items()}
+    assert len(losses["one"]) == SETTINGS["steps"]
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-5)
+    assert found["one"]["tokens"] == found["two"]["tokens"] == 8 * 4 * 16
+    assert found["one"]["real_tokens"] == found["two"]["real_tokens"] < 8 * 4 * 16
+    weights = [load_file(tmp_path / name / "training" / "trained.safetensors") for name in ("one", "two")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+    healed = models.load(tmp_path / "two" / "healed")
+    ids = rows_of(project, replace(RECIPES["lora"], **SETTINGS)).input_ids[:4]
+    with torch.no_grad():
+        adapted = healing.load_adapter(models.load(project / "pruned"), tmp_path / "two" / "training")
+        torch.testing.assert_close(healed(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert models.load_tokenizer(tmp_path / "two" / "healed")("eigenvalue")["input_ids"]
+
+    assert healing.main([*arguments(project, tmp_path / "one"), "steps=7"]) == 1
+    assert "holds another training: recipe.steps is 7, was 8" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_healing_processes as test
+
+def measure(model):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+test.train(Path(sys.argv[1]), sys.argv[2], measure)
+"""
+
+
+def train(project, folder, measure):
+    pruned = models.load(project / "pruned")
+    recipe = replace(RECIPES["lora"], **SETTINGS | {"dropout": 0.2})
+    options = {"measure": measure, "measure_at": [6], "save_every": 2, "progress": False}
+    return heal(pruned, rows_of(project, recipe), recipe, folder, **options)
+
+
+def test_a_training_killed_without_warning_loses_and_repeats_no_step(project, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(project), str(tmp_path / "killed")]
+    killed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["checkpoint-4"]
+    whole, resumed = (train(project, tmp_path / name, lambda model: {"one": 1.0}) for name in ("whole", "killed"))
+    assert [entry["step"] for entry in resumed.log] == [1, 2, 3, 4, 5, 6, 6, 7, 8]
+    assert resumed.log == whole.log
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "qlora"], "unknown recipe 'qlora'; there are"),
+        (["--gromov", "Llama-3"], "the paper healed no model 'Llama-3'"),
+        (["--set", "stepz=4"], "--set stepz=4: give NAME=VALUE"),
+        (["--corpus", "nowhere.txt"], "'nowhere.txt' does not exist"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(more, message, project, tmp_path, capsys):
+    assert healing.main([str(project / "pruned"), str(tmp_path / "out"), *more]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
