@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -56,6 +57,7 @@ IGNORED = -100  # label of a position that is not trained on
 GRADIENT_NORM = 1.0  # gradients are scaled down to this norm, the Trainer's default
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 TOKENS_IN_A_MICRO_BATCH = 16384  # at most, where the caller does not say
+TOKENIZED_AT_ONCE = 64  # documents
 LOGITS_IN_A_CHUNK = 2**24  # at most so many at once are compared with the dense model's
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -234,45 +236,50 @@ class TrainingRows:
 
 
 def packed_rows(
-    corpus: corpora.Corpus,
-    tokenizer,
-    count: int,
-    seq_len: int,
-    seed: int,
-    bos: bool = False,
-    *,
-    join: str | None = None,
-    progress: bool = True,
+    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
 ) -> TrainingRows:
-    """`count` rows of exactly `seq_len` tokens from the joined documents, nothing padded, every position trained.
+    """`count` rows of exactly `seq_len` tokens, nothing padded, every position trained.
 
-    The text is cut into rows from a random place on and the rows are shuffled; where it is used up, another pass begins with
-    another cut (`TrainingRows.passes` counts them). The same seed gives the same rows, and fewer rows are the first of more.
+    Documents in random order are joined by the end-of-text token (by a blank line where the tokenizer has none), cut into rows,
+    and the rows are shuffled. No more text is tokenized than is needed; where it is used up, another pass begins in another
+    order (`TrainingRows.passes` counts them). The same seed gives the same rows.
 
     Args:
         bos: put the beginning-of-text token at position 0 of every row (`seq_len` counts it).
-        join: see `corpora.token_stream`.
 
     Raises ValueError: less text than one row, no bos token, `count` or `seq_len` too small, a negative seed.
     """
     _check_draw(count, seq_len, seed)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
-    stream = corpora.token_stream(corpus, tokenizer, join=join, progress=progress)
-    content = seq_len - int(bos)
-    if len(stream) < content:
-        raise ValueError(f"{corpus.label} has {len(stream)} tokens, fewer than one row of {seq_len}: take more text")
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    end = tokenizer.eos_token_id
+    between = encode([corpora.BLANK_LINE])[0] if end is None else [end]
     generator = np.random.default_rng(seed)
-    starts: list[np.ndarray] = []
-    while sum(map(len, starts)) < count:
-        # Shifted by less than a row, and never so far that a row is lost that would have fitted.
-        shift = generator.integers(min(content, len(stream) % content + 1))
-        starts.append(generator.permutation(np.arange(shift, len(stream) - content + 1, content)))
-    offsets = np.concatenate(starts)[:count]
-    ids = torch.from_numpy(stream[offsets[:, None] + np.arange(content)])
+    content = seq_len - int(bos)
+    pieces: list[np.ndarray] = []
+    found = passes = 0
+    with tqdm(total=count * content, desc=f"tokenize {corpus.name}", unit="token", disable=not progress, delay=3) as bar:
+        while found < count * content:
+            if passes and found < content:
+                raise ValueError(f"{corpus.label} has {found} tokens, fewer than one row of {seq_len}: take more text")
+            passes += 1
+            order = generator.permutation(len(corpus.documents))
+            for start in range(0, len(order), TOKENIZED_AT_ONCE):
+                block = encode([corpus.documents[index] for index in order[start : start + TOKENIZED_AT_ONCE]])
+                pieces += [np.asarray([*ids, *between], dtype=np.int64) for ids in block]
+                new = sum(map(len, block)) + len(block) * len(between)
+                found += new
+                bar.update(new)
+                if found >= count * content:
+                    break
+    ids = torch.from_numpy(np.concatenate(pieces)[: count * content].reshape(count, content)[generator.permutation(count)])
     if bos:
         ids = torch.cat([torch.full((count, 1), tokenizer.bos_token_id, dtype=torch.int64), ids], dim=1)
-    return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}", len(starts))
+    return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}", passes)
 
 
 def document_rows(
@@ -644,7 +651,7 @@ RECIPES = Recipes(
                 seq_len=256,
                 steps=1562,
             ),
-            Recipe("lora", "own", "lora", 1e-3, modules=_EVERYWHERE, rank=8, alpha=16, **_SMALL),
+            Recipe("lora", "own", "lora", 3e-3, modules=_EVERYWHERE, rank=8, alpha=16, **_SMALL),
             Recipe("full", "own", "all", 3e-4, **_SMALL),
             Recipe(
                 "last_layers",
@@ -655,7 +662,7 @@ RECIPES = Recipes(
                 **_SMALL,
             ),
             Recipe(
-                "distillation", "own", "lora", 1e-3, modules=_EVERYWHERE, rank=8, alpha=16, objective="distillation", **_SMALL
+                "distillation", "own", "lora", 3e-3, modules=_EVERYWHERE, rank=8, alpha=16, objective="distillation", **_SMALL
             ),
         )
     }
@@ -883,6 +890,8 @@ def _check(
             f"recipe {recipe.name} reads {recipe.steps} x {recipe.batch} = {recipe.rows} rows ({recipe.tokens:,} tokens), "
             f"there are {len(rows)}: draw more, or replace(recipe, steps={len(rows) // recipe.batch})"
         )
+    if recipe.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"recipe {recipe.name} trains on 4-bit weights, which need the library bitsandbytes: install it")
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.seq_len > longest:
         raise ValueError(f"seq_len={recipe.seq_len}, but the model was made for at most {longest} tokens: take shorter rows")

@@ -162,24 +162,40 @@ def corpus(*documents):
     return Corpus("letters", "train", documents, "here", "none")
 
 
+TEXTS = ["".join(chr(200 + 7 * i + j) for j in range(7)) for i in range(200)]
+
+
 def test_packed_rows_repeat_no_text_before_all_of_it_was_read():
-    text = "".join(chr(200 + i) for i in range(103))
-    rows = packed_rows(corpus(text), Letters(), 20, 10, seed=3, progress=False)
-    assert rows.input_ids.shape == (20, 10)
-    assert torch.equal(rows.labels, rows.input_ids)
-    assert rows.passes == 2
-    for part in (rows.input_ids[:10], rows.input_ids[10:]):
-        assert len(part.unique()) == 100
-        assert torch.equal(part - part[:, :1], torch.arange(10).expand(10, 10))
-    assert packed_rows(corpus(text), Letters(), 10, 10, seed=3, progress=False).passes == 1
+    for count, passes in ((160, 1), (161, 2)):  # 200 documents of 8 tokens, the end counted
+        rows = packed_rows(corpus(*TEXTS), Letters(), count, 10, seed=3, progress=False)
+        assert rows.input_ids.shape == (count, 10)
+        assert torch.equal(rows.labels, rows.input_ids)
+        assert rows.passes == passes
+    once = packed_rows(corpus(*TEXTS), Letters(), 160, 10, seed=3, progress=False).input_ids
+    letters, counts = once.unique(return_counts=True)
+    assert letters.tolist() == [1, *range(200, 1600)]  # all of the text, and the end of a document
+    assert counts.tolist() == [200] + [1] * 1400
+    steps = once.diff(dim=1)[(once[:, 1:] != 1) & (once[:, :-1] != 1)]
+    assert (steps == 1).all()  # within a document in order
+    assert packed_rows(corpus(*TEXTS), Letters(), 500, 10, seed=3, progress=False).passes == 4
 
 
-def test_fewer_rows_are_the_first_of_more_and_the_seed_decides():
-    text = "".join(chr(200 + i) for i in range(103))
-    many, few, other = (packed_rows(corpus(text), Letters(), n, 10, s, progress=False) for n, s in ((25, 3), (7, 3), (7, 4)))
-    assert torch.equal(many.input_ids[:7], few.input_ids)
-    assert few.sha256 == packed_rows(corpus(text), Letters(), 7, 10, 3, progress=False).sha256
-    assert len({many.sha256, few.sha256, other.sha256}) == 3
+def test_little_text_is_tokenized_for_few_rows_and_the_seed_decides():
+    class Counting(Letters):
+        seen = 0
+
+        def __call__(self, texts, **options):
+            self.seen += len(texts)
+            return super().__call__(texts, **options)
+
+    tokenizer = Counting()
+    rows = packed_rows(corpus(*TEXTS), tokenizer, 4, 10, 3, progress=False)
+    assert tokenizer.seen == healing.TOKENIZED_AT_ONCE
+    assert rows.sha256 == packed_rows(corpus(*TEXTS), Letters(), 4, 10, 3, progress=False).sha256
+    assert rows.sha256 != packed_rows(corpus(*TEXTS), Letters(), 4, 10, 4, progress=False).sha256
+    labels = rows.labels.clone()
+    labels[0, 3] = IGNORED
+    assert rows.sha256 != replace(rows, labels=labels).sha256
 
 
 def test_packed_rows_begin_with_the_bos_token_when_asked():
@@ -200,7 +216,7 @@ def test_document_rows_are_cut_and_padded_and_padding_is_not_trained():
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(ValueError, match=r"has 3 tokens, fewer than one row of 10"):
+    with pytest.raises(ValueError, match=r"has 4 tokens, fewer than one row of 10"):
         packed_rows(corpus("abc"), Letters(), 1, 10, 0, progress=False)
     with pytest.raises(ValueError, match="no document of at least 2 tokens"):
         document_rows(corpus("", ""), Letters(), 1, 10, 0, progress=False)
@@ -456,7 +472,7 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path):
     model, rows = pruned(), random_rows()
     run(model, rows, LORA, tmp_path / "h")
     others = [
-        (model, rows, replace(LORA, learning_rate=2e-3), {}, r"recipe.learning_rate is 0.002, was 0.001"),
+        (model, rows, replace(LORA, learning_rate=2e-3), {}, r"recipe.learning_rate is 0.002, was 0.003"),
         (model, random_rows(seed=1), LORA, {}, "rows is"),
         (pruned(), rows, LORA, {"seed": 1}, "seed is 1, was 0"),
         (models.keep_layers(build("llama"), [0, 1, 3, 5]), rows, LORA, {}, "base.weights is"),
@@ -786,3 +802,24 @@ def test_a_sliced_model_heals_and_stays_one(family, tmp_path):
     assert changed(sliced, healed.model) == {f"{name}.weight" for name in linear_names(sliced, ("attention", "mlp"))}
     models.save(healed.model, None, tmp_path / "saved")
     torch.testing.assert_close(logits(models.load(tmp_path / "saved")), logits(healed.model))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", [replace(LORA, dropout=0.3), FULL, QLORA, distillation()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_on_a_gpu_a_killed_training_goes_on_as_well(recipe, bf16, tmp_path):
+    dense = build("gpt_neox").cuda()
+    model, rows = models.keep_layers(dense, [0, 1, 4, 5]), random_rows()
+
+    def kill(model):
+        raise Killed
+
+    options = {"measure_at": [5], "save_every": 2, "bf16": bf16, "dense": dense}
+    whole = run(model, rows, recipe, tmp_path / "whole", measure=lambda model: {}, **options)
+    with pytest.raises(Killed):
+        run(model, rows, recipe, tmp_path / "killed", measure=kill, **options)
+    resumed = run(model, rows, recipe, tmp_path / "killed", measure=lambda model: {}, **options)
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-6)
+    assert whole.model.device.type == "cuda"
+    assert 0 < whole.peak_bytes < 2**31
+    assert changed(model, whole.model) == changed(model, resumed.model) != set()
