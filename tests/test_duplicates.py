@@ -308,3 +308,93 @@ def test_the_control_group_has_the_nearest_lengths_each_once():
     assert sorted(duplicates.length_matched([0] * 6, pool)) == list(range(6))
     with pytest.raises(ValueError, match="2 lengths, but a pool of 1"):
         duplicates.length_matched([1, 2], [1])
+
+
+def test_the_notebook_and_its_chapter_run_on_another_model_and_text(tmp_path):
+    """A text with planted copies and one without; no healing runs, then some."""
+    import json
+
+    import pandas
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from prunelib import models, results
+    from prunelib.notebook import run_notebook
+
+    vocabulary = {f"w{i}": i for i in range(1, 60)} | {"<|endoftext|>": 0}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    models.save(LlamaForCausalLM(config).eval(), fast, tmp_path / "model")
+    generator = np.random.default_rng(0)
+
+    def document():
+        return " ".join(f"w{i}" for i in generator.integers(1, 60, size=60))
+
+    one, other = [document() for _ in range(30)], [document() for _ in range(20)]
+    for name, found in {
+        "copied": [*one, *[one[0]] * 5, *[one[1] + " w1"] * 2],
+        "plain": other,
+        "test": other[:3] + one[2:9],
+    }.items():
+        lines = [json.dumps({"text": text}) for text in found]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    run = run_notebook(
+        "notebooks/experiments/duplicates.ipynb",
+        tmp_path / "runs" / "dup.json",
+        model=str(tmp_path / "model"),
+        corpora=[f"{tmp_path}/copied.jsonl:train", f"{tmp_path}/plain.jsonl:train"],
+        evaluation_corpus=str(tmp_path / "test.jsonl"),
+        items=[],
+        quality_tokens=30,
+    )
+    table = results.collect([run])
+    assert run.stat().st_size < 100_000
+
+    def value(metric, corpus, **places):
+        part = table[(table["metric"] == metric) & (table["corpus"] == corpus)]
+        for column, place in places.items():
+            part = part[part[column] == place]
+        return part["value"].tolist()
+
+    assert value("clusters_of_size", "copied.jsonl", size=1) == [28]
+    assert value("clusters_of_size", "copied.jsonl", size=6) == [1]
+    assert value("largest", "copied.jsonl") == [6, 3]
+    assert value("documents", "copied.jsonl") == [37] and value("clusters", "copied.jsonl") == [30]
+    assert value("near_duplicates", "copied.jsonl", state="raw") == [7]
+    assert value("near_duplicates", "plain.jsonl") == [3]
+    assert value("nats", "copied.jsonl", size_low=5, role="same_length") != []
+    results.write_table(table, tmp_path / "duplicates.csv")
+
+    start = {"run": "h/a", "experiment": "healing", "model": "m/tiny", "method": "angular", "size": 1, "repair": "none"}
+    start |= {"metric": "nats", "text": "held out", "code": "abc"}
+    way = {
+        "recipe": "lora",
+        "rank": 4,
+        "trained_modules": "mlp",
+        "learning_rate": 0.1,
+        "healing_corpus": "copied",
+        "healing_seed": 0,
+    }
+    healed = [{**start, "recipe": "none", "step": 0, "tokens": 0, "value": 5.0}]
+    for unique, end in ((False, 4.0), (True, 3.75)):
+        healed += [{**start, **way, "unique": unique, "step": 8 * n, "tokens": 80 * n, "value": end + 2 - n} for n in (1, 2)]
+    pandas.DataFrame(healed).to_csv(tmp_path / "healing.csv", index=False)
+    for healing, columns in ((None, set()), (str(tmp_path / "healing.csv"), {"raw", "deduplicated", "difference"})):
+        run_notebook(
+            "notebooks/06_healing_data.ipynb",
+            tmp_path / "chapter.json",
+            duplicates=str(tmp_path / "duplicates.csv"),
+            healing=healing,
+            converged=None,
+            figures=str(tmp_path / "figures"),
+        )
+        drawn = pandas.read_csv(tmp_path / "figures" / "own_table_deduplication.csv")
+        assert set(drawn) & {"raw", "deduplicated", "difference"} == columns
+    last = drawn.iloc[-1]
+    assert (last["before"], last["raw"], last["deduplicated"], last["difference"], last["tokens"]) == (5, 4, 3.75, -0.25, 160)
+    for stem in ("own_cluster_sizes", "own_quality_by_cluster_size", "own_overlap"):
+        assert (tmp_path / "figures" / f"{stem}.png").stat().st_size > 5000
