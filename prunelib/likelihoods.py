@@ -333,7 +333,9 @@ def _through(shell: Shell, batch: _Batch) -> Float[Tensor, "row position hidden"
 
 def _heads_alone(shell: Shell, ids: Int64[Tensor, "1 two"]) -> bool:
     """Whether what follows the layers looks at one position at a time, as a norm and a linear head do."""
-    entered = shell.enter(ids)
-    hidden = torch.cat([entered[:, :1], entered[:, :1] * -0.5 + 1], dim=1)
+    hidden = shell.enter(ids)
+    for index in range(len(shell.layers)):  # in a sliced model, what leaves the layers is wider than what enters them
+        hidden = shell.run(index, hidden)
+    hidden = torch.cat([hidden[:, :1], hidden[:, :1] * -0.5 + 1], dim=1)
     whole, alone = shell.leave(ids, hidden)[0], shell.leave(ids.T, hidden[0][:, None])[:, 0]
     return bool(torch.linalg.norm(whole - alone) <= torch.finfo(whole.dtype).eps ** 0.5 * torch.linalg.norm(whole))

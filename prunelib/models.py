@@ -602,7 +602,7 @@ class Skip(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.__dict__["_stands_for"] = layer
-        self.returns: type | None = None  # not seen yet
+        self.returns: type | None = getattr(layer, "returns", None)  # None: not seen yet; sliced layers say it
         self.length = 1
 
     def forward(self, *args, **kwargs):

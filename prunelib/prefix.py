@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models import Skip, decoder_layers, layers_as
+from prunelib.models import Skip, UnsupportedModel, decoder_layers, layers_as
+from prunelib.registration import MODEL_TYPE
 from prunelib.search import LayerSet
 from prunelib.sublayers import check_additive, silent, sublayers_of
 
@@ -105,7 +106,8 @@ class SharedRuns:
     Raises:
         ValueError: an unknown unit, or a set that is not ascending, out of range, or everything.
         UnsupportedModel: no decoder layers are found in a model of this type, they cannot be skipped, or their sublayers
-            cannot be told apart or do not simply add to the input of the layer (found when the runs begin, before any work).
+            cannot be told apart or do not simply add to the input of the layer (found when the runs begin, before any work);
+            or the model is sliced, and something is to be removed.
     """
 
     def __init__(
@@ -120,6 +122,8 @@ class SharedRuns:
     ):
         layers = decoder_layers(model)
         self.sets: list[LayerSet] = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
+        if model.config.model_type == MODEL_TYPE and any(self.sets):
+            raise UnsupportedModel("this model is sliced, and its layers differ in width: remove layers first, then slice")
         self._root, self._nodes = _trie(len(layers), self.sets, unit)
         self._cut = sorted({layer for removed in self.sets for layer, parts in _steps(len(layers), removed, unit) if parts})
         self._model, self._layers, self._windows = model, layers, windows
@@ -210,7 +214,7 @@ class Shell:
 
     def run(
         self, index: int, hidden: Float[Tensor, "batch position hidden"], without: tuple[int, ...] = ()
-    ) -> Float[Tensor, "batch position hidden"]:
+    ) -> Float[Tensor, "batch position out"]:
         """The output of one layer of the batch that entered last, its sublayers `without` (0 attention, 1 MLP) silent.
 
         Of a model spread over devices it lies on that of the layer; the next layer takes it from there.

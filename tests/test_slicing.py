@@ -14,7 +14,15 @@ import torch
 from architectures import build
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+)
 
 from prunelib import corpora, models
 from prunelib.evaluation import perplexity
@@ -608,12 +616,15 @@ def test_generation_with_cache_equals_without(name, tokens):
 @pytest.mark.parametrize("device_map", ["cpu", "auto", "split"])
 def test_loaded_onto_devices(device_map, tiny_llama, tokens, tmp_path):
     model = sliced(tiny_llama, CUT, tokens)
-    model.save_pretrained(tmp_path)
-    if device_map == "split":
+    model.save_pretrained(tmp_path / "model")
+    if device_map == "split":  # some layers wait on the disk until they are needed
         places = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-        device_map = dict.fromkeys(places + [f"model.layers.{index}" for index in range(6)], "cpu")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
-    assert torch.equal(logits(again.cpu(), tokens), logits(model, tokens))
+        device_map = dict.fromkeys(places, "cpu")
+        device_map |= {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(6)}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "disk"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert ("disk" in getattr(again, "hf_device_map", {}).values()) == (device_map not in ("cpu", "auto"))
+    assert torch.allclose(logits(again, tokens.to(again.device)).cpu(), logits(model, tokens), atol=1e-5)
 
 
 def test_layers_are_kept_in_one_piece(tiny_llama, tokens):
@@ -646,6 +657,50 @@ def test_ten_steps_of_lora_improve_it(tiny_llama, tokens):
     assert perplexity(merged, tokens).nats < before - 0.1
     everything = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear"))
     assert sum(weight.requires_grad for weight in everything.parameters()) > 0
+
+
+@pytest.mark.parametrize("shortcuts", ["absorbed", "dense"])
+def test_quantised_to_four_bits(shortcuts, tmp_path):
+    """NF4 on a CPU, whose fast kernels take widths that are multiples of 64."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=256,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.08,
+    )
+    tokens = torch.randint(0, 97, (16, 24))
+    model = sliced(LlamaForCausalLM(config).eval(), SlicePlan(256, (192, 128, 64), "test"), tokens, shortcuts=shortcuts)
+    model.save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def loaded():
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=quantisation, device_map="cpu", dtype=torch.float32
+        )
+
+    def distance(a, b):
+        return float((logits(a, tokens) - logits(b, tokens)).norm() / logits(b, tokens).norm())
+
+    small, wide = loaded(), loaded().dequantize()
+    maps = {path for path, module in small.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert {path for path, module in model.named_modules() if isinstance(module, nn.Linear)} - maps == {"lm_head"}
+    assert any("shortcuts" in path for path in maps)
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in wide.modules())
+    assert distance(small, wide) < 0.03  # the kernels compute in bfloat16
+    assert 0.05 < distance(wide, model) < 0.5  # what NF4 costs random weights
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache, without = (small.generate(tokens[:2], use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(with_cache, without)
+    tuned = peft.get_peft_model(loaded(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    tuned.train()
+    tuned(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    trained = [weight for weight in tuned.parameters() if weight.requires_grad]
+    assert trained
+    assert all(weight.grad is not None for weight in trained)
 
 
 def test_activations_can_be_computed_again_in_training(tiny_llama, tokens):
@@ -744,14 +799,20 @@ def test_principal_directions_are_the_ones_to_keep(reference, tmp_path):
 
 def test_a_sliced_model_takes_tasks(reference):
     pytest.importorskip("lm_eval")
-    from prunelib.tasks import evaluate_tasks
+    from prunelib.tasks import evaluate_layer_sets, evaluate_tasks
 
     model, tokenizer, windows, _ = reference
     narrow = slice_model(model, constant(32, 160, 0.3, multiple=8), windows[:4], progress=False)
+    asked = {"bos": False, "limit": 12, "progress": False}
     here, dense = (
-        evaluate_tasks(which, tokenizer, ["pydocs_next_line"], bos=False, limit=12, progress=False).tasks["pydocs_next_line"]
-        for which in (narrow, model)
+        evaluate_tasks(which, tokenizer, ["pydocs_next_line"], **asked).tasks["pydocs_next_line"] for which in (narrow, model)
     )
     assert here.items_sha256 == dense.items_sha256
     assert here.n == 12
     assert here.predicted != dense.predicted
+    shared = evaluate_layer_sets(narrow, tokenizer, ["pydocs_next_line"], [()], **asked)
+    assert shared.tokens < shared.tokens_alone  # layers of several widths are no obstacle to sharing beginnings
+    assert shared[()].tasks["pydocs_next_line"].predicted == here.predicted
+    assert shared[()].tasks["pydocs_next_line"].scores == here.scores
+    with pytest.raises(UnsupportedModel, match=r"this model is sliced, .* remove layers first, then slice"):
+        evaluate_layer_sets(narrow, tokenizer, ["pydocs_next_line"], [(), (3,)], **asked)
