@@ -15,7 +15,7 @@ shares the table.
 
 A map of the whole stream, x (I + M), has no place in a checkpoint anywhere else: put into everything that writes to the stream
 below, it would be seen by norms, which it does not pass through unless it is orthogonal. Such maps (LinearPatch, Ghosted
-Layers) are measured, as a bound on what `repair` can reach, by `bound` and `unfused`.
+Layers) can be fitted and measured in memory, to compare: `fit_unfused`, `unfused`. They bound nothing: `refit` can do better.
 """
 
 import itertools
@@ -93,7 +93,7 @@ class StreamMap:
 
 
 @dataclass(frozen=True)
-class Bound:
+class Unfused:
     """A pruned model that is NOT repaired, and the maps that would do it if a checkpoint could hold them: see `unfused`."""
 
     model: PreTrainedModel
@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
 }
 """Methods of `repair`: the result is an ordinary checkpoint."""
 
-BOUNDS: dict[str, Method] = {
+UNFUSED_METHODS: dict[str, Method] = {
     "ghosted": Method(
         "Ghosted Layers, arXiv 2605.15491: x (I + M), M = (X^T X + lambda I)^-1 X^T (Y - X); theirs is an absolute 1e-6",
         "stream",
@@ -167,7 +167,7 @@ BOUNDS: dict[str, Method] = {
         damped=False,
     ),
 }
-"""Methods of `bound`: maps of the whole stream, which no ordinary checkpoint can hold."""
+"""Methods of `fit_unfused`: maps of the whole stream, which no ordinary checkpoint can hold."""
 
 
 # --------------------------------------------------------------------------------------------------------------- repair
@@ -208,9 +208,9 @@ def repair(
     nothing to change: layer 0 removed while the head shares the embedding table; and as `models.remove_layers`.
     RuntimeError at the first NaN or infinity.
     """
-    if method in BOUNDS:
+    if method in UNFUSED_METHODS:
         raise ValueError(
-            f"method {method!r} maps the whole stream, which an ordinary checkpoint cannot hold: measure it with bound() and "
+            f"method {method!r} maps the whole stream, which an ordinary checkpoint cannot hold: measure it with fit_unfused() and "
             f"unfused(), or repair with one of: {', '.join(METHODS)}"
         )
     job = _prepared(METHODS, dense, removed, windows, method, damping, rank, batch_size, keep_states, progress)
@@ -230,7 +230,7 @@ def repair(
     return Repaired(job.pruned, tuple(cuts))
 
 
-def bound(
+def fit_unfused(
     dense: PreTrainedModel,
     removed: Collection[SupportsIndex],
     windows: Int[Tensor, "sample position"],
@@ -241,21 +241,21 @@ def bound(
     batch_size: int = 4,
     keep_states: bool = False,
     progress: bool = True,
-) -> Bound:
+) -> Unfused:
     """Maps of the whole stream at every cut, to be measured with `unfused`: not a model that can be saved.
 
-    Arguments and errors as `repair`, with a key of `BOUNDS`; LinearPatch has neither damping nor rank.
+    Arguments and errors as `repair`, with a key of `UNFUSED_METHODS`; LinearPatch has neither damping nor rank.
     """
-    job = _prepared(BOUNDS, dense, removed, windows, method, damping, rank, batch_size, keep_states, progress)
+    job = _prepared(UNFUSED_METHODS, dense, removed, windows, method, damping, rank, batch_size, keep_states, progress)
     if method == "linearpatch" and rank is not None:
         raise ValueError(f"rank={rank}: method 'linearpatch' has none, leave it out")
     cuts, maps = [], []
     for place in job.places:
         with unfused(job.pruned, maps):
-            fit, cut = _BOUND_FIT[method](job, place)
+            fit, cut = _UNFUSED_FIT[method](job, place)
         maps.append(StreamMap(place.layers, torch.eye(job.size, dtype=torch.float64, device=fit.change.device) + fit.change))
         cuts.append(cut)
-    return Bound(job.pruned, tuple(cuts), tuple(maps))
+    return Unfused(job.pruned, tuple(cuts), tuple(maps))
 
 
 @contextmanager
@@ -738,7 +738,7 @@ _FUSE: dict[str, Callable[[_Job, _Place, _Fit], None]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------- bounds
+# --------------------------------------------------------------------------------------------------------------- unfused
 
 
 def _linearpatch(job: _Job, place: _Place) -> tuple[_Fit, Cut]:
@@ -755,4 +755,4 @@ def _linearpatch(job: _Job, place: _Place) -> tuple[_Fit, Cut]:
     return fit, job.record(place, total, fit, job.size, None, None)
 
 
-_BOUND_FIT: dict[str, Callable[[_Job, _Place], tuple[_Fit, Cut]]] = {"ghosted": _Job.fitted, "linearpatch": _linearpatch}
+_UNFUSED_FIT: dict[str, Callable[[_Job, _Place], tuple[_Fit, Cut]]] = {"ghosted": _Job.fitted, "linearpatch": _linearpatch}

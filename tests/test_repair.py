@@ -10,7 +10,7 @@ from architectures import build
 from torch import nn
 
 from prunelib.models import UnsupportedModel, decoder_layers, load, remove_layers, save
-from prunelib.repair import BOUNDS, DAMPINGS, METHODS, StreamMap, bound, hadamard, repair, unfused
+from prunelib.repair import DAMPINGS, METHODS, UNFUSED_METHODS, StreamMap, fit_unfused, hadamard, repair, unfused
 from prunelib.sliced_model import WIRING
 
 FAMILIES = ("llama", "gpt_neox", "phi", "opt", "gemma")
@@ -237,8 +237,8 @@ def test_an_identity_block_needs_no_repair(family):
             (cut,) = found.cuts
             assert (cut.error_before, cut.error_after, cut.scale) == (0.0, 0.0, 1.0)
             assert all(torch.equal(value, expected[name]) for name, value in found.model.state_dict().items())
-        for method in BOUNDS:
-            (stream_map,) = bound(dense, [2, 3], windows, method=method, progress=False).maps
+        for method in UNFUSED_METHODS:
+            (stream_map,) = fit_unfused(dense, [2, 3], windows, method=method, progress=False).maps
             torch.testing.assert_close(stream_map.matrix, torch.eye(32, dtype=torch.float64), atol=1e-12, rtol=0)
     # Damping T itself, as published, costs something even here: with none, T = I as far as tokens can tell.
     found = repair(dense, [2, 3], windows_of(), method="replaceme_published", damping=0, progress=False)
@@ -257,7 +257,7 @@ def test_least_squares_never_raises_the_calibration_error(family, seed):
             cuts = repair(dense, [1, 3, 5], windows, method=method, damping=damping, progress=False).cuts
             assert all(cut.error_after <= cut.error_before + 1e-12 for cut in cuts)
             assert all(cut.error_after < 0.999 * cut.error_before for cut in cuts if damping == 0)
-    assert all(cut.error_after <= cut.error_before for cut in bound(dense, [1, 3, 5], windows, progress=False).cuts)
+    assert all(cut.error_after <= cut.error_before for cut in fit_unfused(dense, [1, 3, 5], windows, progress=False).cuts)
 
 
 # --- what is written -----------------------------------------------------------------------------------------------------
@@ -324,8 +324,8 @@ def test_kept_states_save_layers_and_change_nothing(family):
         for function, settings in (
             (repair, {"method": "refit_scale", "damping": 0}),
             (repair, {"method": "scale"}),
-            (bound, {"method": "ghosted", "damping": 0}),
-            (bound, {"method": "linearpatch"}),
+            (fit_unfused, {"method": "ghosted", "damping": 0}),
+            (fit_unfused, {"method": "linearpatch"}),
         ):
             calls.clear()
             one = function(dense, removed, windows, **settings, batch_size=7, progress=False)
@@ -519,7 +519,7 @@ def test_a_cut_at_layer_0_goes_into_the_embeddings(family):
     before = copy.deepcopy(dense.state_dict())
     x, y = recorded(dense, windows, -1)[0], recorded(dense, windows, 1)[0]
     matrix = torch.linalg.lstsq(x, y).solution
-    ghosted = bound(dense, [0, 1, 4], windows, damping=0, progress=False)
+    ghosted = fit_unfused(dense, [0, 1, 4], windows, damping=0, progress=False)
     torch.testing.assert_close(ghosted.maps[0].matrix, matrix, atol=1e-7, rtol=1e-7)
     for method in ("replaceme", "refit", "replaceme_published"):
         found = repair(dense, [0, 1], windows, method=method, damping=0, progress=False)
@@ -538,11 +538,11 @@ def test_tied_embeddings_take_no_map_but_a_factor():
     found = repair(dense, [0, 3], windows, method="scale", progress=False)
     assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
     assert torch.equal(found.model.lm_head.weight, dense.lm_head.weight)
-    assert len(bound(dense, [0, 3], windows, progress=False).maps) == 2
+    assert len(fit_unfused(dense, [0, 3], windows, progress=False).maps) == 2
     assert len(repair(dense, [1, 3], windows, progress=False).cuts) == 2
 
 
-# --- bounds --------------------------------------------------------------------------------------------------------------
+# --- unfused -------------------------------------------------------------------------------------------------------------
 
 
 def test_hadamard():
@@ -558,7 +558,7 @@ def test_linearpatch_by_hand():
     turn = hadamard(32)
     x, y = (recorded(dense, windows, index)[0].reshape(*windows.shape, 32) for index in (1, 3))
     ratios = [(b @ turn).abs().mean(0) / (a @ turn).abs().mean(0) for a, b in zip(x, y, strict=True)]
-    found = bound(dense, [2, 3], windows, method="linearpatch", progress=False)
+    found = fit_unfused(dense, [2, 3], windows, method="linearpatch", progress=False)
     matrix = turn @ torch.diag(torch.stack(ratios).mean(0)) @ turn.T
     torch.testing.assert_close(found.maps[0].matrix, matrix)
     assert found.maps[0].layers == 2
@@ -566,9 +566,9 @@ def test_linearpatch_by_hand():
     assert found.cuts[0].damping is None
 
 
-def test_ghosted_is_lstsq_cut_after_cut_and_bounds_what_can_be_fused():
+def test_ghosted_is_lstsq_cut_after_cut_and_leaves_the_model_alone():
     dense, windows = double("gpt_neox"), windows_of()
-    found = bound(dense, [2, 4, 5], windows, damping=0, progress=False)
+    found = fit_unfused(dense, [2, 4, 5], windows, damping=0, progress=False)
     pruned = remove_layers(dense, [2, 4, 5])
     x, y = recorded(pruned, windows, 1)[0], recorded(dense, windows, 2)[0]
     first = torch.linalg.lstsq(x, y).solution
@@ -593,7 +593,7 @@ def test_ghosted_is_lstsq_cut_after_cut_and_bounds_what_can_be_fused():
 )
 def test_families_that_cannot_take_it_in_are_refused_by_name(family):
     dense = build(family)
-    for function in (repair, bound):
+    for function in (repair, fit_unfused):
         with pytest.raises(UnsupportedModel, match=f"model type '{dense.config.model_type}' cannot be repaired"):
             function(dense, [2], windows_of(), progress=False)
 
@@ -607,7 +607,7 @@ def test_post_norm_opt_is_refused():
     ("changes", "message"),
     [
         ({"method": "ghost"}, "unknown method 'ghost'; there are: replaceme"),
-        ({"method": "ghosted"}, r"method 'ghosted' maps the whole stream.*bound\(\)"),
+        ({"method": "ghosted"}, r"method 'ghosted' maps the whole stream.*fit_unfused\(\)"),
         ({"damping": -1}, "damping=-1: 0"),
         ({"damping": math.nan}, "damping=nan"),
         ({"damping": math.inf}, "damping=inf"),
@@ -631,12 +631,12 @@ def test_bad_arguments_are_refused_before_work(changes, message):
         repair(**arguments)
 
 
-def test_bounds_check_their_arguments():
+def test_unfused_methods_check_their_arguments():
     with pytest.raises(ValueError, match="unknown method 'replaceme'; there are: ghosted, linearpatch"):
-        bound(build("llama"), [2], windows_of(), method="replaceme", progress=False)
+        fit_unfused(build("llama"), [2], windows_of(), method="replaceme", progress=False)
     for name in ("damping", "rank"):
         with pytest.raises(ValueError, match=f"{name}=1: method 'linearpatch' has none"):
-            bound(build("llama"), [2], windows_of(), method="linearpatch", **{name: 1}, progress=False)
+            fit_unfused(build("llama"), [2], windows_of(), method="linearpatch", **{name: 1}, progress=False)
 
 
 def test_training_mode_and_not_finite_are_refused():
@@ -651,4 +651,4 @@ def test_training_mode_and_not_finite_are_refused():
 
 def test_every_method_names_its_source():
     assert all(method.source.startswith(("own: ", "ReplaceMe, arXiv 2505.02819")) for method in METHODS.values())
-    assert all("arXiv" in method.source for method in BOUNDS.values())
+    assert all("arXiv" in method.source for method in UNFUSED_METHODS.values())
