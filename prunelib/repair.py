@@ -210,8 +210,8 @@ def repair(
     """
     if method in UNFUSED_METHODS:
         raise ValueError(
-            f"method {method!r} maps the whole stream, which an ordinary checkpoint cannot hold: measure it with fit_unfused() and "
-            f"unfused(), or repair with one of: {', '.join(METHODS)}"
+            f"method {method!r} maps the whole stream, which an ordinary checkpoint cannot hold: measure it with fit_unfused() "
+            f"and unfused(), or repair with one of: {', '.join(METHODS)}"
         )
     job = _prepared(METHODS, dense, removed, windows, method, damping, rank, batch_size, keep_states, progress)
     cuts, factor = [], 1.0
