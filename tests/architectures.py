@@ -49,6 +49,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", SMALL),
     "llama_tied": ("llama", {**SMALL, "tie_word_embeddings": True}),
     "mistral": ("mistral", {**SMALL, "sliding_window": 5}),
+    "ministral": ("ministral", {**SMALL, **WINDOWED}),
     "qwen2": ("qwen2", SMALL),
     "qwen2_sliding": ("qwen2", {**SMALL, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
     "qwen3": ("qwen3", SMALL),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
+from architectures import ARCHITECTURES, build
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -45,6 +45,7 @@ FAMILIES = [
     "llama",
     "llama_tied",
     "mistral",
+    "ministral",
     "qwen2",
     "qwen2_sliding",
     "qwen3",
@@ -101,6 +102,10 @@ def exact(model):
 
 
 # ----------------------------------------------------------------------------------------------------------- invariance
+
+
+def test_every_family_is_tested():
+    assert {ARCHITECTURES[name][0] for name in FAMILIES} == set(WIRING)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
