@@ -24,7 +24,7 @@ from transformers import (
     PhiConfig,
 )
 
-from prunelib import corpora, models
+from prunelib import corpora, models, slicing
 from prunelib.evaluation import perplexity
 from prunelib.models import UnsupportedModel, parameter_count
 from prunelib.schedules import SlicePlan, constant
@@ -359,6 +359,23 @@ def test_shortcut_modules(tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------- options
+
+
+def test_moments_are_filled_in_by_blocks(tokens, monkeypatch):
+    model = build("llama")
+    whole = sliced(model, CUT, tokens)
+    monkeypatch.setattr(slicing, "_BLOCK", 10)  # no divisor of the width
+    assert difference(sliced(model, CUT, tokens), whole, tokens) < 1e-4
+    stream = torch.randn(2, 7, 32)
+    flat, moments = stream.flatten(0, 1).double(), torch.zeros(32, 32, dtype=torch.float64)
+    slicing._add_moments(moments, stream)
+    assert torch.allclose(slicing._mirrored(moments), flat.T @ flat, atol=1e-12)
+
+
+def test_what_is_cut_may_be_taken_off_or_what_is_kept_be_kept(tokens):
+    model = build("llama").double()
+    kept = sliced(model, CUT, tokens, axes=lambda moments, width: principal_axes(moments, width))  # tells nothing of the rest
+    assert difference(sliced(model, CUT, tokens), kept, tokens) < 1e-9
 
 
 def test_every_sublayer_runs_once(tokens):

@@ -29,7 +29,8 @@ def place(tmp_path_factory):
     words = {f"w{i}": i for i in range(1, 60)} | {"<|endoftext|>": 0}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<|endoftext|>", **special)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2)
     models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
@@ -97,6 +98,33 @@ def test_the_rows_are_those_of_the_sliced_models(place):
     one_layer = models.removed_fraction(dense, models.remove_layers(dense, [2]))
     assert value("removed", role="count", method="layers", layers_removed=1) == pytest.approx(one_layer)
     assert not any(row.get("layers_removed") == 4 for row in rows), "a model without layers is none"
+
+
+def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
+    pytest.importorskip("lm_eval")
+    from prunelib.tasks import evaluate_tasks
+
+    changes = {"random_seeds": [], "normalisations": [], "window_seeds": [], "other_percentages": [], "bare_percentages": []}
+    changes |= {"slice_bases": [0.0, 0.125], "latency_repeats": 0, "depth_sizes": []}
+    asked = {"tasks": ["pydocs_parameter"], "tasks_limit": 5, "together": False}
+    run_file = run(place, "tasks.json", **changes, **asked)
+    rows = [row for row in run_file["rows"] if row["role"] == "task"]
+    dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
+    windows = corpora.sample_windows(corpora.load(place / "text.txt"), tokenizer, 16, LENGTH, seed=0)
+    redundancy = layer_redundancy(LayerStats.load(at_root(str(place / "s0.safetensors"))))
+    widths = {"constant": constant(4, 32, 0.25), "dynamic": dynamic(redundancy, 32, 0.25, 0.125)}
+    expected = {name: slice_model(dense, plan, windows, progress=False) for name, plan in widths.items()} | {"dense": dense}
+    for method, model in expected.items():
+        # The same batches: this tokenizer knows no word of the items, so that choices of one length tie.
+        found = evaluate_tasks(model, tokenizer, "pydocs_parameter", bos=True, limit=5, batch_size=8, progress=False)
+        found = found["pydocs_parameter"]
+        mine = [row for row in rows if row["method"] == method and row.get("slice_base") != 0]
+        assert {row["value"] for row in mine if row["metric"] in ("acc", "average")} == {found.acc}
+        assert run_file["provenance"]["data"]["pydocs_parameter"] == found.items_sha256
+    plans = [(row["method"], row["slice_base"]) for row in rows if row["metric"] == "over_constant"]
+    assert plans == [("dynamic", 0.0), ("dynamic", 0.125), ("spare_first", 0.0)]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows if row["metric"] == "over_constant")
+    assert [row["value"] for row in rows if row["method"] == "chance"] == [0.25]
 
 
 def test_statistics_of_another_text_are_one_clear_error(place):
