@@ -19,7 +19,7 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum test verify lab lock clean
+.PHONY: figures optimum healing test verify lab lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
@@ -27,6 +27,9 @@ figures: $(READY)
 
 optimum: $(READY)
 	@$(BIN)/python -m prunelib.batch profiles/optimum.yaml --cores $(CORES) $(ARGS)
+
+healing: $(READY)
+	@$(BIN)/python -m prunelib.batch profiles/healing.yaml --cores $(CORES) $(ARGS)
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/python -m pytest $(ARGS)

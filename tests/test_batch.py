@@ -279,7 +279,7 @@ CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.
 
 
 @pytest.mark.skipif(not (ROOT / grid.DEPTH).is_file() or not CHAPTERS, reason="the notebooks are not there yet")
-@pytest.mark.parametrize("name", ["smoke", "reference", "optimum", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "reference", "optimum", "healing", "paper"])
 def test_a_dry_run_lists_every_run(name, tmp_path):
     """Also for models, data and devices that this machine does not have."""
     import yaml

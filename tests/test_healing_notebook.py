@@ -1,0 +1,128 @@
+"""The healing notebook as a batch runs it, on a tiny model and a small text."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prunelib import choices, models, results
+from prunelib.corpora import load
+from prunelib.evaluation import PerplexityProtocol, perplexity
+from prunelib.notebook import NotebookError, run_notebook
+
+NOTEBOOK = "notebooks/experiments/healing.ipynb"
+REMOVED = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a 5-layer model, its tokenizer, a text, and a run file with a choice of two layers."""
+    folder = tmp_path_factory.mktemp("healing")
+    words = {f"w{i}": i for i in range(1, 30)} | {"<|endoftext|>": 0}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2)
+    models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
+    # Words in turn: something that a few steps of training can learn.
+    (folder / "text.txt").write_text(" ".join(f"w{1 + i % 29}" for i in range(6000)))
+    results.write_run(
+        folder / "choices.json",
+        experiment="blocks",
+        parameters={"model": str(folder / "model")},
+        rows=[{"method": "angular", "size": 2, "removed_layers": "1 2", "role": "choice", "metric": "nats", "value": 1.0}],
+        provenance={},
+        seconds=0.0,
+    )
+    return folder
+
+
+def _run(place, name, **changes):
+    values = {
+        "model": str(place / "model"),
+        "choices": str(place / "choices.json"),
+        "methods": ["dense", "angular"],
+        "sizes": [2],
+        "recipes": ["lora"],
+        "learning_rates": [0.02],
+        "steps": 20,
+        "warmup_steps": 1,
+        "batch": 4,
+        "seq_len": 16,
+        "corpora": [f"{place / 'text.txt'}:train"],
+        "measured_steps": [5],
+        "report_corpora": [str(place / "text.txt")],
+        "report_windows": 4,
+        "report_seq_len": 32,
+        "repair_samples": 8,
+    }
+    run_notebook(NOTEBOOK, place / f"{name}.json", **(values | changes))
+    return results.read_run(place / f"{name}.json")
+
+
+def _nats(run, **conditions):
+    return {
+        row["step"]: row["value"]
+        for row in run["rows"]
+        if row["metric"] == "nats" and all(row.get(key) == value for key, value in conditions.items())
+    }
+
+
+def test_a_healing_is_measured_before_on_the_way_and_after(place):
+    run = _run(place, "curve", healed_folder=str(place / "healed"))
+    before = _nats(run, method="angular", recipe="none")
+    after = _nats(run, method="angular", recipe="lora")
+    assert set(before) == {0} and set(after) == {5, 20}
+    assert after[20] < after[5] < before[0]
+    assert set(_nats(run, method="dense", recipe="lora")) == {5, 20}  # the control
+    assert {row["tokens"] for row in run["rows"] if row.get("step") == 20} == {20 * 4 * 16}
+    assert not (place / "curve.work").exists()
+    # What was saved is what was measured.
+    (saved,) = [path for path in (place / "healed").iterdir() if path.name.startswith("001")]
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    assert model.config.num_hidden_layers == 3
+    protocol = PerplexityProtocol(window=32, dtype="float32", limit=4)
+    ids = protocol.windows(load(place / "text.txt", "evaluation"), models.load_tokenizer(saved), progress=False)
+    found = perplexity(model, ids, batch_size=4)
+    assert found.nats == pytest.approx(after[20], abs=1e-5)
+
+
+def test_repairs_slices_and_random_layers_are_starts_as_well(place):
+    run = _run(
+        place,
+        "starts",
+        methods=["angular"],
+        repairs=["none", "refit"],
+        recipes=["none", "lora"],
+        slice_percentages=[0.25],
+        steps=2,
+    )
+    for start in ({"method": "angular", "repair": "none"}, {"method": "angular", "repair": "refit"}, {"method": "sliced"}):
+        assert set(_nats(run, **start, recipe="none")) == {0}
+        assert set(_nats(run, **start, recipe="lora")) == {2}
+    drawn = _run(place, "random", methods=[], random_draws=[3], recipes=["none"])
+    (row,) = [row for row in drawn["rows"] if row["metric"] == "nats" and row["method"] == "random 3"]
+    assert len(row["removed_layers"].split()) == 2
+
+
+def test_settings_that_change_nothing_are_not_trained_twice(place):
+    run = _run(place, "plans", methods=["angular"], recipes=["full"], ranks=[1, 4], modules=["mlp", "attention"], steps=1)
+    assert len(_nats(run, recipe="full")) == 1
+    assert len(run["extra"]["recipes"]) == 1
+
+
+def test_wrong_parameters_are_refused_before_work(place):
+    with pytest.raises(NotebookError, match="no repair 'glue'"):
+        _run(place, "wrong", repairs=["glue"])
+    with pytest.raises(NotebookError, match="unknown recipe 'magic'"):
+        _run(place, "wrong", recipes=["magic"])
+    with pytest.raises(NotebookError, match="such as pydocs:train"):
+        _run(place, "wrong", corpora=["pydocs"])
+    with pytest.raises(NotebookError, match="no choice of 'greedy'"):
+        _run(place, "wrong", methods=["greedy"])
+    assert choices.read(place / "choices.json", model=str(place / "model"), methods=["angular"], sizes=[2]) == {
+        ("angular", 2): REMOVED
+    }
