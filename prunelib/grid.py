@@ -28,7 +28,8 @@ DUPLICATES = f"{NOTEBOOKS}/experiments/duplicates.ipynb"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
 SOME_MODELS = ("slicing", "healing", "duplicates")  # experiments whose entries may be for some of the models alone
 CHOOSING = ("tasks", "healing")  # experiments that go on from the layers which another one has chosen
-OWN_TABLE = ("selection", "blocks", "slicing", "tasks", "optimum", "healing", "duplicates")  # experiments whose rows are not in `results`
+# Experiments whose rows are not in `results`.
+OWN_TABLE = ("selection", "blocks", "slicing", "tasks", "optimum", "healing", "duplicates")
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
 
 
