@@ -101,9 +101,7 @@ def compare_tables(expected: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     A column that `found` has alone must be the same in all of its rows: `update` leaves such columns out.
     """
     columns = [name for name in expected if name not in IGNORED]
-    unknown = [
-        name for name in found if name not in expected and name not in IGNORED and found[name].nunique(dropna=False) > 1
-    ]
+    unknown = [name for name in found if name not in expected and name not in IGNORED and found[name].nunique(dropna=False) > 1]
     missing = [name for name in columns if name not in found]
     if unknown or missing:
         return [f"the table has other columns: {', '.join(missing) or 'none'} missing, {', '.join(unknown) or 'none'} new"]
