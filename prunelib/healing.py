@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib import corpora, models
-from prunelib.models import UnsupportedModel, decoder_layers, final_norm
+from prunelib.models import UnsupportedModel, decoder_layers, evaluating, final_norm
 from prunelib.provenance import at_root, from_root, peak_bytes, record, write_json
 from prunelib.sublayers import sublayers_of
 
@@ -821,7 +821,7 @@ def heal(
     if OBJECTIVES[recipe.objective] is _distillation:
         pairs = _matched_states(pruned, dense, cut or ()) if recipe.hidden_weight else ()
         teacher = _Teacher(dense, pairs, bf16)
-    with _generators_kept(), _evaluating(dense):
+    with _generators_kept(), evaluating(dense) if dense is not None else contextlib.nullcontext():
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
             use_cpu=pruned.device.type == "cpu",
@@ -964,19 +964,6 @@ def _quiet() -> Iterator[None]:
         advice.setLevel(level)
         if shown:
             bars.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module | None) -> Iterator[None]:
-    """While this lasts the model, if there is one, is in evaluation mode."""
-    training = [] if model is None else [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _opened(folder: Path, request: dict) -> dict | None:
@@ -1214,7 +1201,7 @@ def _classes() -> tuple[type, type]:
             started = time.perf_counter()
             if self.trainer.args.should_save:
                 model = self.trainer.model
-                with _generators_kept(), _evaluating(model), torch.no_grad():
+                with _generators_kept(), evaluating(model), torch.no_grad():
                     found = {name: float(value) for name, value in self.training.measure(model).items()}
                 # A measure that overflows is left out: JSON has no number for it.
                 finite = {name: value for name, value in found.items() if math.isfinite(value)}

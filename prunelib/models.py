@@ -6,6 +6,7 @@ tables do not know is caught, not guessed: the pruned configuration is written t
 weights, and every parameter and every plain attribute of that model must agree with the pruned one.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -738,10 +739,17 @@ def probe_tokens(model: PreTrainedModel) -> Int64[Tensor, "sample token"]:
 
 
 def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "sample token"]) -> Float[Tensor, "sample token vocabulary"]:
+    with evaluating(model):
+        return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While this lasts `model` is in evaluation mode; then every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return model(input_ids=tokens, use_cache=False).logits.float()
+        yield
     finally:
         for module in training:
             module.training = True

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from prunelib.models import UnsupportedModel, decoder_layers, parameter_count, probe_tokens, remove_layers, removed_fraction
+from prunelib.models import (
+    UnsupportedModel,
+    decoder_layers,
+    evaluating,
+    parameter_count,
+    probe_tokens,
+    remove_layers,
+    removed_fraction,
+)
 from prunelib.plans import SublayerPlan
 
 # Unit 2 l + ATTENTION is the attention of layer l, unit 2 l + MLP its MLP.
@@ -190,7 +198,7 @@ def _check_cut(model: PreTrainedModel, index: int, part: int, call: _Call, names
     def run() -> Tensor:
         return _hidden(layer(*args, **kwargs))
 
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         check_additive(model, index, args[0] if args else kwargs["hidden_states"], run)
         with silent(sublayers_of(model, index)[part]):
             expected = run()
@@ -210,24 +218,13 @@ def _calls(model: PreTrainedModel, indices: Sequence[int] | dict[int, int]) -> d
 
             hooks.callback(layers[index].register_forward_hook(hook, with_kwargs=True).remove)
         if indices:
-            with torch.no_grad(), _evaluating(model):
+            with torch.no_grad(), evaluating(model):
                 model(input_ids=probe_tokens(model), use_cache=False)
     return calls
 
 
 def _hidden(output: Any) -> Float[Tensor, "batch position hidden"]:
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _idle(pruned: PreTrainedModel, index: int, part: int, call: _Call) -> int:
@@ -240,7 +237,7 @@ def _idle(pruned: PreTrainedModel, index: int, part: int, call: _Call) -> int:
     layer, sublayers = decoder_layers(pruned)[index], sublayers_of(pruned, index)
     working = {id(parameter) for parameter in sublayers[1 - part].parameters()}
     weights = {name: parameter.detach().requires_grad_() for name, parameter in layer.named_parameters()}
-    with torch.enable_grad(), _evaluating(pruned), silent(sublayers[part]):
+    with torch.enable_grad(), evaluating(pruned), silent(sublayers[part]):
         output = _hidden(functional_call(layer, weights, args, kwargs))
         gradients = torch.autograd.grad(output.float().square().sum(), list(weights.values()), allow_unused=True)
     return sum(
