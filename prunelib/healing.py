@@ -1,6 +1,7 @@
 """Healing: recovery training of a pruned or sliced model, on peft and the Trainer of transformers.
 
-A `Recipe` says how a paper healed, down to the number of tokens; `heal` trains exactly so many, from `TrainingRows`:
+A recipe (`prunelib.recipes`) says how a paper healed, down to the number of tokens; `heal` trains exactly so many, from rows
+of tokens (`prunelib.training_rows`):
 
     rows = packed_rows(corpus, tokenizer, recipe.rows, recipe.seq_len, seed=0)
     healed = heal(pruned, rows, recipe, folder)
@@ -10,16 +11,11 @@ What comes out is an ordinary model: adapters are merged into the weights they w
 its last checkpoint with the next call, to the same losses and weights as an uninterrupted one; a call that asks for something
 else in the same folder is refused. Under ``accelerate launch`` the same code trains on several processes, with the same global
 batches: ``accelerate launch -m prunelib.healing MODEL OUT --corpus c4 --recipe gromov_qlora`` (``--help`` lists the rest).
-
-4-bit weights (`NF4Linear`) are bitsandbytes', but always dequantised before they are multiplied. The library's own layer
-changes its weights to a layout without derivatives when it is evaluated on some processors, so that measuring in the middle
-would spoil the training, and on a CPU it dequantises wrongly where the rows are no whole number of blocks.
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -33,9 +29,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,284 +46,18 @@ from transformers import PreTrainedModel
 
 from prunelib import corpora, models
 from prunelib.models import UnsupportedModel, decoder_layers, evaluating, final_norm
-from prunelib.provenance import at_root, from_root, peak_bytes, record, write_json
+from prunelib.nf4 import quantise
+from prunelib.provenance import from_root, peak_bytes, record, write_json
+from prunelib.recipes import RECIPES, Recipe, gromov
 from prunelib.sublayers import sublayers_of
+from prunelib.training_rows import IGNORED, TrainingRows, document_rows, packed_rows
 
-IGNORED = -100  # label of a position that is not trained on
 GRADIENT_NORM = 1.0  # gradients are scaled down to this norm, the Trainer's default
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 TOKENS_IN_A_MICRO_BATCH = 16384  # at most, where the caller does not say
-TOKENIZED_AT_ONCE = 64  # documents
 LOGITS_IN_A_CHUNK = 2**24  # at most so many at once are compared with the dense model's
 
-# ------------------------------------------------------------------------------------------------------------ recipes
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to heal. `dataclasses.replace` gives another one with other settings.
-
-    Attributes:
-        source: paper and place that state the settings; "own" where no paper does.
-        trains: "lora" (adapters on the linear maps of `modules`), "all" (every weight) or "last_layers" (the last so many
-            layers, the final norm and the head; a head that is tied to the embeddings trains them too).
-        modules: sublayers that get adapters: "mlp", "attention".
-        rank, alpha, dropout: of the adapters, which add alpha / rank times their product to a weight.
-        base: what the adapters are trained on: weights as they are ("full"), or 4-bit ones ("nf4", QLoRA).
-        objective: "next_token" (cross-entropy) or "distillation" (temperature² times the Kullback-Leibler divergence from the
-            dense model's next-token distribution at that temperature).
-        hidden_weight: in distillation, the weight of the relative squared distance to the dense model's hidden states behind
-            the cut.
-        schedule: of the learning rate after `warmup_steps` of linear warm-up to `learning_rate`: a key of `SCHEDULES`.
-        batch: rows of `seq_len` tokens in one optimiser step, over all processes.
-        last_layers: how many layers "last_layers" trains.
-
-    Raises ValueError naming the setting that is wrong or does not belong to the others.
-    """
-
-    name: str
-    source: str
-    trains: str
-    learning_rate: float | int
-    batch: int
-    seq_len: int
-    steps: int
-    modules: tuple[str, ...] = ()
-    rank: int | None = None
-    alpha: float | int | None = None
-    dropout: float | int = 0.0
-    base: str = "full"
-    objective: str = "next_token"
-    hidden_weight: float | int = 0.0
-    temperature: float | int = 1.0
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float | int = 0.0
-    last_layers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("trains", TRAINS), ("base", BASES), ("objective", OBJECTIVES), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"recipe {self.name}: {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("batch", "seq_len", "steps"):
-            least = 2 if name == "seq_len" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"recipe {self.name}: {name}={getattr(self, name)} must be at least {least}")
-        adapters = {"modules": self.modules or None, "rank": self.rank, "alpha": self.alpha}
-        for name, value in adapters.items():
-            if (value is None) == (self.trains == "lora"):
-                need = "needs" if self.trains == "lora" else "has no"
-                raise ValueError(f"recipe {self.name}: trains={self.trains!r} {need} {name}, got {getattr(self, name)!r}")
-        unknown = sorted(set(self.modules) - set(ROLES))
-        if unknown:
-            raise ValueError(f"recipe {self.name}: modules {', '.join(unknown)} unknown; there are: {', '.join(ROLES)}")
-        if self.trains == "lora" and (self.rank < 1 or self.alpha <= 0):
-            raise ValueError(f"recipe {self.name}: rank={self.rank} must be at least 1 and alpha={self.alpha} positive")
-        if self.trains != "lora" and (self.base != "full" or self.dropout):
-            raise ValueError(
-                f"recipe {self.name}: base={self.base!r} and dropout={self.dropout} are settings of adapters alone"
-            )
-        if (self.last_layers is None) == (self.trains == "last_layers") or (self.last_layers or 1) < 1:
-            raise ValueError(
-                f"recipe {self.name}: last_layers={self.last_layers} with trains={self.trains!r}; give a number of at least 1 "
-                "with 'last_layers', and none otherwise"
-            )
-        if self.objective != "distillation" and (self.hidden_weight or self.temperature != 1):
-            raise ValueError(f"recipe {self.name}: hidden_weight and temperature are settings of distillation alone")
-        bounds = {
-            "dropout": 0 <= self.dropout < 1,
-            "hidden_weight": self.hidden_weight >= 0,
-            "temperature": 0 < self.temperature < math.inf,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "warmup_steps": 0 <= self.warmup_steps <= self.steps,
-            "weight_decay": self.weight_decay >= 0,
-        }
-        for name, fine in bounds.items():
-            if not fine:
-                raise ValueError(f"recipe {self.name}: {name}={getattr(self, name)} is out of range (steps={self.steps})")
-
-    @property
-    def rows(self) -> int:
-        """Rows of `seq_len` tokens that the training reads."""
-        return self.batch * self.steps
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the training reads, padding included."""
-        return self.rows * self.seq_len
-
-
-class Recipes(dict[str, Recipe]):
-    """Recipes by name; an unknown name raises ValueError listing the known ones."""
-
-    def __missing__(self, name: str) -> Recipe:
-        raise ValueError(f"unknown recipe {name!r}; there are: {', '.join(sorted(self))}")
-
-
-def gromov(model_name: str) -> Recipe:
-    """The settings with which "The Unreasonable Ineffectiveness of the Deeper Layers" healed one of its seven models.
-
-    Arxiv 2403.17887, Table 2: QLoRA on the MLP of every layer, alpha = rank, C4. Read from
-    data/published/deeper_layers_healing.csv; capitals do not matter. (On Qwen-1 the paper names the maps w1, w2 and c_proj, and
-    the output of attention is called c_proj as well; here the MLP alone is trained, as the paper says.)
-
-    Raises ValueError listing the seven models.
-    """
-    with open(at_root("data/published/deeper_layers_healing.csv"), encoding="utf-8", newline="") as file:
-        rows = {row["model"]: row for row in csv.DictReader(file)}
-    found = [row for name, row in rows.items() if name.lower() == model_name.lower()]
-    if not found:
-        raise ValueError(f"the paper healed no model {model_name!r}; it healed: {', '.join(rows)}")
-    (row,) = found
-    return Recipe(
-        name="gromov_qlora",
-        source=f"deeper_layers Table 2, {row['model']}",
-        trains="lora",
-        modules=("mlp",),
-        rank=int(row["lora_rank"]),
-        alpha=int(row["lora_alpha"]),
-        dropout=float(row["lora_dropout"]),
-        base="nf4",
-        learning_rate=float(row["peak_lr"]),
-        schedule=row["lr_schedule"],
-        warmup_steps=int(row["warmup_steps"]),
-        steps=int(row["steps"]),
-        batch=int(row["global_batch"]),
-        seq_len=int(row["seq_len"]),
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """Rows of tokens to train on, in their order.
-
-    Attributes:
-        labels: the token at each position, or `IGNORED` where it is not to be predicted.
-        mask: False at padding; None where nothing is padded.
-        source: what the rows were made from.
-        passes: how many times the text was gone through; 1 where no text is repeated.
-    """
-
-    input_ids: Int64[Tensor, "row position"] = field(repr=False)
-    labels: Int64[Tensor, "row position"] = field(repr=False)
-    mask: Bool[Tensor, "row position"] | None = field(repr=False)
-    source: str
-    passes: int = 1
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of shapes and contents."""
-        tensors = (self.input_ids, self.labels) + (() if self.mask is None else (self.mask.long(),))
-        return hashlib.sha256("".join(map(corpora.windows_sha256, tensors)).encode()).hexdigest()
-
-    def real_tokens(self, rows: int) -> int:
-        """Tokens that are no padding in the first so many rows."""
-        return self.input_ids[:rows].numel() if self.mask is None else int(self.mask[:rows].sum())
-
-    def targets(self, start: int, stop: int) -> int:
-        """Positions that are predicted in the rows from `start` to before `stop`; the first of a row never is."""
-        return int((self.labels[start:stop, 1:] != IGNORED).sum())
-
-
-def packed_rows(
-    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
-) -> TrainingRows:
-    """`count` rows of exactly `seq_len` tokens, nothing padded, every position trained.
-
-    Documents in random order are joined by the end-of-text token (by a blank line where the tokenizer has none), cut into rows,
-    and the rows are shuffled. No more text is tokenized than is needed; where it is used up, another pass begins in another
-    order (`TrainingRows.passes` counts them). The same seed gives the same rows.
-
-    Args:
-        bos: put the beginning-of-text token at position 0 of every row (`seq_len` counts it).
-
-    Raises ValueError: less text than one row, no bos token, `count` or `seq_len` too small, a negative seed.
-    """
-    _check_draw(count, seq_len, seed)
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    end = tokenizer.eos_token_id
-    between = encode([corpora.BLANK_LINE])[0] if end is None else [end]
-    generator = np.random.default_rng(seed)
-    content = seq_len - int(bos)
-    pieces: list[np.ndarray] = []
-    found = passes = 0
-    with tqdm(total=count * content, desc=f"tokenize {corpus.name}", unit="token", disable=not progress, delay=3) as bar:
-        while found < count * content:
-            if passes and found < content:
-                raise ValueError(f"{corpus.label} has {found} tokens, fewer than one row of {seq_len}: take more text")
-            passes += 1
-            order = generator.permutation(len(corpus.documents))
-            for start in range(0, len(order), TOKENIZED_AT_ONCE):
-                block = encode([corpus.documents[index] for index in order[start : start + TOKENIZED_AT_ONCE]])
-                pieces += [np.asarray([*ids, *between], dtype=np.int64) for ids in block]
-                new = sum(map(len, block)) + len(block) * len(between)
-                found += new
-                bar.update(new)
-                if found >= count * content:
-                    break
-    ids = torch.from_numpy(np.concatenate(pieces)[: count * content].reshape(count, content)[generator.permutation(count)])
-    if bos:
-        ids = torch.cat([torch.full((count, 1), tokenizer.bos_token_id, dtype=torch.int64), ids], dim=1)
-    return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}", passes)
-
-
-def document_rows(
-    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, *, progress: bool = True
-) -> TrainingRows:
-    """`count` rows of one document each, cut at `seq_len` tokens or padded on the right; padding is not trained.
-
-    Documents begin with the special tokens that the tokenizer gives them and get no end-of-text token, and every token of the
-    text is trained: SimDiff's setting for Alpaca (train_on_inputs true, add_eos false; Table 6). The order is random; where
-    the documents are used up, another pass begins. Documents of fewer than two tokens are left out.
-
-    Raises ValueError: no document with two tokens, `count` or `seq_len` too small, a negative seed.
-    """
-    _check_draw(count, seq_len, seed)
-    generator = np.random.default_rng(seed)
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    ids = torch.full((count, seq_len), pad, dtype=torch.int64)
-    mask = torch.zeros((count, seq_len), dtype=torch.bool)
-    filled = passes = 0
-    with tqdm(total=count, desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
-        while filled < count:
-            if passes and not filled:
-                raise ValueError(f"{corpus.label} has no document of at least 2 tokens: take more text")
-            passes += 1
-            for index in generator.permutation(len(corpus.documents)):
-                encoded = tokenizer(corpus.documents[index], truncation=True, max_length=seq_len, verbose=False)["input_ids"]
-                if len(encoded) < 2:
-                    continue
-                ids[filled, : len(encoded)] = torch.tensor(encoded)
-                mask[filled, : len(encoded)] = True
-                filled += 1
-                bar.update()
-                if filled == count:
-                    break
-    labels = ids.masked_fill(~mask, IGNORED)
-    return TrainingRows(ids, labels, mask, f"{corpus.label}, one document a row, seed {seed}", passes)
-
-
-def _check_draw(count: int, seq_len: int, seed: int) -> None:
-    if count < 1 or seq_len < 2:
-        raise ValueError(f"count={count}, seq_len={seq_len}: draw at least 1 row of at least 2 tokens")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is 0 or a positive integer")
-
-
 # -------------------------------------------------------------------------------------------------------- what trains
-
-ROLES = ("attention", "mlp")
 
 
 def linear_names(model: PreTrainedModel, roles: Sequence[str]) -> tuple[str, ...]:
@@ -397,58 +127,7 @@ TRAINS: dict[str, Callable[[PreTrainedModel, Recipe], None]] = {
 """What is trained: each makes a model ready, whose weights all are frozen when it is called."""
 
 
-class NF4Linear(nn.Linear):
-    """A frozen linear map with 4-bit normal-float weights in blocks of 64 (QLoRA), dequantised whenever it is applied."""
-
-    BLOCK: ClassVar[int] = 64
-
-    def __init__(self, linear: nn.Linear):
-        from bitsandbytes.functional import quantize_4bit
-
-        nn.Module.__init__(self)  # the weights are those of `linear`, not new ones
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed, state = quantize_4bit(linear.weight.detach().flatten(), blocksize=self.BLOCK, quant_type="nf4")
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_buffer("absmax", state.absmax)
-        self.register_parameter("bias", linear.bias)
-
-    def dequantised(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The weights as they are applied."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        # As one long row: for a matrix whose rows are no whole number of blocks, bitsandbytes 0.50 takes the wrong scales on a
-        # CPU, without a word.
-        shape = torch.Size((self.out_features * self.in_features,))
-        state = QuantState(self.absmax, shape=shape, blocksize=self.BLOCK, quant_type="nf4", dtype=dtype)
-        return dequantize_4bit(self.weight, state).view(self.out_features, self.in_features)
-
-    def forward(self, states: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        output = _Dequantised.apply(states, self)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
-
-
-class _Dequantised(torch.autograd.Function):
-    """states @ weightsᵀ; the weights are dequantised once more for the derivative instead of being kept."""
-
-    @staticmethod
-    def forward(ctx, states: Tensor, linear: NF4Linear) -> Tensor:
-        ctx.linear, ctx.dtype = linear, states.dtype
-        return functional.linear(states, linear.dequantised(states.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient @ ctx.linear.dequantised(gradient.dtype)).to(ctx.dtype), None
-
-
-def _quantise(model: PreTrainedModel) -> None:
-    """Put 4-bit weights in the place of every linear map of the decoder layers."""
-    for layer in decoder_layers(model):
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
-                layer.set_submodule(name, NF4Linear(module))
-
-
-BASES: dict[str, Callable[[PreTrainedModel], None]] = {"full": lambda model: None, "nf4": _quantise}
+BASES: dict[str, Callable[[PreTrainedModel], None]] = {"full": lambda model: None, "nf4": quantise}
 """What adapters are trained on."""
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -611,63 +290,6 @@ def _matched_states(pruned: PreTrainedModel, dense: PreTrainedModel, cut: Sequen
     behind = [(new, old) for new, old in enumerate(kept) if old > min(cut)]
     return (*behind, (n_pruned, n_dense))
 
-
-_EVERYWHERE = ("attention", "mlp")
-_SMALL = {"batch": 16, "seq_len": 256, "steps": 64, "warmup_steps": 4}
-
-RECIPES = Recipes(
-    {
-        recipe.name: recipe
-        for recipe in (
-            Recipe(
-                name="gromov_qlora",
-                source="deeper_layers Table 2, Llama-2-7B; `gromov` gives the other models",
-                trains="lora",
-                modules=("mlp",),
-                rank=2,
-                alpha=2,
-                dropout=0.05,
-                base="nf4",
-                learning_rate=3e-4,
-                warmup_steps=100,
-                batch=16,
-                seq_len=2048,
-                steps=5000,
-            ),
-            # Table 6 says 0.003, appendix A 3e-4, which is taken here; `replace(recipe, learning_rate=3e-3)` is the other one.
-            # One epoch of Alpaca less 2,000 held-out items is 50,002 / 32 = 1,562 full batches. Not stated there: schedule,
-            # warm-up and weight decay (here the Trainer's defaults).
-            Recipe(
-                name="simdiff_lora",
-                source="simdiff Table 6; learning rate of its appendix A",
-                trains="lora",
-                modules=_EVERYWHERE,
-                rank=8,
-                alpha=16,
-                dropout=0.05,
-                learning_rate=3e-4,
-                schedule="linear",
-                batch=32,
-                seq_len=256,
-                steps=1562,
-            ),
-            Recipe("lora", "own", "lora", 3e-3, modules=_EVERYWHERE, rank=8, alpha=16, **_SMALL),
-            Recipe("full", "own", "all", 3e-4, **_SMALL),
-            Recipe(
-                "last_layers",
-                "own, after LLM-Streamline, which trains few layers",
-                "last_layers",
-                3e-4,
-                last_layers=2,
-                **_SMALL,
-            ),
-            Recipe(
-                "distillation", "own", "lora", 3e-3, modules=_EVERYWHERE, rank=8, alpha=16, objective="distillation", **_SMALL
-            ),
-        )
-    }
-)
-"""The recipes by name. Their sizes are those of the papers, or, where the source is "own", for the reference models."""
 
 # -------------------------------------------------------------------------------------------------------- fingerprints
 

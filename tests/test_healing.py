@@ -14,25 +14,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from prunelib import healing, models
-from prunelib.corpora import Corpus
-from prunelib.healing import (
-    IGNORED,
-    RECIPES,
-    HealingError,
-    NF4Linear,
-    Recipe,
-    TrainingRows,
-    document_rows,
-    gromov,
-    heal,
-    kl_divergence,
-    linear_names,
-    load_adapter,
-    packed_rows,
-)
+from prunelib.healing import HealingError, heal, kl_divergence, linear_names, load_adapter
 from prunelib.models import UnsupportedModel
+from prunelib.nf4 import NF4Linear
+from prunelib.recipes import RECIPES, WORDS, Recipe
 from prunelib.schedules import constant
 from prunelib.slicing import slice_model
+from prunelib.training_rows import IGNORED, TrainingRows
 
 FAMILIES = ["llama", "llama_tied", "gpt_neox", "qwen2", "phi"]
 SIZE = {"batch": 4, "seq_len": 16, "steps": 6, "warmup_steps": 1}
@@ -75,158 +63,18 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-# --------------------------------------------------------------------------------------------------------- recipes
-
-
-def test_an_unknown_recipe_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown recipe 'qlora'; there are: distillation, .*, simdiff_lora"):
-        RECIPES["qlora"]
-
-
-# Table 2 of the paper, and the learning rates in its text, written down once more.
-GROMOV = {
-    "Llama-2-7B": (2, 3e-4, 2048),
-    "Llama-2-13B": (64, 3e-4, 4096),
-    "Llama-2-70B": (8, 3e-5, 4096),
-    "Qwen-7B": (64, 3e-4, 2048),
-    "Qwen-14B": (64, 3e-4, 4096),
-    "Mistral-7B": (4, 3e-6, 2048),
-    "Phi-2": (64, 2e-4, 2048),
-}
-
-
-@pytest.mark.parametrize("name", GROMOV)
-def test_the_settings_of_the_paper(name):
-    recipe = gromov(name)
-    assert (recipe.rank, recipe.learning_rate, recipe.seq_len) == GROMOV[name]
-    assert recipe.alpha == recipe.rank
-    assert (recipe.trains, recipe.modules, recipe.base, recipe.dropout) == ("lora", ("mlp",), "nf4", 0.05)
-    assert (recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.batch) == ("cosine", 100, 5000, 16)
-    assert recipe.tokens == {2048: 163_840_000, 4096: 327_680_000}[recipe.seq_len]
-
-
-def test_the_default_of_that_paper_is_its_smallest_llama():
-    seven = gromov("llama-2-7b")
-    assert replace(RECIPES["gromov_qlora"], source=seven.source) == seven
-    with pytest.raises(ValueError, match=r"no model 'Llama-3-8B'; it healed: Llama-2-7B, .*, Phi-2"):
-        gromov("Llama-3-8B")
-
-
-def test_simdiffs_settings():
-    recipe = RECIPES["simdiff_lora"]
-    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.batch, recipe.seq_len) == (8, 16, 0.05, 32, 256)
-    assert recipe.steps == (52_002 - 2_000) // 32
-    assert len(linear_names(build("llama"), recipe.modules)) == 6 * 7
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"trains": "everything"}, r"trains='everything' is not one of lora, all, last_layers"),
-        ({"schedule": "step"}, "schedule='step' is not one of"),
-        ({"modules": ()}, r"trains='lora' needs modules, got \(\)"),
-        ({"modules": ("ffn",)}, "modules ffn unknown; there are: attention, mlp"),
-        ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
-        ({"warmup_steps": 65}, r"warmup_steps=65 is out of range \(steps=64\)"),
-        ({"learning_rate": math.inf}, "learning_rate=inf is out of range"),
-        ({"hidden_weight": 1.0}, "settings of distillation alone"),
-        ({"last_layers": 2}, "last_layers=2 with trains='lora'"),
-        ({"trains": "all"}, "trains='all' has no modules"),
-        ({"trains": "all", "modules": (), "rank": None, "alpha": None, "base": "nf4"}, "base='nf4' .* of adapters alone"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(changes, message):
-    with pytest.raises(ValueError, match=f"recipe lora: .*{message}|recipe lora: {message}"):
-        replace(RECIPES["lora"], **changes)
-
-
-# ------------------------------------------------------------------------------------------------------------ rows
-
-
-class Letters:
-    """A tokenizer of one token per letter; 0 begins a document, 1 ends it."""
-
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, None
-
-    def __call__(self, texts, truncation=False, max_length=None, add_special_tokens=True, **_):
-        def encode(text):
-            ids = [0] * add_special_tokens + [ord(letter) for letter in text]
-            return ids[:max_length] if truncation else ids
-
-        return {"input_ids": encode(texts) if isinstance(texts, str) else [encode(text) for text in texts]}
-
-
-def corpus(*documents):
-    return Corpus("letters", "train", documents, "here", "none")
-
-
-TEXTS = ["".join(chr(200 + 7 * i + j) for j in range(7)) for i in range(200)]
-
-
-def test_packed_rows_repeat_no_text_before_all_of_it_was_read():
-    for count, passes in ((160, 1), (161, 2)):  # 200 documents of 8 tokens, the end counted
-        rows = packed_rows(corpus(*TEXTS), Letters(), count, 10, seed=3, progress=False)
-        assert rows.input_ids.shape == (count, 10)
-        assert torch.equal(rows.labels, rows.input_ids)
-        assert rows.passes == passes
-    once = packed_rows(corpus(*TEXTS), Letters(), 160, 10, seed=3, progress=False).input_ids
-    letters, counts = once.unique(return_counts=True)
-    assert letters.tolist() == [1, *range(200, 1600)]  # all of the text, and the end of a document
-    assert counts.tolist() == [200] + [1] * 1400
-    steps = once.diff(dim=1)[(once[:, 1:] != 1) & (once[:, :-1] != 1)]
-    assert (steps == 1).all()  # within a document in order
-    assert packed_rows(corpus(*TEXTS), Letters(), 500, 10, seed=3, progress=False).passes == 4
-
-
-def test_little_text_is_tokenized_for_few_rows_and_the_seed_decides():
-    class Counting(Letters):
-        seen = 0
-
-        def __call__(self, texts, **options):
-            self.seen += len(texts)
-            return super().__call__(texts, **options)
-
-    tokenizer = Counting()
-    rows = packed_rows(corpus(*TEXTS), tokenizer, 4, 10, 3, progress=False)
-    assert tokenizer.seen == healing.TOKENIZED_AT_ONCE
-    assert rows.sha256 == packed_rows(corpus(*TEXTS), Letters(), 4, 10, 3, progress=False).sha256
-    assert rows.sha256 != packed_rows(corpus(*TEXTS), Letters(), 4, 10, 4, progress=False).sha256
-    labels = rows.labels.clone()
-    labels[0, 3] = IGNORED
-    assert rows.sha256 != replace(rows, labels=labels).sha256
-
-
-def test_packed_rows_begin_with_the_bos_token_when_asked():
-    rows = packed_rows(corpus("abcdefghijklmnop"), Letters(), 2, 5, 0, bos=True, progress=False)
-    assert rows.input_ids[:, 0].tolist() == [0, 0]
-    assert (rows.input_ids[:, 1:] >= ord("a")).all()
-
-
-def test_document_rows_are_cut_and_padded_and_padding_is_not_trained():
-    rows = document_rows(corpus("abc", "defghijkl", ""), Letters(), 4, 6, seed=0, progress=False)
-    assert rows.passes == 2  # the empty document has nothing to predict
-    found = {tuple(row[mask].tolist()) for row, mask in zip(rows.input_ids, rows.mask, strict=True)}
-    assert found == {(0, *map(ord, "abc")), (0, *map(ord, "defgh"))}  # no end-of-text token
-    assert torch.equal(rows.labels == IGNORED, ~rows.mask)
-    assert torch.equal(rows.labels[rows.mask], rows.input_ids[rows.mask])  # train_on_inputs
-    assert rows.real_tokens(4) == 2 * 4 + 2 * 6
-    assert rows.targets(0, 4) == 2 * 3 + 2 * 5
-
-
-def test_too_little_text_is_refused():
-    with pytest.raises(ValueError, match=r"has 4 tokens, fewer than one row of 10"):
-        packed_rows(corpus("abc"), Letters(), 1, 10, 0, progress=False)
-    with pytest.raises(ValueError, match="no document of at least 2 tokens"):
-        document_rows(corpus("", ""), Letters(), 1, 10, 0, progress=False)
-    with pytest.raises(ValueError, match="count=0"):
-        packed_rows(corpus("abc"), Letters(), 0, 2, 0, progress=False)
-    with pytest.raises(ValueError, match="seed=-1"):
-        packed_rows(corpus("abc"), Letters(), 1, 2, -1, progress=False)
-
-
 # -------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_every_word_of_a_recipe_is_known_here():
+    known = {
+        "trains": healing.TRAINS,
+        "base": healing.BASES,
+        "objective": healing.OBJECTIVES,
+        "schedule": healing.SCHEDULES,
+    }
+    assert {name: set(words) for name, words in WORDS.items()} == {name: set(table) for name, table in known.items()}
+
 
 MLPS = {
     "llama": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
@@ -601,28 +449,6 @@ def test_the_seed_decides(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- 4 bits
-
-
-# QLoRA (arXiv 2305.14314), appendix E.
-LEVELS = torch.tensor(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-        *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
-)
-
-
-@pytest.mark.parametrize("shape", [(160, 96), (128, 64), (48, 40)])
-def test_four_bit_weights_are_the_nearest_levels_of_their_block(shape):
-    linear = nn.Linear(*shape)
-    weight = linear.weight.detach().flatten()
-    blocks = weight.split(64)  # also where a row is no whole number of blocks, as in the reference models
-    nearest = [LEVELS[((b / b.abs().max())[:, None] - LEVELS).abs().argmin(1)] * b.abs().max() for b in blocks]
-    found = NF4Linear(linear).dequantised(torch.float32)
-    torch.testing.assert_close(found, torch.cat(nearest).view_as(linear.weight), rtol=1e-6, atol=0)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(NF4Linear(linear).dequantised(torch.bfloat16), found.bfloat16())
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

@@ -14,8 +14,10 @@ from architectures import build
 from transformers import AutoTokenizer
 
 from prunelib import corpora, healing, models
-from prunelib.healing import RECIPES, document_rows, heal, load_file
+from prunelib.healing import heal, load_file
 from prunelib.pretraining import train_tokenizer
+from prunelib.recipes import RECIPES
+from prunelib.training_rows import document_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"batch": 4, "seq_len": 16, "steps": 8, "warmup_steps": 1, "dropout": 0.0}

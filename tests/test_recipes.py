@@ -1,0 +1,74 @@
+"""Recipes of healing: the settings of the papers, and contradictions refused."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from architectures import build
+
+from prunelib.healing import linear_names
+from prunelib.recipes import RECIPES, gromov
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown recipe 'qlora'; there are: distillation, .*, simdiff_lora"):
+        RECIPES["qlora"]
+
+
+# Table 2 of the paper, and the learning rates in its text, written down once more.
+GROMOV = {
+    "Llama-2-7B": (2, 3e-4, 2048),
+    "Llama-2-13B": (64, 3e-4, 4096),
+    "Llama-2-70B": (8, 3e-5, 4096),
+    "Qwen-7B": (64, 3e-4, 2048),
+    "Qwen-14B": (64, 3e-4, 4096),
+    "Mistral-7B": (4, 3e-6, 2048),
+    "Phi-2": (64, 2e-4, 2048),
+}
+
+
+@pytest.mark.parametrize("name", GROMOV)
+def test_the_settings_of_the_paper(name):
+    recipe = gromov(name)
+    assert (recipe.rank, recipe.learning_rate, recipe.seq_len) == GROMOV[name]
+    assert recipe.alpha == recipe.rank
+    assert (recipe.trains, recipe.modules, recipe.base, recipe.dropout) == ("lora", ("mlp",), "nf4", 0.05)
+    assert (recipe.schedule, recipe.warmup_steps, recipe.steps, recipe.batch) == ("cosine", 100, 5000, 16)
+    assert recipe.tokens == {2048: 163_840_000, 4096: 327_680_000}[recipe.seq_len]
+
+
+def test_the_default_of_that_paper_is_its_smallest_llama():
+    seven = gromov("llama-2-7b")
+    assert replace(RECIPES["gromov_qlora"], source=seven.source) == seven
+    with pytest.raises(ValueError, match=r"no model 'Llama-3-8B'; it healed: Llama-2-7B, .*, Phi-2"):
+        gromov("Llama-3-8B")
+
+
+def test_simdiffs_settings():
+    recipe = RECIPES["simdiff_lora"]
+    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.batch, recipe.seq_len) == (8, 16, 0.05, 32, 256)
+    assert recipe.steps == (52_002 - 2_000) // 32
+    assert len(linear_names(build("llama"), recipe.modules)) == 6 * 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trains": "everything"}, r"trains='everything' is not one of lora, all, last_layers"),
+        ({"schedule": "step"}, "schedule='step' is not one of"),
+        ({"modules": ()}, r"trains='lora' needs modules, got \(\)"),
+        ({"modules": ("ffn",)}, "modules ffn unknown; there are: attention, mlp"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
+        ({"warmup_steps": 65}, r"warmup_steps=65 is out of range \(steps=64\)"),
+        ({"learning_rate": math.inf}, "learning_rate=inf is out of range"),
+        ({"hidden_weight": 1.0}, "settings of distillation alone"),
+        ({"last_layers": 2}, "last_layers=2 with trains='lora'"),
+        ({"trains": "all"}, "trains='all' has no modules"),
+        ({"trains": "all", "modules": (), "rank": None, "alpha": None, "base": "nf4"}, "base='nf4' .* of adapters alone"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"recipe lora: .*{message}|recipe lora: {message}"):
+        replace(RECIPES["lora"], **changes)

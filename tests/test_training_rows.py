@@ -1,0 +1,90 @@
+"""The rows of tokens that a healing trains on: text in order, none twice, padding not trained."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prunelib.corpora import Corpus
+from prunelib.training_rows import IGNORED, TOKENIZED_AT_ONCE, document_rows, packed_rows
+
+
+class Letters:
+    """A tokenizer of one token per letter; 0 begins a document, 1 ends it."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, None
+
+    def __call__(self, texts, truncation=False, max_length=None, add_special_tokens=True, **_):
+        def encode(text):
+            ids = [0] * add_special_tokens + [ord(letter) for letter in text]
+            return ids[:max_length] if truncation else ids
+
+        return {"input_ids": encode(texts) if isinstance(texts, str) else [encode(text) for text in texts]}
+
+
+def corpus(*documents):
+    return Corpus("letters", "train", documents, "here", "none")
+
+
+TEXTS = ["".join(chr(200 + 7 * i + j) for j in range(7)) for i in range(200)]
+
+
+def test_packed_rows_repeat_no_text_before_all_of_it_was_read():
+    for count, passes in ((160, 1), (161, 2)):  # 200 documents of 8 tokens, the end counted
+        rows = packed_rows(corpus(*TEXTS), Letters(), count, 10, seed=3, progress=False)
+        assert rows.input_ids.shape == (count, 10)
+        assert torch.equal(rows.labels, rows.input_ids)
+        assert rows.passes == passes
+    once = packed_rows(corpus(*TEXTS), Letters(), 160, 10, seed=3, progress=False).input_ids
+    letters, counts = once.unique(return_counts=True)
+    assert letters.tolist() == [1, *range(200, 1600)]  # all of the text, and the end of a document
+    assert counts.tolist() == [200] + [1] * 1400
+    steps = once.diff(dim=1)[(once[:, 1:] != 1) & (once[:, :-1] != 1)]
+    assert (steps == 1).all()  # within a document in order
+    assert packed_rows(corpus(*TEXTS), Letters(), 500, 10, seed=3, progress=False).passes == 4
+
+
+def test_little_text_is_tokenized_for_few_rows_and_the_seed_decides():
+    class Counting(Letters):
+        seen = 0
+
+        def __call__(self, texts, **options):
+            self.seen += len(texts)
+            return super().__call__(texts, **options)
+
+    tokenizer = Counting()
+    rows = packed_rows(corpus(*TEXTS), tokenizer, 4, 10, 3, progress=False)
+    assert tokenizer.seen == TOKENIZED_AT_ONCE
+    assert rows.sha256 == packed_rows(corpus(*TEXTS), Letters(), 4, 10, 3, progress=False).sha256
+    assert rows.sha256 != packed_rows(corpus(*TEXTS), Letters(), 4, 10, 4, progress=False).sha256
+    labels = rows.labels.clone()
+    labels[0, 3] = IGNORED
+    assert rows.sha256 != replace(rows, labels=labels).sha256
+
+
+def test_packed_rows_begin_with_the_bos_token_when_asked():
+    rows = packed_rows(corpus("abcdefghijklmnop"), Letters(), 2, 5, 0, bos=True, progress=False)
+    assert rows.input_ids[:, 0].tolist() == [0, 0]
+    assert (rows.input_ids[:, 1:] >= ord("a")).all()
+
+
+def test_document_rows_are_cut_and_padded_and_padding_is_not_trained():
+    rows = document_rows(corpus("abc", "defghijkl", ""), Letters(), 4, 6, seed=0, progress=False)
+    assert rows.passes == 2  # the empty document has nothing to predict
+    found = {tuple(row[mask].tolist()) for row, mask in zip(rows.input_ids, rows.mask, strict=True)}
+    assert found == {(0, *map(ord, "abc")), (0, *map(ord, "defgh"))}  # no end-of-text token
+    assert torch.equal(rows.labels == IGNORED, ~rows.mask)
+    assert torch.equal(rows.labels[rows.mask], rows.input_ids[rows.mask])  # train_on_inputs
+    assert rows.real_tokens(4) == 2 * 4 + 2 * 6
+    assert rows.targets(0, 4) == 2 * 3 + 2 * 5
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(ValueError, match=r"has 4 tokens, fewer than one row of 10"):
+        packed_rows(corpus("abc"), Letters(), 1, 10, 0, progress=False)
+    with pytest.raises(ValueError, match="no document of at least 2 tokens"):
+        document_rows(corpus("", ""), Letters(), 1, 10, 0, progress=False)
+    with pytest.raises(ValueError, match="count=0"):
+        packed_rows(corpus("abc"), Letters(), 0, 2, 0, progress=False)
+    with pytest.raises(ValueError, match="seed=-1"):
+        packed_rows(corpus("abc"), Letters(), 1, 2, -1, progress=False)
