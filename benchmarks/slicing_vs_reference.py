@@ -163,6 +163,15 @@ RANDOM = {
         max_position_embeddings=512,
         initializer_range=0.05,
     ),
+    # four layers of Llama-2-7B, for a GPU
+    "random-llama-7b": LlamaConfig(
+        vocab_size=4096,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+    ),
 }
 """Models to compare on beside trained ones. The weights are larger than usual, else their layers would change little."""
 

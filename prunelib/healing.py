@@ -461,6 +461,7 @@ def heal(
             report_to="none",
             disable_tqdm=True,
             average_tokens_across_devices=False,  # `compute_loss` does it
+            ddp_find_unused_parameters=False,  # whatever is trained is used in every step
             remove_unused_columns=False,
             dataloader_pin_memory=pruned.device.type != "cpu",
         )
