@@ -7,6 +7,7 @@ higher = keep. `LayerSetLoss` is the loss of many sets of layers as the searches
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from prunelib.models import decoder_layers
 from prunelib.prefix import UNITS, Shell, check_layer_set, layer_forwards_alone, shared_layer_forwards
 from prunelib.rules import Rules
 from prunelib.search import LayerSet
+from prunelib.stopping import finals
 from prunelib.sublayers import MLP
 
 
@@ -32,10 +34,12 @@ class LayerSetLoss:
     MLP (2 l + 1) sublayers: BlockPruner (arXiv 2406.10594) is ``greedy(loss.n_units, K, loss, 0, 0)`` with "nll", and EvoPress
     (arXiv 2410.14649) ``evolutionary(loss.n_units, 2 * k, loss, len(windows), groups=2)`` with "kl".
 
-    ``n_units`` is the number of units to choose from.
-    ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included), and
-    ``layer_windows_alone`` what evaluating every set by itself would have run. Raises ValueError for an unknown metric or unit
-    and windows that do not fit the model; a call raises as `evaluation.layer_set_perplexity`.
+    ``n_units`` is the number of units to choose from. `together` branches go through a layer in one call, as in
+    `prefix.SharedRuns`.
+    ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included),
+    ``layer_windows_unstopped`` what they would have run if `finalists` dropped nothing, and ``layer_windows_alone`` what
+    evaluating every set by itself would have run. Raises ValueError for an unknown metric or unit and windows that do not fit
+    the model; a call raises as `evaluation.layer_set_perplexity`.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class LayerSetLoss:
         batch_size: int = 8,
         progress: bool = False,
         unit: str = "layer",
+        together: int = 1,
     ):
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(METRICS)}")
@@ -55,25 +60,63 @@ class LayerSetLoss:
         check_windows(model, windows, batch_size=batch_size)
         self.model, self.windows, self.metric, self.unit = model, windows, metric, unit
         self.n_units = UNITS[unit] * self.n_layers
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.progress, self.together = batch_size, progress, together
         self.layer_windows = 0
+        self.layer_windows_unstopped = 0
         self.layer_windows_alone = 0
+        self._starts = list(range(0, len(windows), batch_size))  # of the batches, those that tell most in front
+        self._shell: Shell | None = None
 
     def __call__(self, layer_sets: Sequence[LayerSet], rows: Sequence[int] | None = None) -> list[float]:
         """Nats per token without each of the sets, in their order; on the windows of the indices `rows` only, if given."""
         windows = self.windows if rows is None else self.windows[list(rows)]
-        measure, beside = METRICS[self.metric]
-        found = measure(self.model, windows, layer_sets, batch_size=self.batch_size, progress=self.progress, unit=self.unit)
-        sets = list(dict.fromkeys([*beside, *layer_sets])) if layer_sets else []
-        self.layer_windows += shared_layer_forwards(self.n_layers, sets, self.unit) * len(windows)
-        self.layer_windows_alone += layer_forwards_alone(self.n_layers, sets, self.unit) * len(windows)
+        found = self._measured(layer_sets, windows)
+        self._would_run(layer_sets, len(windows))
         return [found[removed].nats for removed in layer_sets]
 
+    def finalists(self, layer_sets: Sequence[LayerSet], width: int = 1, bound: float = math.inf) -> dict[LayerSet, float]:
+        """Sets → nats per token, for those that are evaluated on all windows; the others cannot be among the `width` lowest.
 
-# How a loss is measured, and which sets the measurement runs beside those asked for.
-METRICS: dict[str, tuple[Callable, tuple[LayerSet, ...]]] = {
-    "nll": (layer_set_perplexity, ()),
-    "kl": (layer_set_divergence, ((),)),
+        As `search.Finalists` promises, by `stopping.finals`: batch by batch, a set is dropped once what it has lost already
+        is above the sum of the best sets, or above `bound`. The values are those of a call, to the last bit while
+        `together` is 1. Batches on which the winner of the previous call lost most come first.
+        """
+        if not layer_sets:
+            return {}
+        tokens = self.windows[:, 1:].numel()
+        found = finals(layer_sets, self._starts, self._window_losses, tokens, width, bound)
+        self._would_run(layer_sets, len(self.windows))
+        self._starts.sort(key=lambda start: -found.part_sums.get(start, 0.0))
+        return found.values
+
+    def _window_losses(self, layer_sets: list[LayerSet], start: int) -> list[tuple[float, ...]]:
+        """For each set its summed losses in the windows of one batch."""
+        found = self._measured(layer_sets, self.windows[start : start + self.batch_size])
+        by_window = attrgetter(METRICS[self.metric][2])
+        return [by_window(found[removed]) for removed in layer_sets]
+
+    def _measured(self, layer_sets: Sequence[LayerSet], windows: Int64[Tensor, "window position"]) -> dict:
+        if self._shell is None and self.unit == "layer":
+            with torch.inference_mode():
+                self._shell = Shell(self.model, decoder_layers(self.model), self.windows[:1, :2].to(self.model.device))
+        how = {"batch_size": self.batch_size, "progress": self.progress, "unit": self.unit, "together": self.together}
+        found = METRICS[self.metric][0](self.model, windows, layer_sets, **how, shell=self._shell)
+        self.layer_windows += shared_layer_forwards(self.n_layers, self._run_for(layer_sets), self.unit) * len(windows)
+        return found
+
+    def _run_for(self, layer_sets: Sequence[LayerSet]) -> list[LayerSet]:
+        return list(dict.fromkeys([*METRICS[self.metric][1], *layer_sets])) if layer_sets else []
+
+    def _would_run(self, layer_sets: Sequence[LayerSet], windows: int) -> None:
+        sets = self._run_for(layer_sets)
+        self.layer_windows_unstopped += shared_layer_forwards(self.n_layers, sets, self.unit) * windows
+        self.layer_windows_alone += layer_forwards_alone(self.n_layers, sets, self.unit) * windows
+
+
+# How a loss is measured, which sets the measurement runs beside those asked for, and where it holds the losses by window.
+METRICS: dict[str, tuple[Callable, tuple[LayerSet, ...], str]] = {
+    "nll": (layer_set_perplexity, (), "window_nll"),
+    "kl": (layer_set_divergence, ((),), "window_kl"),
 }
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.corpora import Corpus, consecutive_windows
-from prunelib.prefix import SharedRuns
+from prunelib.prefix import SharedRuns, Shell
 from prunelib.prefix import shared_layer_forwards as shared_layer_forwards  # what the dictionaries below cost, beforehand
 
 
@@ -130,10 +130,11 @@ class LayerSetPerplexity(dict[tuple[int, ...], Perplexity]):
 
 @dataclass(frozen=True)
 class Divergence:
-    """Summed KL divergence from the dense model, in nats, over the scored tokens."""
+    """Summed KL divergence from the dense model, in nats, over the scored tokens; ``window_kl`` holds it by window."""
 
     kl: float
     tokens: int
+    window_kl: tuple[float, ...] = field(repr=False)
 
     @property
     def nats(self) -> float:
@@ -281,6 +282,8 @@ def layer_set_perplexity(
     batch_size: int = 8,
     progress: bool = True,
     unit: str = "layer",
+    together: int = 1,
+    shell: Shell | None = None,
 ) -> LayerSetPerplexity:
     """`perplexity` of the model without each of the given sets of layers, on the same windows.
 
@@ -293,6 +296,7 @@ def layer_set_perplexity(
         layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
         unit: "sublayer" for sets of sublayers instead: 2 l is the attention of layer l, 2 l + 1 its MLP. Equal, then, to the
             perplexity of ``remove_sublayers(model, SublayerPlan.from_units(n_layers, removed, ...))``.
+        together, shell: as in `prefix.SharedRuns`.
 
     Raises:
         ValueError: an unknown unit, or a set that is not ascending, out of range, or everything; and as `perplexity`.
@@ -300,7 +304,8 @@ def layer_set_perplexity(
         UnsupportedModel: as `prefix.SharedRuns`.
     """
     check_windows(model, windows, stride=stride, batch_size=batch_size)
-    runs = SharedRuns(model, windows, layer_sets, batch_size=batch_size, progress=progress, unit=unit)
+    how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
+    runs = SharedRuns(model, windows, layer_sets, **how)
     tallies = {removed: _Tally(windows, stride) for removed in runs.sets}
     for start, ids, removed, logits in runs:
         try:
@@ -322,12 +327,15 @@ def layer_set_divergence(
     batch_size: int = 8,
     progress: bool = True,
     unit: str = "layer",
+    together: int = 1,
+    shell: Shell | None = None,
 ) -> LayerSetDivergence:
     """How far the model without each of the given sets of layers predicts from the dense model: KL(dense || pruned).
 
     In nats per token, at the positions that `perplexity` scores (all but the last of a window, which predicts nothing in it):
     the fitness of EvoPress (arXiv 2410.14649). Shared beginnings run once, as in `layer_set_perplexity`; the dense model
-    runs along with the sets, so that one batch of its logits is all that is held. `unit` as there.
+    runs along with the sets, so that one batch of its logits is all that is held. What rounding takes below 0 in a window
+    counts as 0. `unit`, `together` and `shell` as there.
 
     Raises:
         ValueError, NotFinite, UnsupportedModel: as `layer_set_perplexity`.
@@ -336,7 +344,8 @@ def layer_set_divergence(
     asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
     # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
     sets = [(), *asked] if asked else []
-    runs = SharedRuns(model, windows, sets, batch_size=batch_size, progress=progress, unit=unit)
+    how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
+    runs = SharedRuns(model, windows, sets, **how)
     sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
     dense = torch.empty(0)
     for start, ids, removed, logits in runs:
@@ -348,10 +357,12 @@ def layer_set_divergence(
                 f"without the {unit}s {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
                 "or infinite logits (damaged weights, or an overflow in float16: load it in bfloat16 or float32)"
             )
-        sums[removed][start : start + len(ids)] = values
+        sums[removed][start : start + len(ids)] = values.clip(min=0)
         del logits
     tokens = len(windows) * (windows.shape[1] - 1)
-    results = LayerSetDivergence((removed, Divergence(math.fsum(sums[removed]), tokens)) for removed in asked)
+    results = LayerSetDivergence(
+        (removed, Divergence(math.fsum(sums[removed]), tokens, tuple(sums[removed].tolist()))) for removed in asked
+    )
     results.layer_forwards, results.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
     return results
 

@@ -3,6 +3,7 @@
 Two removals that keep the same first layers have the same hidden states behind them. The sets are walked as a trie of their
 kept layers: the layers above a branch run once, and hidden states are held only where branches are still to come. Perplexity
 and divergence of layer sets, and with them the greedy, beam, evolutionary and exhaustive searches, all stand on this walk.
+Where a call of a layer costs more than its arithmetic, several branches can go through a layer at once.
 
 What is removed are units (`UNITS`): layers, or sublayers. With sublayers, unit 2 l is the attention of layer l and unit 2 l + 1
 its MLP. A layer that misses one of them runs while that one gives zeros, and is another step of the walk than the whole layer;
@@ -95,16 +96,21 @@ def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet], unit: st
 class SharedRuns:
     """The logits of one model without each of several sets of layers, batch by batch of the windows.
 
-    ``layer_forwards`` counts the calls of decoder layers so far, over all batches; ``layer_forwards_alone`` is what every set
-    by itself takes over all batches. Only models whose layers do something else after renumbering (GPT-2 with
-    ``scale_attn_by_inverse_layer_idx``) differ from `models.remove_layers`, and those it refuses.
+    ``layer_forwards`` counts the layers that ran so far, over all batches (one for each branch, however many go through in a
+    call); ``layer_forwards_alone`` is what every set by itself takes over all batches. Only models whose layers do something
+    else after renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ from `models.remove_layers`, and those it
+    refuses.
 
     Args:
         layer_sets: the removed units, each ascending; ``()`` is the dense model. Repeated sets run once.
         unit: "layer", or "sublayer": then sets are made of 0 .. 2 L - 1.
+        together: branches that go through a layer in one call. 1 walks depth first and holds few hidden states. More walks
+            layer by layer and holds a hidden state for every branch: faster on a GPU whose batches are small, and equal up to
+            rounding, since the matrices that are multiplied have another shape.
+        shell: one of this model from before, so that its layers are not looked at again.
 
     Raises:
-        ValueError: an unknown unit, or a set that is not ascending, out of range, or everything.
+        ValueError: an unknown unit, a set that is not ascending, out of range, or everything, or `together` below 1.
         UnsupportedModel: no decoder layers are found in a model of this type, they cannot be skipped, or their sublayers
             cannot be told apart or do not simply add to the input of the layer (found when the runs begin, before any work);
             or the model is sliced, and something is to be removed.
@@ -119,7 +125,11 @@ class SharedRuns:
         batch_size: int,
         progress: bool,
         unit: str = "layer",
+        together: int = 1,
+        shell: "Shell | None" = None,
     ):
+        if together < 1:
+            raise ValueError(f"together={together}: at least 1 branch goes through a layer")
         layers = decoder_layers(model)
         self.sets: list[LayerSet] = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
         if model.config.model_type == MODEL_TYPE and any(self.sets):
@@ -129,6 +139,7 @@ class SharedRuns:
         self._model, self._layers, self._windows = model, layers, windows
         self._starts = range(0, len(windows), batch_size) if self.sets else range(0)
         self._batch_size, self._progress = batch_size, progress
+        self._together, self._shell = together, shell
         self.layer_forwards = 0
         self.layer_forwards_alone = len(self._starts) * layer_forwards_alone(len(layers), self.sets, unit)
 
@@ -137,18 +148,20 @@ class SharedRuns:
         self,
     ) -> Iterator[tuple[int, Int64[Tensor, "batch position"], LayerSet, Float[Tensor, "batch position vocabulary"]]]:
         """Yield (first window of the batch, its ids, removed units, logits); the dense model first, if it was given first."""
-        shell = Shell(self._model, self._layers, self._windows[:1, :2].to(self._model.device), self._cut)
+        shell = self._shell or Shell(self._model, self._layers, self._windows[:1, :2].to(self._model.device), self._cut)
+        walk = self._walk if self._together == 1 else self._sweep
         description = f"{len(self.sets)} layer sets"
         with tqdm(total=len(self._starts) * self._nodes, desc=description, unit="layer", disable=not self._progress) as bar:
             for start in self._starts:
                 ids = self._windows[start : start + self._batch_size].to(self._model.device)
-                for removed, hidden in self._walk(shell, shell.enter(ids), bar):
+                for removed, hidden in walk(shell, ids, bar):
                     yield start, ids, removed, shell.leave(ids, hidden)
 
     def _walk(
-        self, shell: "Shell", entered: Float[Tensor, "batch position hidden"], bar: tqdm
+        self, shell: "Shell", ids: Int64[Tensor, "batch position"], bar: tqdm
     ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position hidden"]]]:
         """Depth first. A hidden state lives as long as a branch that starts from it, or an end, waits on the stack."""
+        entered = shell.enter(ids)
         stack: list[tuple[_Node | LayerSet, Tensor]] = [(child, entered) for child in reversed(self._root.children.values())]
         while stack:
             node, hidden = stack.pop()
@@ -163,6 +176,34 @@ class SharedRuns:
             if node.ends is not None:
                 stack.append((node.ends, hidden))
             stack += [(child, hidden) for child in reversed(node.children.values())]
+
+    def _sweep(
+        self, shell: "Shell", ids: Int64[Tensor, "batch position"], bar: tqdm
+    ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position hidden"]]]:
+        """Layer by layer, several branches in one call. The ends come in the order of the sets."""
+        entered, calls = shell.enter(ids), {1: shell.calls}
+        waiting = [(child, entered) for child in self._root.children.values()]
+        ends: dict[LayerSet, Tensor] = {}
+        for layer in range(len(self._layers)):
+            due = [(node, hidden) for node, hidden in waiting if node.step[0] == layer]
+            waiting = [(node, hidden) for node, hidden in waiting if node.step[0] != layer]
+            for without in dict.fromkeys(node.step[1] for node, _ in due):
+                alike = [(node, hidden) for node, hidden in due if node.step[1] == without]
+                for part in (alike[start : start + self._together] for start in range(0, len(alike), self._together)):
+                    if len(part) not in calls:
+                        # The model itself says what its layers are called with for so many rows.
+                        shell.enter(ids.repeat(len(part), 1))
+                        calls[len(part)] = shell.calls
+                    shell.calls = calls[len(part)]
+                    rows = torch.cat([hidden.to(part[0][1].device) for _, hidden in part])
+                    for (node, _), hidden in zip(part, shell.run(layer, rows, without).split(len(ids)), strict=True):
+                        waiting += [(child, hidden) for child in node.children.values()]
+                        if node.ends is not None:
+                            ends[node.ends] = hidden
+                    self.layer_forwards += len(part)
+                    bar.update(len(part))
+        for removed in self.sets:
+            yield removed, ends.pop(removed)
 
 
 class Shell:
@@ -207,6 +248,7 @@ class Shell:
 
     def enter(self, ids: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch position hidden"]:
         """The input of the first layer; keeps the arguments of every layer for this batch."""
+        self.calls = [((), {})] * len(self.layers)
         body = self.view.base_model
         (self.view if body is self.view else body)(input_ids=ids, use_cache=False)
         args, kwargs = self.calls[0]

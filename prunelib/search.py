@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +26,10 @@ LayerSet = tuple[int, ...]
 
 Evaluate = Callable[[list[LayerSet]], list[float]]
 """Loss of the model without each of the given sets of layers, in their order; lower is better."""
+
+Finalists = Callable[[list[LayerSet], int, float], Mapping[LayerSet, float]]
+"""Given sets, a width and a bound: the losses of at least all those sets that have one of the `width` lowest ones and no higher
+one than the bound. The others need not be evaluated to the end (`prunelib.stopping`; `LayerSetLoss.finalists` does it)."""
 
 Fitness = Callable[[list[LayerSet], list[int]], list[float]]
 """As `Evaluate`, on the windows of the given indices only."""
@@ -82,7 +86,7 @@ class SearchStep:
 class SearchResult:
     """What a search found: the layers removed, their value, the evaluations of sets spent, and the way there.
 
-    ``values`` holds every set that was evaluated on all windows.
+    ``values`` holds every set that was evaluated on all windows; ``evaluations`` counts those that were given up as well.
     """
 
     removed: LayerSet
@@ -247,6 +251,7 @@ def greedy(
     protect_first: int = 1,
     protect_last: int = 1,
     *,
+    finalists: Finalists | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """SLEB (arXiv 2402.09025): remove the layer without which the current model is best, score the others again, repeat.
@@ -254,11 +259,11 @@ def greedy(
     The defaults are SLEB's barriers: the first and the last layer stay. Among equals the shallower layer goes, as by the strict
     comparison of the released code. Step k of the result holds the choice for k + 1 layers, so that one run serves all
     smaller numbers. L = 32 and K = 7 take 189 evaluations. Over the 2 L sublayers of LayerSetLoss(unit="sublayer"), without
-    barriers, it is BlockPruner (arXiv 2406.10594).
+    barriers, it is BlockPruner (arXiv 2406.10594). With `finalists` hopeless sets are given up early, to the same choice.
 
     Raises ValueError when so many layers cannot be removed, and RuntimeError for a NaN value.
     """
-    return beam(n_layers, layers_removed, evaluate, 1, protect_first, protect_last, progress=progress)
+    return beam(n_layers, layers_removed, evaluate, 1, protect_first, protect_last, finalists=finalists, progress=progress)
 
 
 def beam(
@@ -269,6 +274,7 @@ def beam(
     protect_first: int = 0,
     protect_last: int = 0,
     *,
+    finalists: Finalists | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """`greedy` that carries on the `width` best sets of every size instead of one.
@@ -278,19 +284,19 @@ def beam(
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     candidates = _candidates(n_layers, layers_removed, protect_first, protect_last)
-    values = _Values(evaluate)
+    values = _Values(evaluate, finalists)
     carried: list[LayerSet] = [()]
     steps = []
     for _ in tqdm(range(layers_removed), desc="layers removed", unit="layer", disable=not progress):
         grown = dict.fromkeys(
             tuple(sorted((*removed, layer))) for removed in carried for layer in candidates if layer not in removed
         )
-        found = values(list(grown))
-        ranked = sorted(zip(grown, found, strict=True), key=lambda scored: scored[1])  # stable: the first among equals
+        found = values.lowest(list(grown), width)
+        ranked = sorted(found.items(), key=lambda scored: scored[1])  # stable: the first among equals
         carried = [removed for removed, _ in ranked[:width]]
-        steps.append(SearchStep(*ranked[0], len(values.known)))
+        steps.append(SearchStep(*ranked[0], values.evaluations))
     value = values(carried[:1])[0]
-    return SearchResult(carried[0], value, len(values.known), tuple(steps), values.known)
+    return SearchResult(carried[0], value, values.evaluations, tuple(steps), values.known)
 
 
 def swap_descent(
@@ -300,13 +306,14 @@ def swap_descent(
     protect_first: int = 0,
     protect_last: int = 0,
     *,
+    finalists: Finalists | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """From a set downhill: put one removed layer back and take another instead, the best such swap while one improves.
 
     The result is at least as good as `start`, and no single swap makes it better. A round takes K (n - K) evaluations, for n
-    layers that may go. Raises ValueError for a start that is not ascending and unique or holds a protected layer, and
-    RuntimeError for a NaN value.
+    layers that may go; with `finalists` the hopeless ones are given up early. Raises ValueError for a start that is not
+    ascending and unique or holds a protected layer, and RuntimeError for a NaN value.
     """
     candidates = _candidates(n_layers, len(start), protect_first, protect_last)
     if list(start) != sorted(set(start)) or not set(start) <= set(candidates):
@@ -314,18 +321,18 @@ def swap_descent(
             f"cannot start from {start}: give distinct layers in ascending order, all within {candidates.start} to "
             f"{candidates.stop - 1}"
         )
-    values = _Values(evaluate)
+    values = _Values(evaluate, finalists)
     best = (values([start])[0], start)
-    steps = [SearchStep(start, best[0], len(values.known))]
+    steps = [SearchStep(start, best[0], values.evaluations)]
     with tqdm(desc="swaps", unit="swap", disable=not progress) as bar:
         while True:
             kept = [layer for layer in candidates if layer not in best[1]]
             near = [tuple(sorted({*best[1], into} - {out})) for out in best[1] for into in kept]
-            found = min(zip(values(near), near, strict=True), default=best)
+            found = min(((value, removed) for removed, value in values.lowest(near, 1, best[0]).items()), default=best)
             if not found[0] < best[0]:
-                return SearchResult(best[1], best[0], len(values.known), tuple(steps), values.known)
+                return SearchResult(best[1], best[0], values.evaluations, tuple(steps), values.known)
             best = found
-            steps.append(SearchStep(best[1], best[0], len(values.known)))
+            steps.append(SearchStep(best[1], best[0], values.evaluations))
             bar.update()
 
 
@@ -338,6 +345,7 @@ def exhaustive(
     *,
     limit: int = 50_000,
     chunk: int = 512,
+    finalists: Finalists | None = None,
     journal: str | os.PathLike | None = None,
     key: str = "",
     progress: bool = True,
@@ -350,6 +358,7 @@ def exhaustive(
     Args:
         limit: refuse when there are more sets than this.
         chunk: sets handed to one evaluation, the bound on what it must hold at a time.
+        finalists: gives up sets early that are worse than the best of the chunks before; `values` then lacks them.
         journal: a file that takes the values chunk by chunk. When it exists, its values are not computed again.
         key: whatever identifies what is evaluated (model, windows), so that a journal of something else is refused.
 
@@ -367,19 +376,21 @@ def exhaustive(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     header = {"n_layers": n_layers, "layers_removed": layers_removed, "key": key}
-    values = _Values(evaluate)
+    values = _Values(evaluate, finalists)
     if journal is not None:
         values.known.update(_read_journal(Path(journal), header))
     sets = list(itertools.combinations(candidates, layers_removed))
     missing = [removed for removed in sets if removed not in values.known]
+    bound = min((values.known[removed] for removed in sets if removed in values.known), default=math.inf)
     with tqdm(total=count, initial=count - len(missing), desc="all sets", unit="set", disable=not progress) as bar:
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
-            found = values(part)
+            found = values.lowest(part, 1, bound)
+            bound = min([bound, *found.values()])
             if journal is not None:
-                _append_journal(Path(journal), zip(part, found, strict=True))
+                _append_journal(Path(journal), found.items())
             bar.update(len(part))
-    all_values = {removed: values.known[removed] for removed in sets}
+    all_values = {removed: values.known[removed] for removed in sets if removed in values.known}
     best = min(all_values, key=all_values.__getitem__)
     step = SearchStep(best, all_values[best], count)
     return SearchResult(best, step.value, count, (step,), all_values)
@@ -520,11 +531,30 @@ class _Fitness:
 
 
 class _Values:
-    """An evaluation of many layer sets that runs once per set."""
+    """An evaluation of many layer sets that runs once per set. ``given_up`` holds those that were not run to the end."""
 
-    def __init__(self, evaluate: Evaluate):
-        self.evaluate = evaluate
+    def __init__(self, evaluate: Evaluate, finalists: Finalists | None = None):
+        self.evaluate, self.finalists = evaluate, finalists
         self.known: dict[LayerSet, float] = {}
+        self.given_up: set[LayerSet] = set()
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.known) + len(self.given_up)
+
+    def lowest(self, sets: list[LayerSet], width: int, bound: float = math.inf) -> dict[LayerSet, float]:
+        """Values of at least the `width` lowest of the sets up to `bound`, in the order of the sets; of all, without finalists.
+
+        What has been given up stays so: `bound` must not grow from call to call with the same sets.
+        """
+        if self.finalists is None:
+            return dict(zip(sets, self(sets), strict=True))
+        new = [removed for removed in sets if removed not in self.known and removed not in self.given_up]
+        if new:
+            found = self.finalists(new, width, bound)
+            self.known.update(zip(found, _checked(list(found), list(found.values())), strict=True))
+            self.given_up.update(removed for removed in new if removed not in found)
+        return {removed: self.known[removed] for removed in sets if removed in self.known}
 
     def __call__(self, sets: list[LayerSet]) -> list[float]:
         new = [removed for removed in sets if removed not in self.known]
@@ -560,7 +590,7 @@ def _read_journal(path: Path, header: dict) -> dict[LayerSet, float]:
     return {tuple(removed): value for removed, value in map(json.loads, lines[1:])}
 
 
-def _append_journal(path: Path, scored: Iterator[tuple[LayerSet, float]]) -> None:
+def _append_journal(path: Path, scored: Iterable[tuple[LayerSet, float]]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps([list(removed), value]) + "\n" for removed, value in scored)
         file.flush()
