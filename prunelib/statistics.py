@@ -9,10 +9,13 @@ MSSD, MASD (with or without division by the width) and relative magnitude all fo
 import inspect
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import safetensors.numpy
@@ -216,27 +219,81 @@ def influence_through_final_norm(
 
 
 def from_states(
-    states: Float[Tensor, "sample token state dim"], mask: Bool[Tensor, "sample token"] | None = None
+    states: Float[Tensor, "sample token state dim"],
+    mask: Bool[Tensor, "sample token"] | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> LayerStats:
     """Statistics of L + 1 given hidden states, reduced in chunks of tokens whose float64 copy stays in cache.
 
-    `mask` is on the CPU, true on real tokens. NaN and infinity pass through into the sums.
+    `mask` is on the CPU, true on real tokens. The work is done where the states are, or on `device`, to which they go chunk by
+    chunk. NaN and infinity pass through into the sums. On a CUDA device one kernel (`prunelib.fused`) does what is large of it.
     """
     mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
-    device, (n_states, width) = states.device, states.shape[2:]
+    device, (n_states, width) = device or states.device, states.shape[2:]
     weights = _subset_weights(mask).to(device)
     real = mask.flatten().nonzero().flatten()
     states = states.flatten(0, 1)
     if len(real) < len(states):
-        states = states.index_select(0, real.to(device))
-    chunk = max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR) // (8 * n_states * width))
-    work = torch.empty((2, min(chunk, len(states)), n_states, width), dtype=torch.float64, device=device)
+        states = states.index_select(0, real.to(states.device))
+    products, token_bytes = _products_for(states, device)
+    chunk = max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR) // token_bytes)
+    space = None if states.device == device else states.new_empty((n_states, min(chunk, len(states)), width), device=device)
     total: dict[str, Tensor] = {}
     for start in range(0, len(states), chunk):
         part = states[start : start + chunk]
-        sums = token_sums(work[0, : len(part)].copy_(part), weights[:, start : start + chunk], work[1, : len(part), 1:])
+        if space is not None:
+            # State by state: each is one contiguous piece of memory where all states of a few tokens are not.
+            for state in range(n_states):
+                space[state, : len(part)].copy_(part[:, state], non_blocking=True)
+            part = space[:, : len(part)].transpose(0, 1)
+        sums = token_sums(*products(part), weights[:, start : start + chunk])
         total = {name: total[name] + value for name, value in sums.items()} if total else sums
     return LayerStats(width, **_arrays(total, n_states))
+
+
+_Products = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _products_for(states: Float[Tensor, "token state dim"], device: torch.device) -> tuple[_Products, int]:
+    """What multiplies the states on this device, and the bytes that a chunk takes for each token."""
+    _, n_states, width = states.shape
+    if device.type == "cuda":
+        fused = _fused(device)
+        if fused is not None and fused.usable(states):
+            return fused.products, 16 * n_states**2 + (0 if states.device == device else states.itemsize * n_states * width)
+    return _Plain(), 8 * n_states * width
+
+
+@cache
+def _fused(device: torch.device) -> ModuleType | None:
+    """`prunelib.fused` where it works, else None, with a warning where it ought to."""
+    try:
+        from prunelib import fused
+    except ImportError:  # Triton has no build for this platform
+        return None
+    problem = fused.problem(device)
+    if problem is not None:
+        warnings.warn(f"layer statistics without the Triton kernel, more slowly: {problem}", stacklevel=2)
+    return fused if problem is None else None
+
+
+class _Plain:
+    """Gram matrices, lengths and absolute sums of the steps, in float64; its memory serves all chunks.
+
+    Float32 Gram matrices would leave angles of 3e-4 between equal states.
+    """
+
+    def __init__(self):
+        self.work: Tensor | None = None
+
+    def __call__(self, states: Float[Tensor, "token state dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        if self.work is None:  # the first chunk is the largest
+            self.work = torch.empty((2, *states.shape), dtype=torch.float64, device=states.device)
+        wide, difference = self.work[0, : len(states)].copy_(states), self.work[1, : len(states), 1:]
+        gram = torch.bmm(wide, wide.transpose(1, 2))
+        torch.sub(wide[:, 1:], wide[:, :-1], out=difference)
+        return gram, torch.linalg.vector_norm(difference, dim=-1), difference.abs_().sum(dim=-1)
 
 
 def _checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample token"]:
@@ -340,32 +397,31 @@ def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subs
 
 
 def token_sums(
-    states: Float64[Tensor, "token state dim"],
+    gram: Float64[Tensor, "token state state"],
+    step: Float64[Tensor, "token layer"],
+    absolute: Float64[Tensor, "token layer"],
     weights: Float64[Tensor, "subset token"],
-    work: Float64[Tensor, "token layer dim"],
 ) -> dict[str, Float64[Tensor, "subset _"]]:
     """Weighted sums over tokens of all quantities of `LayerStats`; pairs of states i < j as one axis, row by row.
 
-    `work` is overwritten. The cosines come from the float64 Gram matrix of the raw states: |h_i|^2 = G_ii, and for equal
-    states G_ij = G_ii, so an identity layer has cosine 1 exactly. Float32 Gram matrices would leave angles of 3e-4 there.
+    Taken are the Gram matrix of the raw states and, of each layer's step h_{i+1} - h_i, the length and the absolute sum.
+    |h_i|^2 = G_ii, and for equal states G_ij = G_ii, so an identity layer has cosine 1 exactly.
     """
-    n_states = states.shape[1]
+    n_states = gram.shape[1]
     tiny = torch.finfo(torch.float64).tiny
-    first, second = torch.triu_indices(n_states, n_states, offset=1, device=states.device)
-    gram = torch.bmm(states, states.transpose(1, 2)).flatten(1)
+    first, second = torch.triu_indices(n_states, n_states, offset=1, device=gram.device)
+    gram = gram.flatten(1)
     squared_norm = gram[:, :: n_states + 1].contiguous()
     norm = squared_norm.sqrt()
     # sqrt(a * a) is a again, while norm_i * norm_j would not give back G_ii. The clamp keeps zero vectors at cosine 0.
     scale = (squared_norm[:, first] * squared_norm[:, second]).sqrt_().clamp_(min=tiny)
     cosine = gram[:, first * n_states + second].div_(scale).clamp_(-1, 1)
-    difference = torch.sub(states[:, 1:], states[:, :-1], out=work)
-    step = torch.linalg.vector_norm(difference, dim=-1)
     return {
         "count": weights.sum(dim=1, keepdim=True),
         "cosine": weights @ cosine,
         "angle": weights @ cosine.acos_().div_(torch.pi),
         "squared_difference": weights @ step.square(),
-        "absolute_difference": weights @ difference.abs_().sum(dim=-1),
+        "absolute_difference": weights @ absolute,
         "relative_magnitude": weights @ (step / norm[:, 1:].clamp(min=tiny)),
         "norm": weights @ norm,
     }
