@@ -1,0 +1,178 @@
+"""What a greedy search costs: the loop that runs every candidate by itself, and `prunelib.search.greedy`, in one run.
+
+    python benchmarks/search_cost.py                                  # random weights, the shape of the main reference model
+    python benchmarks/search_cost.py --model data/reference/llama32   # those of a model, on windows of its text
+    python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512
+
+Both loops run whole, from the dense model to K removed layers (SLEB: 32 layers and K = 8 take 212 evaluations), one variant
+after the other, after a warm-up of each. Variants: "naive" runs all layers of every candidate, with the others taken out of
+the list as SLEB's code does; "shared" runs the common beginnings of candidates once, which about halves the layers; "together"
+sends several branches through a layer in one call; "stopped" gives candidates up that can no longer win; and the same for the
+divergence from the dense model, which can be bounded better than a likelihood. Printed are seconds, the ratio to the first
+variant, and layer forwards in units of the whole calibration set.
+
+Random weights say what things cost, and nothing about which layers go; how many candidates can be given up depends on the
+model: give one. On a machine that is busy with other work compare the counts.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from prunelib import corpora, models
+from prunelib.ablations import LayerSetLoss
+from prunelib.evaluation import perplexity
+from prunelib.search import LayerSet, greedy
+
+SHAPES = {
+    "reference": {
+        "vocab_size": 4096,
+        "hidden_size": 160,
+        "intermediate_size": 432,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "max_position_embeddings": 2048,
+    },
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # straight into memory: in float32 an 8B model would take twice as much
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def naive(
+    model: LlamaForCausalLM, layers_removed: int, windows: Int64[Tensor, "window position"], batch_size: int
+) -> tuple[LayerSet, int]:
+    """The removed layers and the layer forwards of SLEB's loop, which keeps the first and the last layer."""
+    layers = list(models.decoder_layers(model))
+    removed, forwards = (), 0
+    for _ in range(layers_removed):
+        best = (math.inf, removed)
+        for layer in range(1, len(layers) - 1):
+            if layer not in removed:
+                candidate = tuple(sorted((*removed, layer)))
+                model.model.layers = nn.ModuleList(one for index, one in enumerate(layers) if index not in candidate).eval()
+                best = min(best, (perplexity(model, windows, batch_size=batch_size).nats, candidate))
+                forwards += len(layers) - len(candidate)
+        removed = best[1]
+    model.model.layers = nn.ModuleList(layers).eval()
+    return removed, forwards
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name of a model; random weights if left out")
+    parser.add_argument("--shape", choices=SHAPES, default="reference", help="of the random weights")
+    parser.add_argument("--corpus", default="pydocs", help="text of the windows of --model, its calibration split")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers-removed", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="windows that run at once, and between two decisions to give up"
+    )
+    parser.add_argument("--together", type=int, default=8, help="branches in one call of a layer")
+    parser.add_argument("--only", nargs="+", help="some of the variants")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    count, length = args.windows, args.seq_len
+    if args.model:
+        model = models.load(args.model, dtype=args.dtype, device=args.device)
+        text = corpora.load(args.corpus, "calibration")
+        windows = corpora.sample_windows(text, models.load_tokenizer(args.model), count, length, seed=0, progress=False)
+    else:
+        model = random_model(args.shape, args.device, getattr(torch, args.dtype))
+        windows = torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
+    n_layers = len(models.decoder_layers(model))
+
+    def ours(metric: str, *, together: int = 1, stopped: bool = False) -> Callable[[int], tuple[LayerSet, int]]:
+        def search(layers_removed: int) -> tuple[LayerSet, int]:
+            loss = LayerSetLoss(model, windows, metric, batch_size=args.batch_size, together=together)
+            finalists = loss.finalists if stopped else None
+            found = greedy(n_layers, layers_removed, loss, finalists=finalists, progress=False)
+            return found.removed, loss.layer_windows // len(windows)
+
+        return search
+
+    variants = {
+        "naive": lambda layers_removed: naive(model, layers_removed, windows, args.batch_size),
+        "shared": ours("nll"),
+        "shared, together": ours("nll", together=args.together),
+        "shared, stopped": ours("nll", stopped=True),
+        "shared, together, stopped": ours("nll", together=args.together, stopped=True),
+        "kl: shared": ours("kl"),
+        "kl: shared, together": ours("kl", together=args.together),
+        "kl: shared, stopped": ours("kl", stopped=True),
+        "kl: shared, together, stopped": ours("kl", together=args.together, stopped=True),
+    }
+    found = []
+    for name in args.only or variants:
+        variants[name](1)  # warm-up: kernels are chosen, memory is taken
+        _wait(args.device)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        removed, forwards = variants[name](args.layers_removed)
+        _wait(args.device)
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+        found.append({"variant": name, "seconds": seconds, "cpu_seconds": cpu, "layer_forwards": forwards, "removed": removed})
+        print(f"{name:32s} {seconds:8.2f} s", flush=True)
+
+    what = args.model or f"random weights, {args.shape}"
+    print(
+        f"\n{what}: {n_layers} layers of width {model.config.hidden_size}, {args.dtype} on {args.device}, {args.threads} threads"
+        f"\ngreedy, K = {args.layers_removed}, {count} x {length} tokens, batch {args.batch_size}, {args.together} branches at once"
+    )
+    baseline = found[0]
+    print(f"{'':32s} {'seconds':>8s} {'cpu':>8s} {'speed-up':>8s} {'forwards':>9s} {'share':>6s}  removed")
+    for one in found:
+        print(
+            f"{one['variant']:32s} {one['seconds']:8.2f} {one['cpu_seconds']:8.2f} {baseline['seconds'] / one['seconds']:8.2f} "
+            f"{one['layer_forwards']:9d} {one['layer_forwards'] / baseline['layer_forwards']:6.3f}  {one['removed']}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"settings": {**vars(args), "json": None}, "variants": found}, indent=1) + "\n")
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
