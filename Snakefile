@@ -57,167 +57,33 @@ wildcard_constraints:
 localrules: all
 
 
+# The runs too, although the tables are made of them: a clone has the tables and would make nothing again.
 rule all:
-    input: PROFILE.experiment_runs(), TABLES, [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
+    input: [run for runs in TABLES.values() for run in runs], TABLES, [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
 
 
-rule statistics:
-    input: notebook=ancient(grid.STATISTICS)
-    output:
-        run=PROFILE.statistics_run("{model}", "{corpus}", "{seed}"),
-        arrays=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".safetensors"),
-    log: notebook=PROFILE.statistics_run("{model}", "{corpus}", "{seed}", ".ipynb")
-    params:
-        source=notebook_source_sha(grid.STATISTICS),
-        weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-        arguments=lambda wildcards: grid.arguments(
-            grid.statistics_values(PROFILE, wildcards.model, wildcards.corpus, int(wildcards.seed))
-        ),
-    threads: PROFILE.threads
-    retries: PROFILE.retries
-    resources: **PROFILE.resources
-    shell: RUN
+# Functions that make functions: one that used the loop's variable would see its last value.
+def inputs(experiment):
+    return lambda wildcards: PROFILE.inputs(experiment, **dict(wildcards.items()))
 
 
-rule depth:
-    input:
-        notebook=ancient(grid.DEPTH),
-        statistics=lambda wildcards: PROFILE.statistics_of(wildcards.model),
-        arrays=lambda wildcards: PROFILE.statistics_of(wildcards.model, ".safetensors"),
-    output: run=PROFILE.depth_run("{model}", "{layers_removed}")
-    log: notebook=PROFILE.depth_run("{model}", "{layers_removed}", ".ipynb")
-    params:
-        source=notebook_source_sha(grid.DEPTH),
-        weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-        arguments=lambda wildcards: grid.arguments(
-            grid.depth_values(PROFILE, wildcards.model, int(wildcards.layers_removed))
-        ),
-    threads: PROFILE.threads
-    retries: PROFILE.retries
-    resources: **PROFILE.resources
-    shell: RUN
+def arguments(experiment):
+    return lambda wildcards: grid.arguments(grid.values(PROFILE, experiment, **dict(wildcards.items())))
 
 
-if PROFILE.selection:
+for experiment in PROFILE.experiments:
 
-    rule selection:
-        input: notebook=ancient(grid.SELECTION)
-        output: run=PROFILE.selection_run("{model}", "{seed}", "{part}")
-        log: notebook=PROFILE.selection_run("{model}", "{seed}", "{part}", ".ipynb")
-        params:
-            source=notebook_source_sha(grid.SELECTION),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(
-                grid.selection_values(PROFILE, wildcards.model, int(wildcards.seed), wildcards.part)
-            ),
-        threads: PROFILE.threads
-        retries: PROFILE.retries
-        resources: **PROFILE.resources
-        shell: RUN
-
-
-if PROFILE.blocks:
-
-    rule blocks:
+    rule:
+        name: experiment
         input:
-            notebook=ancient(grid.BLOCKS),
-            statistics=lambda wildcards: PROFILE.statistics_of(wildcards.model),
-            arrays=lambda wildcards: PROFILE.statistics_of(wildcards.model, ".safetensors"),
-        output: run=PROFILE.blocks_run("{model}", "{part}")
-        log: notebook=PROFILE.blocks_run("{model}", "{part}", ".ipynb")
+            unpack(inputs(experiment)),
+            notebook=ancient(grid.experiment_notebook(experiment)),
+        output: **PROFILE.outputs(experiment)
+        log: notebook=PROFILE.pattern(experiment, ".ipynb")
         params:
-            source=notebook_source_sha(grid.BLOCKS),
+            source=notebook_source_sha(grid.experiment_notebook(experiment)),
             weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(grid.blocks_values(PROFILE, wildcards.model, wildcards.part)),
-        threads: PROFILE.threads
-        retries: PROFILE.retries
-        resources: **PROFILE.resources
-        shell: RUN
-
-
-if PROFILE.slicing:
-
-    rule slicing:
-        input:
-            notebook=ancient(grid.SLICING),
-            statistics=lambda wildcards: PROFILE.statistics_of(wildcards.model),
-            arrays=lambda wildcards: PROFILE.statistics_of(wildcards.model, ".safetensors"),
-        output: run=PROFILE.slicing_run("{model}", "{part}")
-        log: notebook=PROFILE.slicing_run("{model}", "{part}", ".ipynb")
-        params:
-            source=notebook_source_sha(grid.SLICING),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(grid.slicing_values(PROFILE, wildcards.model, wildcards.part)),
-        threads: PROFILE.threads
-        retries: PROFILE.retries
-        resources: **PROFILE.resources
-        shell: RUN
-
-
-if PROFILE.tasks:
-
-    rule tasks:
-        input:
-            notebook=ancient(grid.TASKS),
-            choices=lambda wildcards: PROFILE.choices_of("tasks", wildcards.model, wildcards.part),
-        output: run=PROFILE.tasks_run("{model}", "{part}")
-        log: notebook=PROFILE.tasks_run("{model}", "{part}", ".ipynb")
-        params:
-            source=notebook_source_sha(grid.TASKS),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(grid.tasks_values(PROFILE, wildcards.model, wildcards.part)),
-        threads: PROFILE.threads
-        retries: PROFILE.retries
-        resources: **PROFILE.resources
-        shell: RUN
-
-
-if PROFILE.healing:
-
-    rule healing:
-        input:
-            notebook=ancient(grid.HEALING),
-            choices=lambda wildcards: PROFILE.choices_of("healing", wildcards.model, wildcards.part),
-        output: run=PROFILE.healing_run("{model}", "{part}")
-        log: notebook=PROFILE.healing_run("{model}", "{part}", ".ipynb")
-        params:
-            source=notebook_source_sha(grid.HEALING),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(grid.healing_values(PROFILE, wildcards.model, wildcards.part)),
-        threads: PROFILE.threads
-        retries: PROFILE.retries
-        resources: **PROFILE.resources
-        shell: RUN
-
-
-if PROFILE.duplicates:
-
-    rule duplicates:
-        input: notebook=ancient(grid.DUPLICATES)
-        output: run=PROFILE.duplicates_run("{model}", "{part}")
-        log: notebook=PROFILE.duplicates_run("{model}", "{part}", ".ipynb")
-        params:
-            source=notebook_source_sha(grid.DUPLICATES),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(grid.duplicates_values(PROFILE, wildcards.model, wildcards.part)),
-        threads: PROFILE.threads
-        retries: PROFILE.retries
-        resources: **PROFILE.resources
-        shell: RUN
-
-
-if PROFILE.optimum:
-
-    rule optimum:
-        input: notebook=ancient(grid.OPTIMUM)
-        output:
-            run=PROFILE.optimum_run("{model}", "{part}"),
-            arrays=PROFILE.optimum_run("{model}", "{part}", ".safetensors"),
-        log: notebook=PROFILE.optimum_run("{model}", "{part}", ".ipynb")
-        params:
-            source=notebook_source_sha(grid.OPTIMUM),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=lambda wildcards: grid.arguments(grid.optimum_values(PROFILE, wildcards.model, wildcards.part)),
+            arguments=arguments(experiment),
         threads: PROFILE.threads
         retries: PROFILE.retries
         resources: **PROFILE.resources

@@ -5,6 +5,7 @@ key, a value of the wrong type and a parameter that the profile leaves to the no
 """
 
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -16,25 +17,48 @@ from prunelib.notebook import Parameter, ParameterError, closest, parameters
 from prunelib.provenance import at_root
 
 NOTEBOOKS = "notebooks"
-STATISTICS = f"{NOTEBOOKS}/experiments/statistics.ipynb"
-DEPTH = f"{NOTEBOOKS}/experiments/depth.ipynb"
-SELECTION = f"{NOTEBOOKS}/experiments/selection.ipynb"
-BLOCKS = f"{NOTEBOOKS}/experiments/blocks.ipynb"
-TASKS = f"{NOTEBOOKS}/experiments/tasks.ipynb"
-SLICING = f"{NOTEBOOKS}/experiments/slicing.ipynb"
-OPTIMUM = f"{NOTEBOOKS}/experiments/optimum.ipynb"
-HEALING = f"{NOTEBOOKS}/experiments/healing.ipynb"
-DUPLICATES = f"{NOTEBOOKS}/experiments/duplicates.ipynb"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # file names join these with `__`
-SOME_MODELS = ("slicing", "healing", "duplicates")  # experiments whose entries may be for some of the models alone
-CHOOSING = ("tasks", "healing")  # experiments that go on from the layers which another one has chosen
-# Experiments whose rows are not in `results`.
-OWN_TABLE = ("selection", "blocks", "slicing", "tasks", "optimum", "healing", "duplicates")
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
+
+AXES = {"model": "{}", "corpus": "{}", "seed": "s{}", "layers_removed": "k{}", "part": "{}"}
+"""Axes of a grid → how they stand in the name of a run file. `part` is an entry of the profile below the experiment."""
 
 
 class ProfileError(ValueError):
     """A profile that does not say what to run, or says something that nothing reads."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A notebook of `notebooks/experiments/` as a batch runs it.
+
+    axes: those of its runs besides the model.
+    statistics: whether a run reads all statistics of its model, as the parameter `statistics`.
+    choices: whether a run goes on from the sets of layers in a run of selection or blocks, the parameter `choices`.
+    arrays: whether a run writes a .safetensors beside its run file.
+    """
+
+    axes: tuple[str, ...] = ("part",)
+    statistics: bool = False
+    choices: bool = False
+    arrays: bool = False
+
+
+EXPERIMENTS = {
+    "statistics": Experiment(axes=("corpus", "seed"), arrays=True),
+    "depth": Experiment(axes=("layers_removed",), statistics=True),
+    "selection": Experiment(axes=("seed", "part")),
+    "blocks": Experiment(statistics=True),
+    "slicing": Experiment(statistics=True),
+    "tasks": Experiment(choices=True),
+    "optimum": Experiment(arrays=True),
+    "healing": Experiment(choices=True),
+    "duplicates": Experiment(),
+}
+"""Every experiment by its key in a profile, which is also the name of its notebook, its rule and the folder of its runs."""
+
+OWN_TABLE = tuple(name for name, experiment in EXPERIMENTS.items() if "part" in experiment.axes)
+"""Experiments with entries in a profile; each has a table of its own beside `results`."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +70,9 @@ class Profile:
     calibration: short name → {corpus (that name by default), split, data_dir, n_samples, seq_len}, of statistics.ipynb.
     calibration_seeds, layers_removed: the other two axes.
     statistics, depth: the remaining parameters of these notebooks, the same for all of their runs.
-    selection: name → parameters of selection.ipynb; a run for every model and calibration seed.
-    blocks, optimum: name → parameters of these notebooks; a run for every model.
-    slicing, healing, duplicates: name → {models: for which there is a run (all unless given), parameters of that notebook}.
-    tasks: name → {parameters of tasks.ipynb}; a run for every model. In `tasks` and `healing`, `choices` is a name below
-        `selection` (its first seed) or `blocks`. Each of these seven has a table of its own beside `results`, such as
-        selection.csv.
+    selection, blocks, …: name → {models: for which there is a run (all unless given), parameters of that notebook}; a run for
+        every model, in selection also for every calibration seed. In `tasks` and `healing`, `choices` is a name below
+        `selection` (its first seed) or `blocks`. Each has a table of its own beside `results`, such as selection.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
     """
@@ -90,21 +111,12 @@ class Profile:
             values = getattr(self, key)
             if not all(type(value) is int and value >= 0 for value in values) or len(set(values)) < len(values):
                 raise ProfileError(f"{key} must be different whole numbers from 0 on, not {values!r}")
-        for key in SOME_MODELS:
-            for name, entry in getattr(self, key).items():
-                unknown = [model for model in (entry or {}).get("models", []) if model not in self.models]
-                if unknown:
-                    raise ProfileError(
-                        f"{key}.{name}.models: there is no `{unknown[0]}` below models{closest(str(unknown[0]), self.models)}"
-                    )
         both = set(self.selection) & set(self.blocks)
         if both:
             raise ProfileError(f"`{both.pop()}` is in both selection and blocks: tasks could not say which of them they read")
-        for key in CHOOSING:
+        for key in OWN_TABLE:
             for name, entry in getattr(self, key).items():
-                if (entry or {}).get("choices") not in (*self.selection, *self.blocks):
-                    known = ", ".join((*self.selection, *self.blocks)) or "none"
-                    raise ProfileError(f"{key}.{name}.choices must name an entry of selection or blocks; there are: {known}")
+                self._check_entry(key, name, entry or {})
         for key in ("threads", "retries"):
             if type(getattr(self, key)) is bool or getattr(self, key) < (key == "threads"):
                 raise ProfileError(f"{key} = {getattr(self, key)!r} is too small")
@@ -113,65 +125,81 @@ class Profile:
         """Every name that becomes part of a file name."""
         return [*self.models, *self.calibration, *(name for key in OWN_TABLE for name in getattr(self, key))]
 
-    def statistics_run(self, model: str, corpus: str, seed: int, suffix: str = ".json") -> str:
-        return f"{self.runs}/statistics/{model}__{corpus}__s{seed}{suffix}"
+    def _check_entry(self, experiment: str, part: str, entry: Mapping) -> None:
+        for model in entry.get("models", []):
+            if model not in self.models:
+                raise ProfileError(
+                    f"{experiment}.{part}.models: there is no `{model}` below models{closest(str(model), self.models)}"
+                )
+        if not EXPERIMENTS[experiment].choices:
+            return
+        source = entry.get("choices")
+        if source not in (*self.selection, *self.blocks):
+            known = ", ".join((*self.selection, *self.blocks)) or "none"
+            raise ProfileError(f"{experiment}.{part}.choices must name an entry of selection or blocks; there are: {known}")
+        there = self.models_of(self._chooser(source), source)
+        missing = [model for model in self.models_of(experiment, part) if model not in there]
+        if missing:
+            raise ProfileError(f"{experiment}.{part}.choices: `{source}` is not run for the model `{missing[0]}`")
 
-    def depth_run(self, model: str, layers_removed: int, suffix: str = ".json") -> str:
-        return f"{self.runs}/depth/{model}__k{layers_removed}{suffix}"
+    @property
+    def experiments(self) -> list[str]:
+        """The experiments that this profile runs."""
+        return [name for name in EXPERIMENTS if name not in OWN_TABLE or getattr(self, name)]
 
-    def selection_run(self, model: str, seed: int | str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/selection/{model}__s{seed}__{name}{suffix}"
+    def run(self, experiment: str, suffix: str = ".json", **point: object) -> str:
+        """The run file of an experiment at a point: the model and a value of each of its axes."""
+        name = "__".join(AXES[axis].format(point[axis]) for axis in ("model", *EXPERIMENTS[experiment].axes))
+        return f"{self.runs}/{experiment}/{name}{suffix}"
 
-    def blocks_run(self, model: str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/blocks/{model}__{name}{suffix}"
+    def pattern(self, experiment: str, suffix: str = ".json") -> str:
+        """`run` at every point, with the axes as wildcards of Snakemake."""
+        return self.run(experiment, suffix, **{axis: f"{{{axis}}}" for axis in AXES})
 
-    def slicing_run(self, model: str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/slicing/{model}__{name}{suffix}"
+    def outputs(self, experiment: str) -> dict[str, str]:
+        """Patterns of the files that a run of an experiment writes."""
+        arrays = {"arrays": self.pattern(experiment, ".safetensors")} if EXPERIMENTS[experiment].arrays else {}
+        return {"run": self.pattern(experiment), **arrays}
 
-    def tasks_run(self, model: str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/tasks/{model}__{name}{suffix}"
+    def inputs(self, experiment: str, **point: object) -> dict[str, list[str]]:
+        """Files of other runs that a run of an experiment reads."""
+        found = {}
+        if EXPERIMENTS[experiment].statistics:
+            found["statistics"] = self.statistics_of(point["model"])
+            found["arrays"] = self.statistics_of(point["model"], ".safetensors")
+        if EXPERIMENTS[experiment].choices:
+            found["choices"] = [self.choices_of(experiment, point["model"], point["part"])]
+        return found
 
-    def optimum_run(self, model: str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/optimum/{model}__{name}{suffix}"
-
-    def healing_run(self, model: str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/healing/{model}__{name}{suffix}"
-
-    def duplicates_run(self, model: str, name: str, suffix: str = ".json") -> str:
-        return f"{self.runs}/duplicates/{model}__{name}{suffix}"
-
-    def choices_of(self, experiment: str, model: str, name: str) -> str:
-        """The run file that a run of tasks or healing takes its sets of layers from."""
-        source = getattr(self, experiment)[name]["choices"]
-        if source in self.blocks:
-            return self.blocks_run(model, source)
-        return self.selection_run(model, self.calibration_seeds[0], source)
-
-    def models_of(self, experiment: str, name: str) -> list[str]:
-        """The models that an entry is for."""
-        if experiment not in SOME_MODELS:
-            return list(self.models)
-        return list((getattr(self, experiment)[name] or {}).get("models", self.models))
+    def points(self, experiment: str) -> list[dict[str, object]]:
+        """Where an experiment is run: model and a value of each axis."""
+        known = {
+            "corpus": list(self.calibration),
+            "seed": self.calibration_seeds,
+            "layers_removed": self.layers_removed,
+            "part": list(getattr(self, experiment)),
+        }
+        axes = EXPERIMENTS[experiment].axes
+        every = itertools.product(self.models, *(known[axis] for axis in axes))
+        found = [dict(zip(("model", *axes), point, strict=True)) for point in every]
+        return [point for point in found if "part" not in point or point["model"] in self.models_of(experiment, point["part"])]
 
     def runs_of(self, experiment: str) -> list[str]:
-        """All run files of one of the experiments that have a table of their own."""
-        if experiment == "selection":
-            return [
-                self.selection_run(model, seed, name)
-                for model in self.models
-                for seed in self.calibration_seeds
-                for name in self.selection
-            ]
-        run = {
-            "blocks": self.blocks_run,
-            "slicing": self.slicing_run,
-            "tasks": self.tasks_run,
-            "optimum": self.optimum_run,
-            "healing": self.healing_run,
-            "duplicates": self.duplicates_run,
-        }[experiment]
-        entries = getattr(self, experiment)
-        return [run(model, name) for model in self.models for name in entries if model in self.models_of(experiment, name)]
+        """All run files of an experiment."""
+        return [self.run(experiment, **point) for point in self.points(experiment)]
+
+    def models_of(self, experiment: str, part: str) -> list[str]:
+        """The models that an entry is for."""
+        return list((getattr(self, experiment)[part] or {}).get("models", self.models))
+
+    def _chooser(self, part: str) -> str:
+        """The experiment that an entry named by `choices` belongs to."""
+        return "blocks" if part in self.blocks else "selection"
+
+    def choices_of(self, experiment: str, model: str, part: str) -> str:
+        """The run file that a run takes its sets of layers from: of a selection, that of the first seed."""
+        source = getattr(self, experiment)[part]["choices"]
+        return self.run(self._chooser(source), model=model, seed=next(iter(self.calibration_seeds), 0), part=source)
 
     def table(self, experiment: str) -> str:
         """Where the table of one of these experiments lies."""
@@ -181,21 +209,15 @@ class Profile:
     def tables(self) -> dict[str, list[str]]:
         """The tables this profile makes → the run files each is made of."""
         own = {self.table(experiment): self.runs_of(experiment) for experiment in OWN_TABLE}
-        return {table: runs for table, runs in {self.results: self.experiment_runs(), **own}.items() if runs}
+        common = [run for experiment in EXPERIMENTS if experiment not in OWN_TABLE for run in self.runs_of(experiment)]
+        return {table: runs for table, runs in {self.results: common, **own}.items() if runs}
 
     def chapter_run(self, chapter: str, suffix: str = ".json") -> str:
         return f"{self.runs}/chapters/{chapter}{suffix}"
 
     def statistics_of(self, model: str, suffix: str = ".json") -> list[str]:
-        """All statistics of one model: what its depth runs read."""
-        return [
-            self.statistics_run(model, corpus, seed, suffix) for corpus in self.calibration for seed in self.calibration_seeds
-        ]
-
-    def experiment_runs(self) -> list[str]:
-        """Every run file that the table is made of."""
-        depth = [self.depth_run(model, count) for model in self.models for count in self.layers_removed]
-        return [run for model in self.models for run in self.statistics_of(model)] + depth
+        """All statistics of one model."""
+        return [self.run("statistics", suffix, **point) for point in self.points("statistics") if point["model"] == model]
 
     def figure_files(self, chapter: str) -> list[str]:
         """The files a chapter draws, from the stems in its headings."""
@@ -220,21 +242,12 @@ def read(config: Mapping) -> Profile:
             raise ProfileError(f"the profile has no `{key}`")
     profile = Profile(**config)
 
-    every = {name: known for notebook in (STATISTICS, DEPTH) for name, known in _known(notebook).items()}
+    shared = [name for experiment in profile.experiments for name in _known(experiment_notebook(experiment))]
     for name, entry in profile.models.items():
-        _refuse_unknown(entry or {}, every, f"models.{name}", f"{STATISTICS} or {DEPTH}")
-        for seed in profile.calibration_seeds:
-            for part in profile.selection:
-                selection_values(profile, name, seed, part)
-        for experiment, values in VALUES.items():
-            for part in getattr(profile, experiment):
-                if name in profile.models_of(experiment, part):
-                    values(profile, name, part)
-        for count in profile.layers_removed:
-            depth_values(profile, name, count)
-        for corpus in profile.calibration:
-            for seed in profile.calibration_seeds:
-                statistics_values(profile, name, corpus, seed)
+        _refuse_unknown(entry or {}, shared, f"models.{name}", "the experiments that the profile runs")
+    for experiment in profile.experiments:
+        for point in profile.points(experiment):
+            values(profile, experiment, **point)
     drawn: dict[str, str] = {}
     for chapter in profile.chapters:
         chapter_values(profile, chapter)
@@ -244,106 +257,29 @@ def read(config: Mapping) -> Profile:
     return profile
 
 
-def statistics_values(profile: Profile, model: str, corpus: str, seed: int) -> dict:
-    """Every parameter of one run of statistics.ipynb, but `output`."""
-    sources = {
-        f"models.{model}": _declared(STATISTICS, profile.models[model]),
-        f"calibration.{corpus}": {"corpus": corpus, **(profile.calibration[corpus] or {})},
-        "calibration_seeds": {"seed": seed},
-        "statistics": profile.statistics,
-    }
-    return _complete(STATISTICS, sources)
+def values(profile: Profile, experiment: str, *, model: str, part: str | None = None, **axes: object) -> dict:
+    """Every parameter of the notebook of one run, but `output`.
 
-
-def depth_values(profile: Profile, model: str, layers_removed: int) -> dict:
-    """Every parameter of one run of depth.ipynb, but `output`."""
-    sources = {
-        f"models.{model}": _declared(DEPTH, profile.models[model]),
-        "calibration": {"statistics": profile.statistics_of(model)},
-        "layers_removed": {"layers_removed": layers_removed},
-        "depth": profile.depth,
-    }
-    return _complete(DEPTH, sources)
-
-
-def selection_values(profile: Profile, model: str, seed: int, name: str) -> dict:
-    """Every parameter of one run of selection.ipynb, but `output`."""
-    sources = {
-        f"models.{model}": _declared(SELECTION, profile.models[model]),
-        "calibration_seeds": {"seed": seed},
-        f"selection.{name}": profile.selection[name] or {},
-    }
-    return _complete(SELECTION, sources)
-
-
-def blocks_values(profile: Profile, model: str, name: str) -> dict:
-    """Every parameter of one run of blocks.ipynb, but `output`."""
-    sources = {
-        f"models.{model}": _declared(BLOCKS, profile.models[model]),
-        "calibration": {"statistics": profile.statistics_of(model)},
-        f"blocks.{name}": profile.blocks[name] or {},
-    }
-    return _complete(BLOCKS, sources)
-
-
-def slicing_values(profile: Profile, model: str, name: str) -> dict:
-    """Every parameter of one run of slicing.ipynb, but `output`."""
-    entry = {key: value for key, value in (profile.slicing[name] or {}).items() if key != "models"}
-    sources = {
-        f"models.{model}": _declared(SLICING, profile.models[model]),
-        "calibration": {"statistics": profile.statistics_of(model)},
-        f"slicing.{name}": entry,
-    }
-    return _complete(SLICING, sources)
-
-
-def tasks_values(profile: Profile, model: str, name: str) -> dict:
-    """Every parameter of one run of tasks.ipynb, but `output`."""
-    sources = {
-        f"models.{model}": _declared(TASKS, profile.models[model]),
-        f"tasks.{name}": {**profile.tasks[name], "choices": profile.choices_of("tasks", model, name)},
-    }
-    return _complete(TASKS, sources)
-
-
-def optimum_values(profile: Profile, model: str, name: str) -> dict:
-    """Every parameter of one run of optimum.ipynb, but `output`."""
-    sources = {
-        f"models.{model}": _declared(OPTIMUM, profile.models[model]),
-        f"optimum.{name}": profile.optimum[name] or {},
-    }
-    return _complete(OPTIMUM, sources)
-
-
-def healing_values(profile: Profile, model: str, name: str) -> dict:
-    """Every parameter of one run of healing.ipynb, but `output`."""
-    entry = {key: value for key, value in profile.healing[name].items() if key != "models"}
-    sources = {
-        f"models.{model}": _declared(HEALING, profile.models[model]),
-        f"healing.{name}": {**entry, "choices": profile.choices_of("healing", model, name)},
-    }
-    return _complete(HEALING, sources)
-
-
-def duplicates_values(profile: Profile, model: str, name: str) -> dict:
-    """Every parameter of one run of duplicates.ipynb, but `output`."""
-    entry = {key: value for key, value in (profile.duplicates[name] or {}).items() if key != "models"}
-    sources = {
-        f"models.{model}": _declared(DUPLICATES, profile.models[model]),
-        f"duplicates.{name}": entry,
-    }
-    return _complete(DUPLICATES, sources)
-
-
-VALUES = {
-    "blocks": blocks_values,
-    "slicing": slicing_values,
-    "tasks": tasks_values,
-    "optimum": optimum_values,
-    "healing": healing_values,
-    "duplicates": duplicates_values,
-}
-"""Experiments with a run for every model and entry → the parameters of one of these runs."""
+    axes: the other axes of the experiment; those that are numbers may be texts, as Snakemake's wildcards are.
+    """
+    notebook = experiment_notebook(experiment)
+    sources: dict[str, Mapping] = {f"models.{model}": _declared(notebook, profile.models[model])}
+    if EXPERIMENTS[experiment].statistics:
+        sources["calibration"] = {"statistics": profile.statistics_of(model)}
+    if "corpus" in axes:
+        corpus = axes["corpus"]
+        sources[f"calibration.{corpus}"] = {"corpus": corpus, **(profile.calibration[corpus] or {})}
+    if "seed" in axes:
+        sources["calibration_seeds"] = {"seed": int(axes["seed"])}
+    if "layers_removed" in axes:
+        sources["layers_removed"] = {"layers_removed": int(axes["layers_removed"])}
+    if part is None:
+        sources[experiment] = getattr(profile, experiment)
+    else:
+        entry = {key: value for key, value in (getattr(profile, experiment)[part] or {}).items() if key != "models"}
+        chosen = {"choices": profile.choices_of(experiment, model, part)} if EXPERIMENTS[experiment].choices else {}
+        sources[f"{experiment}.{part}"] = {**entry, **chosen}
+    return _complete(notebook, sources)
 
 
 def chapter_values(profile: Profile, chapter: str) -> dict:
@@ -353,6 +289,10 @@ def chapter_values(profile: Profile, chapter: str) -> dict:
     places |= {experiment: profile.table(experiment) for experiment in OWN_TABLE if getattr(profile, experiment)}
     sources = {"profile": _declared(notebook, places), f"chapters.{chapter}": profile.chapters[chapter] or {}}
     return _complete(notebook, sources)
+
+
+def experiment_notebook(experiment: str) -> str:
+    return f"{NOTEBOOKS}/experiments/{experiment}.ipynb"
 
 
 def chapter_notebook(chapter: str) -> str:

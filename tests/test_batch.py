@@ -1,5 +1,6 @@
 """The real Snakefile on notebooks without torch: faults, resuming, what makes a run again, and the profiles."""
 
+import dataclasses
 import json
 import os
 import re
@@ -192,15 +193,20 @@ def test_batch_names_the_profiles_it_has(tmp_path, capsys):
 def notebooks(tmp_path, monkeypatch):
     """The fixture notebooks, found by grid."""
     monkeypatch.setattr(grid, "at_root", lambda path: tmp_path / path)
-    write_notebook(tmp_path / grid.STATISTICS, STATISTICS)
-    write_notebook(tmp_path / grid.DEPTH, DEPTH)
+    write_notebook(tmp_path / grid.experiment_notebook("statistics"), STATISTICS)
+    write_notebook(tmp_path / grid.experiment_notebook("depth"), DEPTH)
     write_notebook(tmp_path / "notebooks/01_chapter.ipynb", CHAPTER)
     return tmp_path
 
 
+def test_every_experiment_has_a_notebook_and_a_key_in_profiles():
+    assert {path.stem for path in (ROOT / "notebooks/experiments").glob("*.ipynb")} == set(grid.EXPERIMENTS)
+    assert set(grid.EXPERIMENTS) <= {field.name for field in dataclasses.fields(grid.Profile)}
+
+
 def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
     profile = grid.read(PROFILE)
-    values = grid.statistics_values(profile, "tiny", "pydocs", 2)
+    values = grid.values(profile, "statistics", model="tiny", corpus="pydocs", seed=2)
     assert values == {
         "model": "data/tiny",
         "dtype": "float32",
@@ -212,7 +218,7 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
         "crash": [],
     }
     assert grid.arguments({"a b": "it's", "seeds": [1, 2], "x": None}) == "'a b=it'\"'\"'s' 'seeds=[1, 2]' x=None"
-    assert grid.depth_values(profile, "tiny", 2)["statistics"] == [
+    assert grid.values(profile, "depth", model="tiny", layers_removed="2")["statistics"] == [
         f"data/runs/test/statistics/tiny__pydocs__s{seed}.json" for seed in (0, 1, 2)
     ]
     assert profile.figure_files("01_chapter") == [
@@ -244,6 +250,11 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
         ),
         ({"selection": {"a": {}}, "blocks": {"a": {}}}, "`a` is in both selection and blocks"),
         ({"selection": {"a__b": {}}}, "`a__b` cannot be part of a file name"),
+        ({"blocks": {"a": {"models": ["tny"]}}}, "blocks.a.models: there is no `tny` below models; did you mean `tiny`"),
+        (
+            {"blocks": {"a": {"models": []}}, "tasks": {"all": {"choices": "a"}}},
+            "tasks.all.choices: `a` is not run for the model `tiny`",
+        ),
         ({"blocks": {"a": {"stp": 1}}}, "there is no notebook notebooks/experiments/blocks.ipynb"),
     ],
 )
@@ -278,7 +289,6 @@ def test_snakemake_reports_a_wrong_profile_in_one_line(tmp_path):
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-@pytest.mark.skipif(not (ROOT / grid.DEPTH).is_file() or not CHAPTERS, reason="the notebooks are not there yet")
 @pytest.mark.parametrize("name", ["smoke", "reference", "optimum", "healing", "paper"])
 def test_a_dry_run_lists_every_run(name, tmp_path):
     """Also for models, data and devices that this machine does not have."""

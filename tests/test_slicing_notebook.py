@@ -139,7 +139,7 @@ def test_a_profile_may_slice_some_of_its_models():
     config = yaml.safe_load(at_root("profiles/reference.yaml").read_text())
     profile = grid.read(config)
     assert profile.runs_of("slicing") == [f"data/runs/reference/slicing/{name}__dynamic.json" for name in profile.models]
-    assert grid.slicing_values(profile, "neox24", "dynamic")["statistics"] == profile.statistics_of("neox24")
+    assert grid.values(profile, "slicing", model="neox24", part="dynamic")["statistics"] == profile.statistics_of("neox24")
     config["slicing"]["dynamic"]["models"] = ["neox24"]
     assert grid.read(config).runs_of("slicing") == ["data/runs/reference/slicing/neox24__dynamic.json"]
     config["slicing"]["dynamic"]["models"] = ["neox"]
