@@ -155,8 +155,9 @@ def main() -> None:
 
     what = args.model or f"random weights, {args.shape}"
     print(
-        f"\n{what}: {n_layers} layers of width {model.config.hidden_size}, {args.dtype} on {args.device}, {args.threads} threads"
-        f"\ngreedy, K = {args.layers_removed}, {count} x {length} tokens, batch {args.batch_size}, {args.together} branches at once"
+        f"\n{what}: {n_layers} layers of width {model.config.hidden_size}, {args.dtype} on {args.device}, {args.threads} "
+        f"threads\ngreedy, K = {args.layers_removed}, {count} x {length} tokens, batch {args.batch_size}, "
+        f"{args.together} branches together"
     )
     baseline = found[0]
     print(f"{'':32s} {'seconds':>8s} {'cpu':>8s} {'speed-up':>8s} {'forwards':>9s} {'share':>6s}  removed")
