@@ -2,42 +2,93 @@
 
     python benchmarks/statistics_cost.py                          # random weights in the shape of the main reference model
     python benchmarks/statistics_cost.py --model data/reference/<name>
+    python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 8 --seq-len 2048
 
 Every repetition times the plain forward pass of the whole model, the forward pass without the LM head (which `collect`
-does not run) and `collect` itself, in turn, so that a machine that slows down slows all three. Printed are the medians and
-the medians of the ratios within a repetition. The target is at most 1.10 times the plain forward pass. On a machine that is
-busy with other work only the CPU time with --threads 1 means anything: waiting threads count as busy ones.
+does not run), `collect` itself, `collect` without the Triton kernel (where there is one) and the usual hooks, which take three
+sums of neighbouring states in float32 and no other pair, in turn, so that a machine that slows down slows all of them. Printed
+are the medians and the medians of the ratios within a repetition. The target is at most 1.03 times the plain forward pass on a
+GPU, 1.10 on a CPU. On a machine that is busy with other work only the CPU time with --threads 1 means anything: waiting threads
+count as busy ones.
 """
 
 import argparse
+import contextlib
+import json
 import statistics
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
+from slicing_cost import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from prunelib.models import load
-from prunelib.statistics import collect
+import prunelib.statistics
+from prunelib.models import decoder_layers, load
+from prunelib.statistics import LayerStats, collect
 
 
-def reference_shape() -> PreTrainedModel:
-    """Random weights in the shape of the main reference model: 32 layers of width 160."""
+def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights in one of the `SHAPES`, made where they stay."""
+    hidden_size, mlp, n_layers, heads, key_value_heads, vocabulary, *_ = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=32,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        max_position_embeddings=2048,
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=mlp,
+        num_hidden_layers=n_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=8192,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def usual_hooks(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """Sums [layer, 3] of cosine, squared and absolute difference between input and output of each layer."""
+    layers = decoder_layers(model)
+    sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=model.device)
+
+    def hook(index: int):
+        def measure(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+            before, after = args[0].float(), (output[0] if isinstance(output, tuple) else output).float()
+            step = after - before
+            cosine = torch.cosine_similarity(before, after, dim=-1)
+            sums[index] += torch.stack([cosine.sum(), step.square().sum(), step.abs().sum()])
+
+        return measure
+
+    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def largest_differences(found: LayerStats, expected: LayerStats) -> dict[str, float]:
+    """Largest relative difference of any sum, by name; of the pairs those of different states."""
+    upper = (slice(None), *np.triu_indices(found.n_layers + 1, 1))
+    pairs = {"cosine": upper, "angle": upper}
+    return {
+        name: float(abs(getattr(found, name)[pairs.get(name, ...)] / getattr(expected, name)[pairs.get(name, ...)] - 1).max())
+        for name in ("cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a model; random weights if left out")
+    parser.add_argument("--shape", choices=SHAPES, default="reference", help="of the random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
@@ -45,11 +96,15 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file of the medians and ratios")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    model = load(args.model, dtype=args.dtype, device=args.device) if args.model else reference_shape()
-    model = model.to(args.device, getattr(torch, args.dtype))
+    dtype, cuda = getattr(torch, args.dtype), args.device.startswith("cuda")
+    if args.model:
+        model = load(args.model, dtype=args.dtype, device=args.device)
+    else:
+        model = random_model(args.shape, args.device, dtype)
     windows = torch.randint(0, model.config.vocab_size, (args.samples, args.seq_len))
 
     @torch.inference_mode()
@@ -57,18 +112,35 @@ def main() -> None:
         for batch in windows.split(args.batch_size):
             module(batch.to(args.device), use_cache=False)
 
+    def hooked() -> None:
+        with usual_hooks(model) as sums:
+            forward(model.base_model)
+            sums.cpu()
+
+    def ours() -> LayerStats:
+        return collect(model, windows, batch_size=args.batch_size, progress=False)
+
+    def plain() -> LayerStats:
+        with mock.patch.object(prunelib.statistics, "_fused", lambda device: None):
+            return ours()
+
     timed = {
         "forward": lambda: forward(model),
         "forward without LM head": lambda: forward(model.base_model),
-        "collect": lambda: collect(model, windows, batch_size=args.batch_size, progress=False),
+        "collect": ours,
+        "usual hooks": hooked,
     }
+    differences = None
+    if cuda:
+        timed["collect without kernel"] = plain
+        differences = largest_differences(ours(), plain())
     seconds = {name: [] for name in timed}
     cpu_seconds = {name: [] for name in timed}
     for repeat in range(args.repeats + 1):
         for name, run in timed.items():
             started, cpu_started = time.perf_counter(), time.process_time()
             run()
-            if args.device.startswith("cuda"):
+            if cuda:
                 torch.cuda.synchronize()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
@@ -82,14 +154,34 @@ def main() -> None:
     for name, values in seconds.items():
         median = statistics.median(values)
         print(
-            f"{name:24s} {median:8.3f} s  {median / tokens * 1e6:8.1f} us/token  fastest {min(values):.3f} s  "
+            f"{name:24s} {median:8.4f} s  {median / tokens * 1e6:8.1f} us/token  fastest {min(values):.4f} s  "
             f"cpu {statistics.median(cpu_seconds[name]):.3f} s"
         )
-    for name in ("forward", "forward without LM head"):
-        ratios = [ours / plain for ours, plain in zip(seconds["collect"], seconds[name], strict=True)]
-        fastest = min(seconds["collect"]) / min(seconds[name])
-        cpu = statistics.median(cpu_seconds["collect"]) / statistics.median(cpu_seconds[name])
-        print(f"collect / {name:24s} median ratio {statistics.median(ratios):.3f}  of fastest {fastest:.3f}  of cpu {cpu:.3f}")
+    ratios = {}
+    for name in timed:
+        for base in ("forward", "forward without LM head"):
+            if not name.startswith("forward"):
+                pairs = zip(seconds[name], seconds[base], strict=True)
+                ratios[f"{name} / {base}"] = ratio = statistics.median([ours / plain for ours, plain in pairs])
+                fastest = min(seconds[name]) / min(seconds[base])
+                cpu = statistics.median(cpu_seconds[name]) / statistics.median(cpu_seconds[base])
+                print(f"{name:24s} / {base:24s} median ratio {ratio:.3f}  of fastest {fastest:.3f}  of cpu {cpu:.3f}")
+    if differences is not None:
+        print("largest relative difference with and without the kernel:", differences)
+    if args.output is not None:
+        record = {
+            "shape": args.model or args.shape,
+            "dtype": args.dtype,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "samples": args.samples,
+            "seq_len": args.seq_len,
+            "batch_size": args.batch_size,
+            "repeats": args.repeats,
+            "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "ratios": ratios,
+            "relative_differences": differences,
+        }
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
