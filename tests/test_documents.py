@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from architectures import ARCHITECTURES
 from batch_project import CHAPTER, write_notebook
 
 from prunelib import figures, grid, notebook
@@ -188,6 +189,10 @@ def test_every_figure_of_the_readme_is_drawn_by_a_chapter():
 def test_the_numbers_of_the_readme_are_those_of_the_committed_table():
     table = figures.markdown(pandas.read_csv(ROOT / "figures/own_table_what_held.csv"))
     assert table in README, f"replace the table under «In numbers» by:\n{table}"
+
+
+def test_the_readme_counts_the_tested_architectures():
+    assert f"tested on {len(ARCHITECTURES)} architecture variants" in README
 
 
 def test_commands_of_the_readme_have_parameters_that_their_notebooks_know():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from word_model import drawn_words, write_project
 
 from prunelib import models, results
 from prunelib.notebook import NotebookError, run_notebook
@@ -22,24 +22,7 @@ TASKS = "notebooks/experiments/tasks.ipynb"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a 6-layer model, its tokenizer and a text."""
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("experiment")
-    words = {f"w{i}": i for i in range(1, 60)} | {"<|endoftext|>": 0}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2)
-    models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
-    generator = torch.Generator().manual_seed(1)
-    text = " ".join(f"w{int(i)}" for i in torch.randint(1, 60, (4000,), generator=generator))
-    (folder / "text.txt").write_text(text)
-    return folder
+    return write_project(tmp_path_factory.mktemp("experiment"), n_layers=6, words=drawn_words(60))
 
 
 @pytest.fixture(scope="module")

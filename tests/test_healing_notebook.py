@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+from word_model import write_project
 
 from prunelib import choices, models, results
 from prunelib.corpora import load
@@ -19,16 +17,9 @@ REMOVED = (1, 2)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a 5-layer model, its tokenizer, a text, and a run file with a choice of two layers."""
-    folder = tmp_path_factory.mktemp("healing")
-    words = {f"w{i}": i for i in range(1, 30)} | {"<|endoftext|>": 0}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2)
-    models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
     # Words in turn: something that a few steps of training can learn.
-    (folder / "text.txt").write_text(" ".join(f"w{1 + i % 29}" for i in range(6000)))
+    in_turn = [1 + index % 29 for index in range(6000)]
+    folder = write_project(tmp_path_factory.mktemp("healing"), n_layers=5, words=in_turn, n_words=30)
     results.write_run(
         folder / "choices.json",
         experiment="blocks",

@@ -1,12 +1,8 @@
 """The slicing notebook as a batch runs it, on a tiny model and a small text, and its place in a profile."""
 
 import pytest
-import torch
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from word_model import drawn_words, write_project
 
 from prunelib import corpora, grid, models, results
 from prunelib.criteria import layer_redundancy
@@ -23,19 +19,7 @@ LENGTH = 16
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a 4-layer model, its tokenizer, a text, and statistics of the model on it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("slicing")
-    words = {f"w{i}": i for i in range(1, 60)} | {"<|endoftext|>": 0}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<|endoftext|>", **special)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2)
-    models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
-    drawn = torch.randint(1, 60, (4000,), generator=torch.Generator().manual_seed(1))
-    (folder / "text.txt").write_text(" ".join(f"w{int(i)}" for i in drawn))
+    folder = write_project(tmp_path_factory.mktemp("slicing"), n_layers=4, words=drawn_words(60), bos=True)
     common = {"model": str(folder / "model"), "corpus": str(folder / "text.txt"), "n_samples": 8, "seq_len": LENGTH}
     run_notebook("notebooks/experiments/statistics.ipynb", folder / "s0.json", seed=0, **common)
     return folder
@@ -69,7 +53,7 @@ def run(place, name, **changes):
         "report_windows": 4,
         "report_seq_len": LENGTH,
     }
-    return results.read_run(run_notebook(grid.SLICING, place / name, **(values | changes)))
+    return results.read_run(run_notebook(grid.experiment_notebook("slicing"), place / name, **(values | changes)))
 
 
 def test_the_rows_are_those_of_the_sliced_models(place):
