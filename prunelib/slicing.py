@@ -577,7 +577,26 @@ def _assembled(
 
 def _skeleton(config: PreTrainedConfig, plan: SlicePlan, shortcuts: Sequence[str]) -> PreTrainedModel:
     """The sliced model without its weights, on the meta device."""
-    config_class, model_class = classes(config.model_type)
+    with torch.device("meta"):
+        return classes(config.model_type)[1](_sliced_configuration(config, plan, shortcuts))
+
+
+def sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, *, shortcuts: str = "absorbed") -> PreTrainedConfig:
+    """Configuration of the model that `slice_model` makes of a dense one with this configuration.
+
+    Raises ValueError for a plan of another model, and UnsupportedModel for a family that cannot be sliced.
+    """
+    widths = positions(plan.widths, len(wiring_of(config).steps(config)), plan.hidden_size)
+    if (plan.hidden_size, plan.n_layers) != (config.hidden_size, config.num_hidden_layers):
+        raise ValueError(
+            f"the plan is for {plan.n_layers} layers of width {plan.hidden_size}, this model has "
+            f"{config.num_hidden_layers} of width {config.hidden_size}"
+        )
+    return _sliced_configuration(config, plan, shortcut_kinds(widths, plan.hidden_size, shortcuts))
+
+
+def _sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, shortcuts: Sequence[str]) -> PreTrainedConfig:
+    config_class, _ = classes(config.model_type)
     record = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     record["slicing"] = asdict(plan) | {
         "family": config.model_type,
@@ -587,8 +606,7 @@ def _skeleton(config: PreTrainedConfig, plan: SlicePlan, shortcuts: Sequence[str
     record["tie_word_embeddings"] = False
     sliced = config_class.from_dict(record)
     sliced._attn_implementation = config._attn_implementation
-    with torch.device("meta"):
-        return model_class(sliced)
+    return sliced
 
 
 # ------------------------------------------------------------------------------------------------------------ accounting

@@ -1,0 +1,306 @@
+"""Counts against independent ones, limits, the order of measurements, fits, and the notebook. Nothing here is timed."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from prunelib import models, results, speed
+from prunelib.decoding import Decoder
+from prunelib.notebook import NotebookError, run_notebook
+from prunelib.schedules import constant
+from prunelib.slicing import account, slice_model
+from prunelib.speed import Ceiling, Setting, Spread, Work
+
+NOTEBOOK = "notebooks/experiments/speed.ipynb"
+
+
+def counted_flops(call):
+    """FLOPs of matrix products, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def eager(model):
+    """Attention by plain matrix products, which the counter of torch sees."""
+    model.set_attn_implementation("eager")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("mistral-7b-v0.3", 7_248_023_552),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+    ],
+)
+def test_shapes_have_the_parameters_of_the_published_models(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(speed.shape_configuration(name))
+    assert models.parameter_count(model) == parameters
+
+
+def test_an_unknown_shape_or_dtype_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"there is no shape 'llama-9b'; there are: llama-2-7b"):
+        speed.shape_configuration("llama-9b")
+    with pytest.raises(ValueError, match="dtype 'int8'"):
+        speed.random_model(tiny_llama.config, dtype="int8")
+
+
+def test_random_models_follow_from_their_seed(tiny_llama):
+    one, same, other = (speed.random_model(tiny_llama.config, dtype="bfloat16", seed=seed) for seed in (1, 1, 2))
+    assert one.dtype == torch.bfloat16
+    assert not one.training
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(one.model.norm.weight, torch.ones(32, dtype=torch.bfloat16))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_random_sliced_model_is_shaped_as_a_sliced_one(tiny_llama):
+    plan = constant(6, 32, 0.25)
+    windows = torch.randint(0, 97, (8, 16))
+    narrow = slice_model(tiny_llama, plan, windows, progress=False)
+    random = speed.random_sliced(tiny_llama.config, plan)
+    shapes = [{name: tuple(one.shape) for name, one in model.state_dict().items()} for model in (narrow, random)]
+    assert shapes[0] == shapes[1]
+    assert torch.isfinite(random(windows).logits).all()
+
+
+def test_layers_are_left_out_without_copies(tiny_llama):
+    shorter = speed.without_layers(tiny_llama, 2)
+    kept = [models.decoder_layers(tiny_llama)[index] for index in (0, 1, 2, 5)]
+    for mine, theirs in zip(models.decoder_layers(shorter), kept, strict=True):
+        assert mine.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight.data_ptr()
+    with pytest.raises(ValueError, match="cannot remove 6 of 6 layers"):
+        speed.without_layers(tiny_llama, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_work_of_a_step(tied):
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    model = eager(LlamaForCausalLM(config).eval())
+    decoder = Decoder(model, 5, 30, static=False)
+    decoder.seek(11)
+    work = speed.step_work(model, 5, 12)
+    assert work.flops == counted_flops(lambda: decoder.steps(1))
+    layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32  # q, o; k, v; MLP; norms
+    weights = 4 * (3 * layer + 32 + 97 * 32)
+    looked_up = 0 if tied else 4 * 5 * 32
+    cache = 4 * 3 * 5 * 2 * 16  # of one token, all rows
+    assert work.bytes == weights + looked_up + 12 * cache
+    assert speed.step_work(model, 5, 12, read=30).bytes == weights + looked_up + 31 * cache, "a masked cache is read whole"
+    assert speed.weight_bytes(model) == weights
+    assert speed.parameter_bytes(model) == 4 * models.parameter_count(model)
+
+
+def test_work_of_a_prefill(tiny_llama):
+    model = eager(tiny_llama)
+    decoder = Decoder(model, 3, 20, static=False)
+    tokens = torch.randint(0, 97, (3, 7))
+    # The counter sees the whole square of attention, of which causal attention needs the lower triangle.
+    square, triangle = (3 * places * 6 * 4 * 32 for places in (7 * 7, 7 * 8 / 2))
+    assert speed.prefill_work(model, 3, 7).flops == counted_flops(lambda: decoder.prefill(tokens)) - square + triangle
+    cache = 4 * 6 * 3 * 7 * 2 * 16
+    assert speed.prefill_work(model, 3, 7).bytes == speed.weight_bytes(model) + 4 * 21 * 32 + cache
+
+
+def test_flops_of_a_sliced_model_are_those_of_its_account(tiny_llama):
+    plan = constant(6, 32, 0.25)
+    counted = account(tiny_llama.config, plan, context=10)
+    assert speed.step_work(speed.random_sliced(tiny_llama.config, plan), 1, 10).flops == counted.flops
+    assert speed.step_work(tiny_llama, 1, 10).flops == counted.dense_flops
+
+
+def test_a_layer_saves_its_share(tiny_llama):
+    """Work is linear in the number of layers, and what is left without any is embeddings, head and norm."""
+    work = [speed.step_work(speed.without_layers(tiny_llama, size), 2, 9) for size in range(6)]
+    for one in ("flops", "bytes"):
+        assert np.ptp(np.diff([getattr(entry, one) for entry in work])) == 0
+    each = work[0].bytes - work[1].bytes
+    assert work[0].bytes - 6 * each == 4 * (97 * 32 + 32 + 2 * 32)
+
+
+def test_the_limit_is_the_larger_of_two_times():
+    ceiling = Ceiling(bandwidth=100.0, rate=1000.0)
+    assert Work(500.0, 10.0).seconds(ceiling) == 0.5
+    assert Work(500.0, 80.0).seconds(ceiling) == 0.8
+    assert (Work(1.0, 2.0) + Work(3.0, 4.0)) == Work(4.0, 6.0)
+
+
+def test_settings():
+    setting = Setting.parse("16x4x2048")
+    assert (setting.batch, setting.prompt, setting.new_tokens) == (16, 4, 2048)
+    assert str(setting) == "16x4x2048"
+    assert (setting.capacity, setting.steps) == (2052, 2047)
+    assert setting.mean_length == np.mean([4 + step for step in range(1, 2048)])
+    assert Setting.parse("8x2048x0").steps == 0
+    for wrong in ("16x4", "16 x 4 x 8", "ax4x8", "0x4x8", "2x4x1"):
+        with pytest.raises(ValueError):
+            Setting.parse(wrong)
+
+
+def test_sampled_steps_stand_for_all_of_them():
+    setting = Setting(1, 4, 129)
+    for segments, chunk in ((1, 128), (4, 32), (4, 2), (8, 16), (128, 1)):
+        starts = speed.sampled_lengths(setting, segments, chunk)
+        assert len(starts) == segments
+        assert starts[0] >= 4
+        assert starts[-1] + chunk <= setting.capacity - 1
+        attended = [start + step + 1 for start in starts for step in range(chunk)]
+        assert np.mean(attended) == pytest.approx(setting.mean_length, abs=0.51)
+    every = speed.sampled_lengths(setting, 4, 32)
+    assert sorted(start + step for start in every for step in range(32)) == list(range(4, 132))
+    for segments, chunk in ((0, 1), (2, 0), (4, 33)):
+        with pytest.raises(ValueError, match="have no such samples"):
+            speed.sampled_lengths(setting, segments, chunk)
+
+
+# ----------------------------------------------------------------------------------------------------------- measurements
+
+
+def test_measurements_take_turns(monkeypatch):
+    done = []
+    clock = itertools.count(0.0)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: done.append(name) for name in "abc"}
+    times = speed.interleaved(calls, 3, torch.device("cpu"), warmup=1)
+    rounds = ["".join(done[start : start + 3]) for start in range(0, 12, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert rounds[1:] == ["abc", "bca", "cab"], "nobody is always first"
+    assert times == {name: [1, 1, 1] for name in "abc"}, "the warm-up is not among them"
+    with pytest.raises(ValueError, match="rounds=0"):
+        speed.interleaved(calls, 0, torch.device("cpu"))
+
+
+def test_medians_and_quartiles():
+    assert Spread.of([5, 1, 2, 3, 4]) == Spread(median=3.0, low=2.0, high=4.0, n=5)
+    with pytest.raises(ValueError, match="no measurement"):
+        Spread.of([])
+
+
+def test_the_ceiling_is_measured():
+    found = speed.measured_ceiling(torch.device("cpu"), torch.float32, gib=0.001, size=32, rounds=2)
+    assert set(found) == {"read", "copy", "matmul"}
+    assert all(one.n == 2 and 0 < one.low <= one.median <= one.high for one in found.values())
+    ceiling = speed.ceiling_of(found)
+    assert ceiling == Ceiling(max(found["read"].median, found["copy"].median), found["matmul"].median)
+
+
+def test_times_of_every_model_segment_and_round(tiny_llama):
+    setting = Setting(2, 3, 13)
+    decoders = {f"{size}": Decoder(speed.without_layers(tiny_llama, size), 2, 16, static=False) for size in (0, 3)}
+    times = speed.step_seconds(decoders, setting, 3, segments=2, chunk=4, progress=False)
+    assert {name: found.shape for name, found in times.items()} == {"0": (2, 3), "3": (2, 3)}
+    assert all((found > 0).all() for found in times.values())
+    reading = speed.prefill_seconds(decoders, setting, 3, progress=False)
+    assert {name: len(found) for name, found in reading.items()} == {"0": 3, "3": 3}
+    assert speed.whole_seconds(decoders["0"], setting) > 0
+    assert decoders["0"].place.length == setting.capacity - 1, "the last token is chosen, not read"
+
+
+def test_memory_is_not_measured_where_nobody_counts_it(tiny_llama):
+    if not torch.cuda.is_available():
+        assert speed.peak_memory(tiny_llama, Setting(1, 2, 3)) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_holds_weights_and_cache(tiny_llama):
+    model, setting = tiny_llama.cuda(), Setting(4, 8, 1000)
+    cache = 4 * 6 * 2 * 2 * 8 * 4 * 1008
+    found = speed.peak_memory(model, setting)
+    assert found >= speed.parameter_bytes(model) + cache
+    assert found < 2 * (speed.parameter_bytes(model) + cache) + 2**20
+
+
+def test_a_line_through_points():
+    fit = speed.linear_fit([0, 4, 8], [10.0, 8.0, 6.0])
+    assert (fit.slope, fit.intercept, fit.r2) == pytest.approx((-0.5, 10.0, 1.0))
+    x, y = np.arange(10.0), np.random.default_rng(0).normal(size=10)
+    assert speed.linear_fit(x, y).r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+    assert speed.linear_fit([0, 1], [1.0, 2.0]) is None, "any two points lie on a line"
+    assert speed.linear_fit([0, 1, 2], [3.0, 3.0, 3.0]) is None
+
+
+# ----------------------------------------------------------------------------------------------------------- the notebook
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "model")
+    values = {"model": str(folder / "model"), "settings": ["2x3x9", "2x8x0"], "sizes": [0, 2, 4], "sliced_as": [2]}
+    values |= {"rounds": 3, "segments": 2, "steps": 2, "whole_sizes": [4], "multiple": 1}
+    return model, results.read_run(run_notebook(NOTEBOOK, folder / "speed.json", **values))
+
+
+def test_the_notebook_measures_every_model_in_every_setting(run_file):
+    model, run = run_file
+    rows = run["rows"]
+
+    def values(metric, **where):
+        return [row for row in rows if row["metric"] == metric and all(row.get(key) == where[key] for key in where)]
+
+    for size in (0, 2, 4):
+        pruned = speed.without_layers(model, size)
+        (row,) = values("parameters", role="variant", layers_removed=size)
+        assert row["value"] == models.parameter_count(pruned)
+        (row,) = values("flops", phase="decode", layers_removed=size)
+        assert row["value"] == speed.step_work(pruned, 2, Setting(2, 3, 9).mean_length).flops
+        for setting, phase in (("2x3x9", "prefill"), ("2x3x9", "decode"), ("2x3x9", "generation"), ("2x8x0", "prefill")):
+            at = {"role": "speed", "setting": setting, "phase": phase, "layers_removed": size}
+            (seconds,), (tokens,) = values("seconds", **at), values("tokens_per_s", **at)
+            per_call = {"prefill": 2 * (3 if setting == "2x3x9" else 8), "decode": 2, "generation": 2 * 9}[phase]
+            assert 0 < seconds["low"] <= seconds["value"] <= seconds["high"]
+            assert seconds["n"] == 3
+            assert tokens["value"] == pytest.approx(per_call / seconds["value"])
+            (limit,), (share,) = values("limit_seconds", **at), values("limit_share", **at)
+            assert share["value"] == pytest.approx(limit["value"] / seconds["value"])
+            (gain,), (limit_gain,) = values("speedup", **at), values("limit_speedup", **at)
+            (gain_share,) = values("speedup_share", **at)
+            assert gain_share["value"] == pytest.approx(gain["value"] / limit_gain["value"])
+            assert size or (gain["value"], limit_gain["value"]) == (1, 1)
+    removed = [row["value"] for row in values("removed", role="variant")]
+    as_layers = values("removed", method="sliced", as_layers=2)[0]["value"]
+    assert as_layers == pytest.approx(removed[1], abs=0.02), "sliced to as many parameters as two layers have"
+    assert len(values("seconds", role="segment")) == 4 * 2
+    assert len(values("whole_seconds", layers_removed=4)) == 1
+    assert {row["phase"] for row in values("slope", role="fit", setting="2x3x9")} == {"prefill", "decode", "generation"}
+    assert {row["load"] for row in rows if row["role"] == "ceiling"} == {"read", "copy", "matmul"}
+    assert not values("peak_bytes") or torch.cuda.is_available(), "missing is missing"
+
+
+def test_the_notebook_refuses_what_cannot_be(tmp_path):
+    for changes, message in (
+        ({"mode": "graph"}, "mode='graph' on cpu"),
+        ({"sliced_as": [5]}, r"sliced_as and whole_sizes name \[5\]"),
+        ({"settings": ["16x4"]}, "setting '16x4' is not of the form"),
+    ):
+        with pytest.raises(NotebookError, match=message):
+            run_notebook(NOTEBOOK, tmp_path / "x.json", **changes)
