@@ -154,12 +154,12 @@ def published(paper: str | None = None, item: str | None = None) -> "pandas.Data
 
 
 def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
-    """Write a table as CSV: by temporary file and rename, numbers with all their digits."""
+    """Write a table as CSV: by temporary file and rename. Ten significant digits: those behind differ between machines."""
     path = at_root(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.10g")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

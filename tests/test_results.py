@@ -91,15 +91,16 @@ def test_table_is_long_sorted_and_traceable(tmp_path):
     files = [runs / "statistics" / "m__s0.json", runs / "depth" / "m__k4.json", runs / "depth" / "m__k2.json"]
     results.write_table(results.collect(files), again)
     assert out.read_bytes() == again.read_bytes(), "whatever the order of the files"
-    assert out.read_text().splitlines()[1] == "depth/m__k2,depth,0.5,2,m,,ppl,9.0,,," + "a" * 12
+    assert out.read_text().splitlines()[1] == "depth/m__k2,depth,0.5,2,m,,ppl,9,,," + "a" * 12
 
 
-def test_every_digit_survives_the_table(tmp_path):
-    value = 1 / 3 + 1e-12
-    write(tmp_path / "runs" / "a.json", [{"metric": "ppl", "value": value}])
+@pytest.mark.parametrize("value", [1 / 3 + 1e-9, 123456.78901, 2.5e-17, 9.0])
+def test_ten_digits_survive_the_table_and_all_of_them_the_run_file(value, tmp_path):
+    file = write(tmp_path / "runs" / "a.json", [{"metric": "ppl", "value": value}])
     results.write_table(results.collect(tmp_path / "runs"), tmp_path / "t.csv")
-    with open(tmp_path / "t.csv", newline="") as file:
-        assert float(next(csv.DictReader(file))["value"]) == value
+    with open(tmp_path / "t.csv", newline="") as table:
+        assert float(next(csv.DictReader(table))["value"]) == pytest.approx(value, rel=5e-10, abs=0)
+    assert json.loads(file.read_text())["rows"][0]["value"] == value
 
 
 def test_mixed_library_versions_warn(tmp_path):
