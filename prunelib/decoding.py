@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,11 +165,11 @@ class Decoder:
     static: steps and prefills of fixed shape, captured as CUDA graphs where the model is on a CUDA device (and run as they are
     elsewhere, for tests); False takes plain steps, as `generate` does. Unless given: on CUDA devices. compiled: the layers go
     through torch.compile before steps are captured, which fuses what lies between the matrix products; about a second for
-    every layer, once for all models that share their shapes. This changes the layers of `model` for good. storage: the
-    tensors of another decoder's cache, as large at least, to share them where only one of the two generates at a time.
+    every layer, once for all models that share their shapes. This changes the layers of `model` for good. beside: another
+    decoder, of a model with as many layers at least, whose memory is shared: only one of the two generates at a time.
 
-    Raises ValueError for rows or a capacity below 1 and storage that does not fit, UnsupportedModel naming the model type for
-    a model whose cache is not made of keys and values for all tokens, or that does not say which logits to keep.
+    Raises ValueError for rows or a capacity below 1 and another decoder that does not fit, UnsupportedModel naming the model type
+    for a model whose cache is not made of keys and values for all tokens, or that does not say which logits to keep.
     """
 
     def __init__(
@@ -180,15 +180,15 @@ class Decoder:
         *,
         static: bool | None = None,
         compiled: bool = False,
-        storage: Sequence[tuple[Tensor, Tensor]] | None = None,
+        beside: "Decoder | None" = None,
     ):
         shape = _checked(model, rows, capacity)
         self.model, self.rows, self.capacity = model, rows, capacity
         self.static = model.device.type == "cuda" if static is None else static
-        self.storage = list(storage if storage is not None else shape.allocate(model))
+        self.storage = beside.storage if beside is not None else shape.allocate(model)
         wanted = (rows, shape.heads, capacity, shape.size)
         if len(self.storage) < shape.layers or tuple(self.storage[0][0].shape) != wanted:
-            raise ValueError(f"the storage is for another model or size: {shape.layers} layers of {wanted} are needed")
+            raise ValueError(f"the memory beside is of another model or size: {shape.layers} layers of {wanted} are needed")
         self.place = _Place(0, torch.zeros(1, dtype=torch.int64, device=model.device))
         # As many layers as the storage has: torch.compile takes up again what it made for a model of other length.
         self.cache = Cache(layers=[_FixedLayer(self.place, *pair) for pair in self.storage])
@@ -199,6 +199,10 @@ class Decoder:
         if compiled:
             for layer in decoder_layers(model):
                 layer.compile(dynamic=False)
+        # Graphs that never run at the same time use the same memory for what they compute on the way.
+        self._pool = beside._pool if beside is not None else None
+        if self._pool is None and self.static and model.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
 
     @torch.no_grad()
@@ -320,16 +324,10 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(aside)
             self.seek(length)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=_pool(self.model.device.index or 0)):
+            with torch.cuda.graph(graph, pool=self._pool):
                 call()
             self.tokens.copy_(kept)
             return graph
-
-
-@functools.cache
-def _pool(device: int) -> Any:
-    """Memory that all graphs of a device share: they never run at the same time."""
-    return torch.cuda.graph_pool_handle()
 
 
 def _checked(model: PreTrainedModel, rows: int, capacity: int) -> CacheShape:

@@ -54,6 +54,8 @@ EXPERIMENTS = {
     "optimum": Experiment(arrays=True),
     "healing": Experiment(choices=True),
     "duplicates": Experiment(),
+    "speed": Experiment(),
+    "combining": Experiment(choices=True),
 }
 """Every experiment by its key in a profile, which is also the name of its notebook, its rule and the folder of its runs."""
 
@@ -71,7 +73,7 @@ class Profile:
     calibration_seeds, layers_removed: the other two axes.
     statistics, depth: the remaining parameters of these notebooks, the same for all of their runs.
     selection, blocks, …: name → {models: for which there is a run (all unless given), parameters of that notebook}; a run for
-        every model, in selection also for every calibration seed. In `tasks` and `healing`, `choices` is a name below
+        every model, in selection also for every calibration seed. In those that go on from choices, `choices` is a name below
         `selection` (its first seed) or `blocks`. Each has a table of its own beside `results`, such as selection.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
@@ -94,6 +96,8 @@ class Profile:
     optimum: dict = field(default_factory=dict)
     healing: dict = field(default_factory=dict)
     duplicates: dict = field(default_factory=dict)
+    speed: dict = field(default_factory=dict)
+    combining: dict = field(default_factory=dict)
     threads: int = 1
     retries: int = 0
     resources: dict = field(default_factory=dict)

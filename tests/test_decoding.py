@@ -69,7 +69,7 @@ def test_a_decoder_can_be_used_again_and_shares_its_cache():
     first.fill()
     assert first.storage[0][0].std() > 0.5, "random numbers"
     shorter = remove_layers(model, [0, 2])
-    second = Decoder(shorter, 2, 30, static=True, storage=first.storage)
+    second = Decoder(shorter, 2, 30, static=True, beside=first)
     assert second.storage[0][0].data_ptr() == first.storage[0][0].data_ptr()
     for _ in range(2):  # what the other one left in the cache does not matter
         for decoder in (first, second):
@@ -104,10 +104,10 @@ def test_requests_that_cannot_be_met_are_refused():
         decoder.seek(9)
     with pytest.raises(ValueError, match="rows=0"):
         Decoder(model, 0, 8)
-    with pytest.raises(ValueError, match="the storage is for another model"):
-        Decoder(model, 3, 8, storage=decoder.storage)
-    with pytest.raises(ValueError, match="the storage is for another model"):
-        Decoder(model, 2, 8, storage=decoder.storage[:2])
+    with pytest.raises(ValueError, match="the memory beside is of another model or size"):
+        Decoder(model, 3, 8, beside=decoder)
+    with pytest.raises(ValueError, match="the memory beside is of another model or size"):
+        Decoder(model, 2, 8, beside=Decoder(remove_layers(model, [1]), 2, 8))
 
 
 def test_models_whose_steps_are_of_another_kind_are_refused():
@@ -163,7 +163,7 @@ def test_compiled_layers_give_the_same_tokens():
     expected_shorter = reference(shorter, prompts, 20)
     decoder = Decoder(remove_layers(model, []), 3, 40, compiled=True)
     assert torch.equal(decoder.generate(prompts, 20), expected)
-    other = Decoder(shorter, 3, 40, compiled=True, storage=decoder.storage)
+    other = Decoder(shorter, 3, 40, compiled=True, beside=decoder)
     assert torch.equal(other.generate(prompts, 20), expected_shorter)
 
 
@@ -175,10 +175,18 @@ def test_a_sliced_model_is_captured():
 
 
 @needs_cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "key_heads", "size"), [(32, 8, 128), (4, 4, 64), (5, 5, 32), (14, 2, 64)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size", "dtype"),
+    [
+        (32, 8, 128, torch.bfloat16),
+        (32, 8, 128, torch.float32),
+        (4, 4, 64, torch.float16),
+        (5, 5, 32, torch.float32),
+        (14, 2, 64, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("position", [0, 63, 64, 700, 1999])
-def test_attention_reads_the_filled_part_and_nothing_else(dtype, heads, key_heads, size, position):
+def test_attention_reads_the_filled_part_and_nothing_else(heads, key_heads, size, dtype, position):
     pytest.importorskip("triton")
     from prunelib.decode_attention import attend
 
