@@ -8,7 +8,7 @@
 A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
 notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
 hash is in every run file and the table warns when hashes mix; rerun on purpose with
-    --forcerun statistics depth selection blocks slicing tasks healing duplicates
+    --forcerun statistics depth selection blocks slicing tasks healing duplicates combining
 """
 
 import re

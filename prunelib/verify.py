@@ -26,6 +26,7 @@ EXPECTED = {  # table of the smoke profile → committed expectation
     "build/smoke/optimum.csv": "data/verify/smoke_optimum.csv",
     "build/smoke/healing.csv": "data/verify/smoke_healing.csv",
     "build/smoke/duplicates.csv": "data/verify/smoke_duplicates.csv",
+    "build/smoke/combining.csv": "data/verify/smoke_combining.csv",
 }
 HASHES = "data/verify/sha256.json"
 PROFILE = "profiles/smoke.yaml"
@@ -38,8 +39,12 @@ TOLERANCES = {"nats": 2e-3, "nats_over_cosine": 2e-3, "alpha_nats": 2e-3, "accur
 ANSWERS = ("acc", "acc_norm", "average", "average_low", "average_high", "constant_share", "over_dense", "over_cosine")
 ANSWERS += ("over_constant",)
 TOLERANCES |= dict.fromkeys(ANSWERS, 0.11)
+COSTS = ("cost_of_pruning", "cost_of_quantising", "cost_of_both", "sum_of_costs", "interaction")
+TOLERANCES |= dict.fromkeys(COSTS, 4e-3)
+TOLERANCES |= {"acceptance_greedy": 0.02, "acceptance_decoded": 0.2, "tokens_per_run": 1.0}
 RELATIVE = 2e-3  # of every other number
-TIMES = ("seconds", "forwards", "latency_over_dense")  # rows that hold times
+# Rows that hold times, or what follows from them.
+TIMES = ("seconds", "forwards", "latency_over_dense", "draft_over_dense", "speedup", "expected_speedup", "best_drafted")
 IGNORED = ("code",)  # the hash of the library that made a row: verify compares numbers, not sources
 MEASURES = (
     *("value", "n", "stderr", "low", "high", "alpha", "alpha_low", "alpha_high", "alpha_nats", "evaluations"),
