@@ -440,6 +440,27 @@ def _follow(parent: int) -> None:
 
 
 @contextlib.contextmanager
+def _place_of_process(output: Path) -> Iterator[Path]:
+    """Where this process writes its result: when ``accelerate launch`` started several for one run, only the first at `output`.
+
+    Each of them then sees one GPU, its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield output
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible is not None else [str(index) for index in range(local + 1)]
+    if local < len(gpus):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local]
+    if int(os.environ["RANK"]) == 0:
+        yield output
+        return
+    with tempfile.TemporaryDirectory(prefix="prunelib-") as folder:
+        yield Path(folder) / output.name
+
+
+@contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM takes the way of Ctrl-C, so that the kernel is shut down with the run."""
 
@@ -492,11 +513,11 @@ def main(arguments: Sequence[str]) -> int:
                 raise ParameterError(f"`{name}` is given twice")
             texts[name] = text
         values = check(notebook, texts, text=True)
-        if quiet:
-            _check_place(Path(output))
-        _log_cells(Path(output).with_suffix(".log") if quiet else None)
-        with _terminable():
-            done = _run(Path(notebook), Path(output), values)
+        with _place_of_process(Path(output)) as place, _terminable():
+            if quiet:
+                _check_place(place)
+            _log_cells(place.with_suffix(".log") if quiet else None)
+            done = _run(Path(notebook), place, values)
     except ParameterError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
@@ -506,7 +527,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {notebook} has written no result to {output}", file=sys.stderr)
         return 130
-    print(summary(done) if quiet else f"{from_root(done)}: written by {from_root(notebook)}")
+    if done.is_file():  # not what a process wrote that only helped the first
+        print(summary(done) if quiet else f"{from_root(done)}: written by {from_root(notebook)}")
     return 0
 
 

@@ -1,0 +1,138 @@
+"""Statistics shared by processes, and of a model spread over places: the sums of one process and one place."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from word_model import drawn_words, write_project
+
+from prunelib import models, parallel, results, statistics
+from prunelib.notebook import check
+from prunelib.statistics import LayerStats
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = "notebooks/experiments/statistics.ipynb"
+ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_project(tmp_path_factory.mktemp("parallel"), n_layers=4, words=drawn_words(60))
+
+
+def command(place, output, **changes):
+    """The statistics notebook on 5 windows in batches of 2, so 3 batches, the last of one window."""
+    values = {
+        "model": str(place / "model"),
+        "corpus": str(place / "text.txt"),
+        "n_samples": 5,
+        "seq_len": 16,
+        "batch_size": 2,
+    } | changes
+    check(ROOT / NOTEBOOK, values)
+    return ["-m", "prunelib.notebook", NOTEBOOK, str(output), *(f"{name}={value}" for name, value in values.items())]
+
+
+def launch(arguments, processes):
+    """What `accelerate launch` runs too; it starts several processes on GPUs alone."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    whole = [sys.executable, *launcher, *arguments]
+    return subprocess.run(whole, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_give_the_sums_of_one_to_the_last_bit_and_one_result(place, tmp_path):
+    one, two = tmp_path / "one" / "s0.json", tmp_path / "two" / "s0.json"
+    for output, processes in ((one, 1), (two, 2)):
+        done = launch(command(place, output), processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("written by") == 1
+    assert sorted(path.name for path in two.parent.iterdir()) == ["s0.ipynb", "s0.json", "s0.safetensors"]
+    assert two.with_suffix(".safetensors").read_bytes() == one.with_suffix(".safetensors").read_bytes()
+    runs = [results.read_run(path) for path in (one, two)]
+    assert runs[0]["rows"] == runs[1]["rows"]
+    assert runs[0]["parameters"] == runs[1]["parameters"]
+    assert LayerStats.load(two.with_suffix(".safetensors")).count[0] == 5 * 16
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Stands for one of two processes: `gather` gives what both would."""
+
+    def pretend(index, others):
+        class State:
+            def __init__(self, cpu):
+                assert cpu
+                self.process_index, self.device = index, torch.device("cpu")
+
+        def gather(mine):
+            both = [others.pop(0), mine] if index else [mine, others.pop(0)]
+            return torch.cat(both)
+
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("accelerate.PartialState", State)
+        monkeypatch.setattr("accelerate.utils.gather", gather)
+
+    return pretend
+
+
+def test_masks_are_shared_with_their_windows(as_process, tiny_llama):
+    windows = torch.randint(3, 97, (5, 8))
+    mask = torch.arange(8) < torch.tensor([[8], [3], [5], [2], [7]])
+    whole = statistics.collect(tiny_llama, windows, mask=mask, batch_size=2, progress=False)
+    second = statistics.collect(tiny_llama, windows[2:4], mask=mask[2:4], progress=False)
+    row = torch.from_numpy(parallel._row(second))
+    mark = torch.tensor([int(parallel.windows_sha256(windows)[:15], 16)])
+    as_process(0, [mark, torch.stack([row, torch.zeros_like(row)])])
+    shared = parallel.collect(tiny_llama, windows, mask=mask, batch_size=2, progress=False)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(shared, name), getattr(whole, name))
+
+
+def test_what_cannot_be_shared_is_refused(as_process, tiny_llama):
+    windows = torch.randint(3, 97, (5, 8))
+    as_process(1, [torch.tensor([17])])
+    with pytest.raises(ValueError, match=r"5 windows make 1 batches of 8, too few for 2 processes: take batch_size=2 or"):
+        parallel.collect(tiny_llama, windows, batch_size=8, progress=False)
+    with pytest.raises(RuntimeError, match="calibrate on different windows"):
+        parallel.collect(tiny_llama, windows, batch_size=2, progress=False)
+    with torch.no_grad():
+        tiny_llama.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
+    as_process(1, [torch.tensor([int(parallel.windows_sha256(windows)[:15], 16)])])
+    with pytest.raises(RuntimeError, match=r"samples 2 to 3 of the windows, as batch 0: .*output of layer 3"):
+        parallel.collect(tiny_llama, windows, batch_size=2, progress=False)
+
+
+def test_a_model_spread_over_memory_and_disk_gives_the_same_sums(place, tmp_path):
+    """What `device_map` does between GPUs, by the same hooks: each layer's input comes to where the layer is."""
+    from transformers import AutoModelForCausalLM
+
+    windows = torch.randint(1, 60, (4, 16))
+    whole = models.load(place / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
+    spread = AutoModelForCausalLM.from_pretrained(
+        place / "model", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "disk"
+    )
+    assert "disk" in spread.hf_device_map.values()
+    expected, found = (statistics.collect(model, windows, progress=False) for model in (whole, spread))
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_spread_over_gpus_gives_the_same_sums(place):
+    windows = torch.randint(1, 60, (4, 16))
+    device_map = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    device_map |= {f"model.layers.{index}": index // 2 for index in range(4)}
+    from transformers import AutoModelForCausalLM
+
+    spread = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32, device_map=device_map)
+    expected = statistics.collect(models.load(place / "model", device="cuda:0"), windows, progress=False)
+    found = statistics.collect(spread, windows, progress=False)
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
