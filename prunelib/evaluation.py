@@ -187,7 +187,7 @@ def perplexity(
         NotFinite: the likelihood is not finite; names the window.
     """
     check_windows(model, windows, stride=stride, batch_size=batch_size)
-    tally = _Tally(windows, stride)
+    tally = Tally(windows, stride)
     for start in _batches(len(windows), batch_size, progress, "perplexity"):
         ids = windows[start : start + batch_size].to(model.device)
         tally.add(start, ids, _logits(model, ids))
@@ -224,7 +224,7 @@ def _logits(model: nn.Module, ids: Int64[Tensor, "batch position"]) -> Float[Ten
     return model(input_ids=ids, use_cache=False).logits
 
 
-class _Tally:
+class Tally:
     """Sums per window, from one batch of logits after another."""
 
     def __init__(self, windows: Int64[Tensor, "window position"], stride: int | None):
@@ -306,7 +306,7 @@ def layer_set_perplexity(
     check_windows(model, windows, stride=stride, batch_size=batch_size)
     how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
     runs = SharedRuns(model, windows, layer_sets, **how)
-    tallies = {removed: _Tally(windows, stride) for removed in runs.sets}
+    tallies = {removed: Tally(windows, stride) for removed in runs.sets}
     for start, ids, removed, logits in runs:
         try:
             tallies[removed].add(start, ids, logits)

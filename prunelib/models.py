@@ -117,7 +117,7 @@ def load(
 
     Raises ValueError for a bad argument, CheckpointError for a missing, damaged, incomplete or non-finite checkpoint.
     """
-    torch_dtype, target = _dtype(dtype), _device(device)
+    torch_dtype, target = checked_dtype(dtype), checked_device(device)
     folder = _local_folder(name_or_path, revision)
     if folder is not None:
         _check_files(folder)
@@ -169,7 +169,8 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of a name. Raises ValueError for one that is not in `DTYPES`."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -177,8 +178,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _device(device: str | torch.device) -> torch.device | None:
-    """The device to move to, None for "auto" (then from_pretrained places the weights)."""
+def checked_device(device: str | torch.device) -> torch.device | None:
+    """The device to move to, None for "auto" (then from_pretrained places the weights). Raises ValueError for a bad one."""
     if device == "auto":
         return None
     try:
@@ -188,6 +189,19 @@ def _device(device: str | torch.device) -> torch.device | None:
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch finds no CUDA device; use device='cpu'")
     return target
+
+
+def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
+    """The folder of a complete safetensors checkpoint with a readable configuration, checked without reading weights.
+
+    Raises as `load`, and ValueError for a name that can only be one on the hub.
+    """
+    folder = _local_folder(name_or_path, None)
+    if folder is None:
+        raise ValueError(f"{os.fspath(name_or_path)!r} is no local folder: download the model first (`hf download`)")
+    _check_files(folder)
+    _config(str(folder), None, False, local=True)
+    return folder
 
 
 def _local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path | None:
@@ -287,12 +301,12 @@ def _some(items: Sequence[str], limit: int = 4) -> str:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of `model`, in order. Raises UnsupportedModel naming the model type when they are not found."""
-    return _get(model, _layers_path(model))
+    return _get(model, layers_path(model))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output head. Raises UnsupportedModel when there is none (OPT-350m)."""
-    paths = PATHS[_layers_path(model)]
+    paths = PATHS[layers_path(model)]
     for path in paths:
         norm = _get(model, path)
         if isinstance(norm, nn.Module):
@@ -310,7 +324,8 @@ def _model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
-def _layers_path(model: nn.Module) -> str:
+def layers_path(model: nn.Module) -> str:
+    """Where the decoder layers of `model` are. Raises UnsupportedModel as `decoder_layers`."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
             f"{type(model).__name__} is not a plain transformers model; merge an adapter first (merge_and_unload)"
@@ -368,7 +383,7 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTra
     Raises ValueError for an impossible `keep`, and UnsupportedModel where an ordinary checkpoint cannot say what is left: the
     configuration of the result, written and read back, must build the very same modules.
     """
-    path = _layers_path(model)
+    path = layers_path(model)
     old = _get(model, path)
     kept = _checked_keep(keep, len(old), _model_type(model))
     _check_prunable(model, len(old), kept)
@@ -561,7 +576,7 @@ def layers_as(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleList
     where a layer is to be left out. For evaluation with `use_cache=False`; to keep a smaller model, use `keep_layers`.
     Raises ValueError when the number of slots is not L.
     """
-    path = _layers_path(model)
+    path = layers_path(model)
     n_layers = len(_get(model, path))
     if len(slots) != n_layers:
         raise ValueError(f"{len(slots)} slots were given for a model of {n_layers} layers")
@@ -658,7 +673,7 @@ def save(
         raise ValueError(f"cannot save to {str(target)!r}: it is a file")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{str(target)!r} is not empty; choose another folder or pass overwrite=True")
-    _layers_path(model)
+    layers_path(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

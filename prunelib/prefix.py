@@ -10,9 +10,10 @@ its MLP. A layer that misses one of them runs while that one gives zeros, and is
 a layer that misses both is left out.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -214,7 +215,8 @@ class Shell:
     state into logits: it is put in the place of the first slot's input. Call it under `torch.inference_mode` or `no_grad`.
 
     In the layers `cut` single sublayers can be silenced. That these can be told apart and add to the input of the layer is
-    checked at once, on `probe`. Raises UnsupportedModel when not, and when a layer cannot be skipped.
+    checked at once, on `probe`. Raises UnsupportedModel when not, and when a layer cannot be skipped. `slots` are skipped layers
+    that know already what a layer returns: where layers cannot run on the probe.
     """
 
     def __init__(
@@ -223,12 +225,13 @@ class Shell:
         layers: nn.ModuleList,
         probe: Int64[Tensor, "batch position"],
         cut: Iterable[int] = (),
+        slots: Sequence[Skip] = (),
     ):
         self.layers = layers
         self.sublayers = {index: sublayers_of(model, index) for index in cut}
         self.calls: list[tuple[tuple, dict]] = [((), {})] * len(layers)
         self.replacement: Tensor | None = None
-        slots = [Skip(layer) for layer in layers]
+        slots = list(slots) or [Skip(layer) for layer in layers]
         self.view = layers_as(model, slots)
         for index, slot in enumerate(slots):
             slot.register_forward_pre_hook(self._hook(index), with_kwargs=True)
@@ -246,11 +249,11 @@ class Shell:
 
         return hook
 
-    def enter(self, ids: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch position hidden"]:
-        """The input of the first layer; keeps the arguments of every layer for this batch."""
+    def enter(self, ids: Int64[Tensor, "batch position"], **inputs: Any) -> Float[Tensor, "batch position hidden"]:
+        """The input of the first layer; keeps the arguments of every layer for this batch. `inputs` go beside the ids: a mask."""
         self.calls = [((), {})] * len(self.layers)
         body = self.view.base_model
-        (self.view if body is self.view else body)(input_ids=ids, use_cache=False)
+        (self.view if body is self.view else body)(input_ids=ids, use_cache=False, **inputs)
         args, kwargs = self.calls[0]
         return args[0] if args else kwargs["hidden_states"]
 
@@ -267,12 +270,15 @@ class Shell:
         return output[0] if isinstance(output, tuple) else output
 
     def leave(
-        self, ids: Int64[Tensor, "batch position"], hidden: Float[Tensor, "batch position hidden"]
+        self,
+        ids: Int64[Tensor, "batch position"],
+        hidden: Float[Tensor, "batch position hidden"],
+        device: torch.device | None = None,
     ) -> Float[Tensor, "batch position vocabulary"]:
-        """Final norm, head and whatever else follows the layers; on the device of `ids`."""
+        """Final norm, head and whatever else follows the layers; on the device of `ids` unless another is given."""
         self.replacement = hidden
         try:
-            return self.view(input_ids=ids, use_cache=False).logits.to(ids.device)
+            return self.view(input_ids=ids, use_cache=False).logits.to(device or ids.device)
         finally:
             self.replacement = None
 

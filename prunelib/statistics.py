@@ -158,7 +158,7 @@ def collect(
 
     Raises ValueError for bad windows or masks, and RuntimeError naming the layer and the batch at the first NaN or infinity.
     """
-    mask = _checked_mask(windows, mask)
+    mask = checked_mask(windows, mask)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     layers = decoder_layers(model)
@@ -169,9 +169,9 @@ def collect(
     with torch.inference_mode(), _recording(layers) as recorder:
         for batch, start in enumerate(tqdm(starts, desc="layer statistics", unit="batch", disable=not progress)):
             rows = slice(start, min(start + batch_size, len(windows)))
-            backbone(**_inputs(backbone, windows[rows].to(device), mask[rows]))
+            backbone(**inputs_of(backbone, windows[rows].to(device), mask[rows]))
             stats = from_states(recorder.take(), mask[rows])
-            _check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
+            check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
             total = stats if total is None else total + stats
     return total
 
@@ -189,7 +189,7 @@ def influence_through_final_norm(
     ``output_hidden_states``. A norm with unequal weights turns the states, so it is larger than the layer's own.
     Raises as `collect`, for the last layer.
     """
-    _checked_mask(windows, None)
+    checked_mask(windows, None)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     layers, norm = decoder_layers(model), final_norm(model)
@@ -296,7 +296,8 @@ class _Plain:
         return gram, torch.linalg.vector_norm(difference, dim=-1), difference.abs_().sum(dim=-1)
 
 
-def _checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample token"]:
+def checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample token"]:
+    """The mask that `collect` takes as booleans on the CPU; raises ValueError where it, or the windows, make no sense."""
     if windows.numel() == 0:
         raise ValueError(f"no tokens to collect statistics from: windows have shape {tuple(windows.shape)}")
     if mask is None:
@@ -317,9 +318,10 @@ def _backbone(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
     return model.base_model if any(module is layers for module in model.base_model.modules()) else model
 
 
-def _inputs(
+def inputs_of(
     backbone: nn.Module, tokens: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
 ) -> dict[str, Tensor | bool]:
+    """What the model without its head is called with: ids, and where something is padded a mask and positions."""
     inputs = {"input_ids": tokens, "use_cache": False}
     if not bool(mask.all()):
         inputs["attention_mask"] = mask.long().to(tokens.device)
@@ -427,8 +429,11 @@ def token_sums(
     }
 
 
-def _check_finite(stats: LayerStats, where: str) -> None:
-    """Float64 squares of finite float32 numbers cannot overflow: a norm is finite exactly when its state is."""
+def check_finite(stats: LayerStats, where: str) -> None:
+    """Raise RuntimeError naming the first state that is not finite, and `where`.
+
+    Float64 squares of finite float32 numbers cannot overflow: a norm is finite exactly when its state is.
+    """
     bad = np.flatnonzero(~np.isfinite(stats.norm[0]))
     if len(bad):
         state = "input of layer 0 (the embedding)" if bad[0] == 0 else f"output of layer {bad[0] - 1}"
