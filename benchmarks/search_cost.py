@@ -124,7 +124,7 @@ def main() -> None:
 
     def ours(metric: str, *, together: int = 1, stopped: bool = False) -> Callable[[int], tuple[LayerSet, int]]:
         def search(layers_removed: int) -> tuple[LayerSet, int]:
-            loss = LayerSetLoss(model, windows, metric, batch_size=args.batch_size, together=together)
+            loss = LayerSetLoss(model, windows, metric, batch_size=args.batch_size, together=together, keep_dense=True)
             finalists = loss.finalists if stopped else None
             found = greedy(n_layers, layers_removed, loss, finalists=finalists, progress=False)
             return found.removed, loss.layer_windows // len(windows)

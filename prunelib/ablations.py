@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from prunelib.evaluation import check_windows, layer_set_divergence, layer_set_perplexity
 from prunelib.models import decoder_layers
-from prunelib.prefix import UNITS, Shell, check_layer_set, layer_forwards_alone, shared_layer_forwards
+from prunelib.prefix import UNITS, SharedRuns, Shell, check_layer_set, layer_forwards_alone, shared_layer_forwards
 from prunelib.rules import Rules
 from prunelib.search import LayerSet
 from prunelib.stopping import finals
@@ -35,7 +35,8 @@ class LayerSetLoss:
     (arXiv 2410.14649) ``evolutionary(loss.n_units, 2 * k, loss, len(windows), groups=2)`` with "kl".
 
     ``n_units`` is the number of units to choose from. `together` branches go through a layer in one call, as in
-    `prefix.SharedRuns`.
+    `prefix.SharedRuns`. With `keep_dense`, "kl" runs the dense model once and keeps its logits (windows x positions x
+    vocabulary), which otherwise runs along with every call.
     ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included),
     ``layer_windows_unstopped`` what they would have run if `finalists` dropped nothing, and ``layer_windows_alone`` what
     evaluating every set by itself would have run. Raises ValueError for an unknown metric or unit and windows that do not fit
@@ -52,6 +53,7 @@ class LayerSetLoss:
         progress: bool = False,
         unit: str = "layer",
         together: int = 1,
+        keep_dense: bool = False,
     ):
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(METRICS)}")
@@ -66,12 +68,14 @@ class LayerSetLoss:
         self.layer_windows_alone = 0
         self._starts = list(range(0, len(windows), batch_size))  # of the batches, those that tell most in front
         self._shell: Shell | None = None
+        self._keeps_dense = keep_dense and metric == "kl"
+        self._dense: Float[Tensor, "window position vocabulary"] | None = None
 
     def __call__(self, layer_sets: Sequence[LayerSet], rows: Sequence[int] | None = None) -> list[float]:
         """Nats per token without each of the sets, in their order; on the windows of the indices `rows` only, if given."""
-        windows = self.windows if rows is None else self.windows[list(rows)]
-        found = self._measured(layer_sets, windows)
-        self._would_run(layer_sets, len(windows))
+        where = slice(None) if rows is None else list(rows)
+        found = self._measured(layer_sets, where)
+        self._would_run(layer_sets, len(self.windows[where]))
         return [found[removed].nats for removed in layer_sets]
 
     def finalists(self, layer_sets: Sequence[LayerSet], width: int = 1, bound: float = math.inf) -> dict[LayerSet, float]:
@@ -91,21 +95,36 @@ class LayerSetLoss:
 
     def _window_losses(self, layer_sets: list[LayerSet], start: int) -> list[tuple[float, ...]]:
         """For each set its summed losses in the windows of one batch."""
-        found = self._measured(layer_sets, self.windows[start : start + self.batch_size])
+        found = self._measured(layer_sets, slice(start, start + self.batch_size))
         by_window = attrgetter(METRICS[self.metric][2])
         return [by_window(found[removed]) for removed in layer_sets]
 
-    def _measured(self, layer_sets: Sequence[LayerSet], windows: Int64[Tensor, "window position"]) -> dict:
+    def _measured(self, layer_sets: Sequence[LayerSet], where: slice | list[int]) -> dict:
+        """`METRICS` on some of the windows."""
+        windows = self.windows[where]
         if self._shell is None and self.unit == "layer":
             with torch.inference_mode():
                 self._shell = Shell(self.model, decoder_layers(self.model), self.windows[:1, :2].to(self.model.device))
         how = {"batch_size": self.batch_size, "progress": self.progress, "unit": self.unit, "together": self.together}
+        if self._keeps_dense:
+            self._dense = self._dense_logits() if self._dense is None else self._dense
+            how |= {"dense": self._dense[where]}
         found = METRICS[self.metric][0](self.model, windows, layer_sets, **how, shell=self._shell)
         self.layer_windows += shared_layer_forwards(self.n_layers, self._run_for(layer_sets), self.unit) * len(windows)
         return found
 
+    @torch.inference_mode()
+    def _dense_logits(self) -> Float[Tensor, "window position vocabulary"]:
+        runs = SharedRuns(self.model, self.windows, [()], batch_size=self.batch_size, progress=False, shell=self._shell)
+        ran = self.n_layers * len(self.windows)
+        self.layer_windows += ran
+        self.layer_windows_unstopped += ran
+        self.layer_windows_alone += ran
+        return torch.cat([logits for *_, logits in runs])
+
     def _run_for(self, layer_sets: Sequence[LayerSet]) -> list[LayerSet]:
-        return list(dict.fromkeys([*METRICS[self.metric][1], *layer_sets])) if layer_sets else []
+        beside = () if self._keeps_dense else METRICS[self.metric][1]
+        return list(dict.fromkeys([*beside, *layer_sets])) if layer_sets else []
 
     def _would_run(self, layer_sets: Sequence[LayerSet], windows: int) -> None:
         sets = self._run_for(layer_sets)

@@ -329,13 +329,14 @@ def layer_set_divergence(
     unit: str = "layer",
     together: int = 1,
     shell: Shell | None = None,
+    dense: Float[Tensor, "window position vocabulary"] | None = None,
 ) -> LayerSetDivergence:
     """How far the model without each of the given sets of layers predicts from the dense model: KL(dense || pruned).
 
     In nats per token, at the positions that `perplexity` scores (all but the last of a window, which predicts nothing in it):
     the fitness of EvoPress (arXiv 2410.14649). Shared beginnings run once, as in `layer_set_perplexity`; the dense model
     runs along with the sets, so that one batch of its logits is all that is held. What rounding takes below 0 in a window
-    counts as 0. `unit`, `together` and `shell` as there.
+    counts as 0. `unit`, `together` and `shell` as there. With the logits `dense` of the dense model it need not run.
 
     Raises:
         ValueError, NotFinite, UnsupportedModel: as `layer_set_perplexity`.
@@ -343,14 +344,17 @@ def layer_set_divergence(
     check_windows(model, windows, batch_size=batch_size)
     asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
     # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
-    sets = [(), *asked] if asked else []
+    sets = [(), *asked] if asked and dense is None else asked
     how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
     runs = SharedRuns(model, windows, sets, **how)
     sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
-    dense = torch.empty(0)
+    reference = torch.empty(0)
     for start, ids, removed, logits in runs:
-        dense = logits if removed == () else dense
-        values = torch.stack([_divergence(*pair) for pair in zip(dense, logits, strict=True)]).cpu().numpy()
+        if dense is not None:
+            reference = dense[start : start + len(ids)].to(logits.device)
+        elif removed == ():
+            reference = logits
+        values = torch.stack([_divergence(*pair) for pair in zip(reference, logits, strict=True)]).cpu().numpy()
         finite = np.isfinite(values)
         if not finite.all():
             raise NotFinite(

@@ -149,6 +149,26 @@ def test_layers_that_are_saved_are_counted():
     assert loss.finalists([]) == {}
 
 
+@pytest.mark.parametrize("unit", ["layer", "sublayer"])
+def test_the_dense_model_runs_once_where_its_logits_are_kept(unit):
+    model, windows = build("llama"), random_windows(5)
+    calls = [0]
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda _, args, output: calls.__setitem__(0, calls[0] + len(args[0])))
+    again, kept = (LayerSetLoss(model, windows, "kl", batch_size=2, unit=unit, keep_dense=keep) for keep in (False, True))
+    sets = [(0,), (1, 3), (5,)]
+    assert kept(sets) == again(sets)  # to the last bit
+    assert kept(sets, [4, 0]) == pytest.approx(again(sets, [4, 0]), rel=1e-5)  # other batches than those that were kept
+    assert kept.finalists(sets, 2) == again.finalists(sets, 2)
+    assert kept.layer_windows < again.layer_windows
+    if unit == "layer":
+        calls[0], before = 0, kept.layer_windows
+        kept(sets[:2])
+        assert calls[0] == kept.layer_windows - before == 5 * shared_layer_forwards(6, sets[:2])
+    assert kept([()]) == [0]
+    assert LayerSetLoss(model, windows, "nll", keep_dense=True)(sets) == LayerSetLoss(model, windows, "nll")(sets)
+
+
 def test_the_winners_hardest_batch_comes_first():
     model, windows = build("llama"), random_windows(6)
     loss = LayerSetLoss(model, windows, "nll", batch_size=2)
