@@ -392,12 +392,13 @@ def _host_space(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     if device.type != "cuda":
         yield space
         return
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(space.data_ptr(), space.nbytes, 0)))
+    space.zero_()  # by all threads: the registration would touch every page with one
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(space.data_ptr(), space.nbytes, 0))
     try:
         yield space
     finally:
         torch.cuda.synchronize(device)
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(space.data_ptr())))
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(space.data_ptr()))
 
 
 class _Weights:
@@ -428,8 +429,10 @@ class _Weights:
         size = max(self.streamed.layer_bytes(index) for index in range(len(self.streamed.layers)))
         for _ in range(2):
             self.staging.append(self.stack.enter_context(_host_space((size,), torch.uint8, self.device)))
-        cuda = self.stream is not None
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)] if cuda else self.staging
+        self.buffers = self.staging
+        if self.stream is not None:
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which may have used this memory before
 
     def _fetch(self, index: int) -> None:
         if not self.buffers:
@@ -519,6 +522,7 @@ class _Lanes:
         if device.type == "cuda":
             self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self.inbox, self.outbox = (torch.empty((2, *shape), dtype=dtype, device=device) for _ in range(2))
+            self.incoming.wait_stream(torch.cuda.current_stream(device))  # which may have used this memory before
             self.used: list[torch.cuda.Event | None] = [None, None]  # the layer has read the inbox
             self.sent: list[torch.cuda.Event | None] = [None, None]  # the outbox has been copied to the host
             self.written: dict[int, torch.cuda.Event] = {}  # the same, by the first window of the batch
