@@ -1,6 +1,7 @@
 # make figures   every figure and table of the reference profile (resumes what was interrupted)
 # make test      style and tests
 # make optimum   the yardstick in data/optimum anew: every set of layers; for a GPU
+# make gpu       speed and memory at full size, in data/speed; for a GPU
 # make verify    check models and corpora, rerun the smoke profile, compare with the committed values
 # make lab       the notebooks in JupyterLab
 # make lock      resolve the dependencies anew
@@ -19,7 +20,7 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum healing test verify lab lock clean
+.PHONY: figures optimum healing gpu test verify lab lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
@@ -30,6 +31,9 @@ optimum: $(READY)
 
 healing: $(READY)
 	@$(BIN)/python -m prunelib.batch profiles/healing.yaml --cores $(CORES) $(ARGS)
+
+gpu: $(READY)
+	@$(BIN)/python -m prunelib.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/python -m pytest $(ARGS)

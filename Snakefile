@@ -8,7 +8,7 @@
 A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
 notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
 hash is in every run file and the table warns when hashes mix; rerun on purpose with
-    --forcerun statistics depth selection blocks slicing tasks healing duplicates combining
+    --forcerun statistics depth selection blocks slicing tasks healing duplicates combining speed
 """
 
 import re
@@ -117,5 +117,5 @@ for chapter, files in CHAPTERS.items():
             arguments=grid.arguments(grid.chapter_values(PROFILE, chapter)),
         threads: PROFILE.threads
         retries: PROFILE.retries
-        resources: **PROFILE.resources
+        resources: **PROFILE.resources_without_gpu
         shell: RUN

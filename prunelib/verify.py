@@ -26,6 +26,7 @@ EXPECTED = {  # table of the smoke profile → committed expectation
     "build/smoke/optimum.csv": "data/verify/smoke_optimum.csv",
     "build/smoke/healing.csv": "data/verify/smoke_healing.csv",
     "build/smoke/duplicates.csv": "data/verify/smoke_duplicates.csv",
+    "build/smoke/speed.csv": "data/verify/smoke_speed.csv",
     "build/smoke/combining.csv": "data/verify/smoke_combining.csv",
 }
 HASHES = "data/verify/sha256.json"
@@ -45,6 +46,8 @@ TOLERANCES |= {"acceptance_greedy": 0.02, "acceptance_decoded": 0.2, "tokens_per
 RELATIVE = 2e-3  # of every other number
 # Rows that hold times, or what follows from them.
 TIMES = ("seconds", "forwards", "latency_over_dense", "draft_over_dense", "speedup", "expected_speedup", "best_drafted")
+TIMES += ("whole_seconds", "tokens_per_s", "bytes_per_s", "flops_per_s", "limit_seconds", "limit_share", "limit_speedup")
+TIMES += ("speedup_share", "peak_bytes", "slope", "intercept", "r2")
 IGNORED = ("code",)  # the hash of the library that made a row: verify compares numbers, not sources
 MEASURES = (
     *("value", "n", "stderr", "low", "high", "alpha", "alpha_low", "alpha_high", "alpha_nats", "evaluations"),
