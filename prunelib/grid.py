@@ -76,7 +76,7 @@ class Profile:
         every model, in selection also for every calibration seed. In those that go on from choices, `choices` is a name below
         `selection` (its first seed) or `blocks`. Each has a table of its own beside `results`, such as selection.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
-    threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them).
+    threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them; chapters take no GPU).
     """
 
     runs: str
@@ -215,6 +215,11 @@ class Profile:
         own = {self.table(experiment): self.runs_of(experiment) for experiment in OWN_TABLE}
         common = [run for experiment in EXPERIMENTS if experiment not in OWN_TABLE for run in self.runs_of(experiment)]
         return {table: runs for table, runs in {self.results: common, **own}.items() if runs}
+
+    @property
+    def resources_without_gpu(self) -> dict[str, object]:
+        """What a chapter asks for: it draws."""
+        return {name: value for name, value in self.resources.items() if name not in ("gpu", "gpu_model", "gres")}
 
     def chapter_run(self, chapter: str, suffix: str = ".json") -> str:
         return f"{self.runs}/chapters/{chapter}{suffix}"
