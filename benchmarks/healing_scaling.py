@@ -7,6 +7,11 @@ A random model of the shape is saved and healed by `python -m prunelib.healing`,
 `torchrun` starts them (`accelerate launch` does the same), on the same tokens in the same batches. Each is run twice, for a
 few steps and for more: what one step takes is the difference, so that loading and the first collective count for nothing.
 The scaling is the time of a step by one process over that by several; the limit is their number.
+
+Measured (two H200s of a host, NCCL, torch 2.11; shape 1b, LoRA of rank 8 on all linear maps over bfloat16 weights, 32 rows of
+512 tokens a step, --micro-batch 8 --dtype bfloat16 --steps 10 40): 0.491 s a step on one, 0.264 s on two: scaling 1.86. The
+losses of the first step agree to all digits, those of forty steps to 0.5 %: bfloat16 sums in another order, and random
+weights at a high learning rate.
 """
 
 import argparse
