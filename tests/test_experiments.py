@@ -63,6 +63,12 @@ def test_statistics_writes_the_scores_of_its_own_sums(statistics):
     assert run["provenance"]["data"]["windows"] != results.read_run(statistics[1])["provenance"]["data"]["windows"]
 
 
+def test_streamed_statistics_are_the_same(place, statistics):
+    common = {"model": str(place / "model"), "corpus": str(place / "text.txt"), "n_samples": 8, "seq_len": 16}
+    streamed = run_notebook(STATISTICS, place / "streamed.json", seed=0, stream=True, **common)
+    assert results.read_run(streamed)["rows"] == results.read_run(statistics[0])["rows"]
+
+
 def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, statistics):
     from prunelib.criteria import difference_term, similarity_term
 
