@@ -3,7 +3,8 @@
 Reading a prompt is arithmetic: every weight is used for thousands of tokens. Appending tokens is memory traffic: every weight,
 and the whole key-value cache, is read for one token of every row. So the least time of either is the larger of
 FLOPs / rate and bytes / bandwidth, with rate and bandwidth measured on the same device in the same run. What a removed layer
-saves is its share of that, and the ratio of two limits is the speed-up that nobody can beat.
+saves is its share of that. The ratio of two limits is what the best implementation gains by removing layers; another one may
+gain more, where what it wastes lies in the layers.
 
 Times are taken in turn, each model once per round, so that a slow moment of the machine meets all of them.
 """
