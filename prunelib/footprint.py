@@ -2,8 +2,12 @@
 
 `planned` is the formula by which `prunelib.streaming` refuses work that does not fit, `what_fits_where` the table for published
 shapes made with it. Bytes are an upper bound: `benchmarks/streaming_cost.py` and the tests hold it against measured peaks.
+
+    python -m prunelib.footprint > data/footprint.csv
 """
 
+import csv
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -186,3 +190,14 @@ def windows_that_fit(
     none = planned(sizes, windows_at_once=0, **setting).host_peak
     batch = planned(sizes, windows_at_once=batch_size, **setting).host_peak - none
     return max(0, (host - none) // batch) * batch_size
+
+
+def main() -> None:
+    rows = what_fits_where()
+    table = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -89,6 +89,7 @@ def slice_model(
     subtract_mean: bool = False,
     axes: Axes = principal_axes,
     damping: float | int = DAMPING,
+    weights: dict[str, Tensor] | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """A new model whose residual stream has the widths of `plan`, calibrated on token windows; `model` stays as it is.
@@ -109,6 +110,7 @@ def slice_model(
     subtract_mean: take the mean over D off the embeddings. SliceGPT's code does it to every model. It changes nothing where
         the norms do the same (LayerNorm), and changes the function of a model that has RMSNorm.
     axes: how directions are chosen; `random_axes` is a control.
+    weights: an empty mapping that takes the new weights by name as they come, in the order of the layers (`shards.Shards`).
 
     Raises, before any work, UnsupportedModel naming the model type for a model that cannot be sliced, and ValueError for a
     plan of another model or windows that cannot calibrate it; RuntimeError naming the layer at the first NaN or infinity.
@@ -140,7 +142,8 @@ def slice_model(
         progress=progress,
     )
     with torch.no_grad():
-        weights = _rotated(model, wiring, _BASES[shortcuts](calibration), kinds, subtract_mean, device)
+        weights = {} if weights is None else weights
+        _rotated(model, wiring, _BASES[shortcuts](calibration), kinds, subtract_mean, device, weights)
         return _assembled(model, plan, kinds, weights)
 
 
@@ -498,9 +501,9 @@ def _rotated(
     shortcuts: Sequence[str],
     subtract_mean: bool,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """Weights of the sliced model that differ from the dense model's, by name; each as soon as its bases are known."""
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Tensor],
+) -> None:
+    """Fill in the weights of the sliced model that differ from the dense model's, each as soon as its bases are known."""
     layers = model.get_submodule(wiring.layers)
     steps = wiring.steps(model.config)
 
@@ -553,7 +556,6 @@ def _rotated(
         else:
             reads(model, wiring.head, model.get_submodule(wiring.final_norm), wiring.head, basis)
         before = basis
-    return weights
 
 
 def _assembled(

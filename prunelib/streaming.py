@@ -218,24 +218,37 @@ class Streamed:
         return found
 
     def _fill_outside(self) -> None:
-        """Map what stands outside the layers: of a tensor in the dtype that is wanted, only what is touched is ever read."""
         inside = {id(module) for layer in self.layers for module in layer.modules()}
-        outside = [(path, module) for path, module in self.model.named_modules() if id(module) not in inside]
+        self._map([(path, module) for path, module in self.model.named_modules() if id(module) not in inside])
+
+    def _map(self, modules: list[tuple[str, nn.Module]]) -> None:
+        """Weights of modules mapped from the files: of those in the dtype that is wanted, only what is touched is ever read."""
         values: dict[int, Tensor] = {}  # by the tensor that they replace: tied ones stay one
         places = []
-        for path, module in outside:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None:
-                    continue
-                places.append((module, name, tensor))
-                entry = self.entries.get(f"{path}.{name}" if path else name)
-                if entry is not None and id(tensor) not in values:
-                    with safe_open(entry.file, framework="pt") as file:
-                        values[id(tensor)] = _like(tensor, file.get_tensor(entry.name).to(tensor.dtype))
+        with contextlib.ExitStack() as stack:
+            files = {
+                file: stack.enter_context(safe_open(file, framework="pt")) for file in {e.file for e in self.entries.values()}
+            }
+            for path, module in modules:
+                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                    entry = self.entries.get(f"{path}.{name}" if path else name)
+                    if tensor is not None:
+                        places.append((module, name, tensor))
+                    if entry is not None and id(tensor) not in values:
+                        values[id(tensor)] = _like(tensor, files[entry.file].get_tensor(entry.name).to(tensor.dtype))
         for module, name, tensor in places:
             if id(tensor) in values:
                 (module._parameters if name in module._parameters else module._buffers)[name] = values[id(tensor)]
         self.model.tie_weights()
+
+    def mapped(self) -> PreTrainedModel:
+        """The model with all of its weights mapped from the files, on the CPU; this object is of no use afterwards.
+
+        The system reads what is used, and forgets it when memory is short. In another dtype than that of the files it is an
+        ordinary model.
+        """
+        self._map(list(self.model.named_modules()))
+        return self.model
 
     def layer_entries(self, index: int) -> dict[str, Entry]:
         """The file entry of every weight of a layer, by its name within the layer."""
