@@ -168,8 +168,8 @@ class Decoder:
     every layer, once for all models that share their shapes. This changes the layers of `model` for good. beside: another
     decoder, of a model with as many layers at least, whose memory is shared: only one of the two generates at a time.
 
-    Raises ValueError for rows or a capacity below 1 and another decoder that does not fit, UnsupportedModel naming the model type
-    for a model whose cache is not made of keys and values for all tokens, or that does not say which logits to keep.
+    Raises ValueError for rows or a capacity below 1 and another decoder that does not fit, UnsupportedModel naming the model
+    type for a model whose cache is not made of keys and values for all tokens, or that does not say which logits to keep.
     """
 
     def __init__(
@@ -278,8 +278,10 @@ class Decoder:
 
     def _read(self, tokens: Tensor) -> None:
         # Only steps are compiled: a prefill would double the time that compilation takes, for every length of a prompt.
+        # An index, not 1: of a slice of frozen weights torch makes a product for every row, each of which reads the whole head.
+        last = torch.full((1,), tokens.shape[1] - 1, device=tokens.device)
         with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
-            self._choose(self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits)
+            self._choose(self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=last).logits)
 
     def _plain_step(self) -> None:
         self._read(self.tokens)
