@@ -85,7 +85,7 @@ for experiment in PROFILE.experiments:
             weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
             arguments=arguments(experiment),
         threads: PROFILE.threads
-        retries: PROFILE.retries
+        retries: PROFILE.retries or None  # else as --retries says
         resources: **PROFILE.resources
         shell: RUN
 
@@ -116,6 +116,6 @@ for chapter, files in CHAPTERS.items():
             source=notebook_source_sha(grid.chapter_notebook(chapter)),
             arguments=grid.arguments(grid.chapter_values(PROFILE, chapter)),
         threads: PROFILE.threads
-        retries: PROFILE.retries
+        retries: PROFILE.retries or None  # else as --retries says
         resources: **PROFILE.resources_without_gpu
         shell: RUN
