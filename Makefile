@@ -46,7 +46,7 @@ lab: $(READY)
 
 # The version of torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines.
 lock: $(READY)
-	@$(BIN)/pip-compile -q --strip-extras --allow-unsafe --extra dev --constraint constraints.txt \
+	@$(BIN)/pip-compile -q --strip-extras --allow-unsafe --extra dev --extra cluster --constraint constraints.txt \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate --no-header \
 	  -o requirements.lock pyproject.toml
 	@sed -i.old 's/+cpu$$//' requirements.lock && rm requirements.lock.old

@@ -1,0 +1,217 @@
+"""Batches on SLURM: sbatch, one node on loopback, GPUs that are only counted.
+
+Starts daemons and writes /etc/slurm, for its own time, hence only with PRUNELIB_SLURM_TEST=1, as root, and where there is no
+other SLURM. On Debian it then also installs what is missing. PRUNELIB_SLURM_TEST=smoke runs real models, too (four minutes).
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas
+import pytest
+from batch_project import STATISTICS, Project, write_notebook
+
+from prunelib import grid, verify
+from prunelib.provenance import project_root
+
+ROOT = project_root()
+SETTINGS = Path("/etc/slurm")
+TOOLS = ("slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scontrol", "munged")
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+
+SLURM_CONF = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmdPort={node}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:1 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _missing() -> list[str]:
+    return [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+def _install() -> None:
+    """Skips with apt's last words where the packages cannot be had."""
+    if shutil.which("apt-get") is None:
+        pytest.skip(f"no {', '.join(_missing())}, and no apt-get to install them")
+    patience = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=15", "-o", "DPkg::Lock::Timeout=30"]
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    words = ""
+    for command in (["install", "-y", "--no-install-recommends", *PACKAGES], ["update"], ["install", "-y", *PACKAGES]):
+        try:
+            done = subprocess.run(
+                ["apt-get", *patience, *command], env=quiet, capture_output=True, text=True, timeout=150, check=False
+            )
+        except subprocess.TimeoutExpired:
+            words = f"apt-get {command[0]} took longer than 150 s"
+            break
+        words = (done.stderr.strip().splitlines() or [""])[-1]
+        if not _missing():
+            return
+    pytest.skip(f"SLURM cannot be installed here: {words}")
+
+
+def _wait_for(command: list[str], wanted: str, log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        if wanted in done.stdout:
+            return
+        time.sleep(0.5)
+    words = log.read_text(errors="replace")[-1500:] if log.is_file() else ""
+    pytest.fail(f"`{' '.join(command)}` never said {wanted!r}; {log.name} ends with\n{words}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A SLURM of one node while the tests of this file run."""
+    if os.environ.get("PRUNELIB_SLURM_TEST") not in ("1", "smoke"):
+        pytest.skip("set PRUNELIB_SLURM_TEST=1 to let this test start a SLURM on this machine (as root; it installs Debian's)")
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("starting SLURM needs Linux and root")
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        pytest.skip("snakemake-executor-plugin-slurm is not installed: pip install -e '.[cluster]'")
+    if (SETTINGS / "slurm.conf").exists() or "SLURM_CONF" in os.environ:
+        pytest.skip("this machine belongs to a SLURM cluster, which is left alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        if _missing():
+            _install()
+        yield from _running(tmp_path_factory.mktemp("slurm"))
+
+
+def _running(folder: Path) -> Iterator[None]:
+    daemons: list[subprocess.Popen] = []
+    new = not SETTINGS.is_dir()
+
+    def start(*command: str, **options: object) -> Path:
+        log = folder / f"{command[0]}.log"
+        with open(log, "wb") as file:
+            daemons.append(subprocess.Popen(command, stdout=file, stderr=file, **options))
+        return log
+
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    host = socket.gethostname().partition(".")[0]
+    megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    values = {"host": host, "folder": folder, "cpus": os.cpu_count(), "memory": int(0.9 * megabytes)}
+    settings = {
+        "slurm.conf": SLURM_CONF.format(controller=_free_port(), node=_free_port(), **values),
+        "gres.conf": f"NodeName={host} Name=gpu File=/dev/null\n",
+    }
+    try:
+        SETTINGS.mkdir(exist_ok=True)
+        for name, text in settings.items():
+            (SETTINGS / name).write_text(text)
+        if subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode != 0:
+            sockets = Path("/run/munge")
+            sockets.mkdir(mode=0o755, exist_ok=True)
+            shutil.chown(sockets, "munge", "munge")
+            log = start("munged", "--foreground", user="munge", group="munge", extra_groups=[])
+            _wait_for(["sh", "-c", "munge -n | unmunge"], "Success", log)
+        _wait_for(["scontrol", "ping"], "UP", start("slurmctld", "-D"))
+        _wait_for(["sinfo", "--noheader", "--format=%t"], "idle", start("slurmd", "-D"))
+        yield
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(30)
+        for name in settings:
+            (SETTINGS / name).unlink(missing_ok=True)
+        if new:
+            shutil.rmtree(SETTINGS, ignore_errors=True)
+
+
+def batch(root: Path, profile: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m prunelib.batch` on the cluster, which keeps no accounts."""
+    command = [sys.executable, "-m", "prunelib.batch", profile, "--profile", str(ROOT / "profiles/slurm"), *arguments]
+    command += ["--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "12"]
+    command += ["--default-resources", "mem_mb=1000", "runtime=10"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | environment
+    return subprocess.run(command, cwd=root, env=clean, capture_output=True, text=True, timeout=500, check=False)
+
+
+def submitted(root: Path) -> list[dict[str, str]]:
+    """What SLURM still knows about the jobs submitted from `root`, in their order."""
+    told = subprocess.run(["scontrol", "--oneliner", "show", "job"], capture_output=True, text=True, timeout=30, check=True)
+    jobs = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in told.stdout.splitlines()]
+    return sorted((job for job in jobs if job.get("WorkDir") == str(root)), key=lambda job: int(job["JobId"]))
+
+
+FRAGILE = """
+log = Path(os.environ["BATCH_LOG"])
+with open(log, "a") as lines:
+    lines.write(f"seed {seed} in job {os.environ['SLURM_JOB_ID']} on GPU {os.environ['CUDA_VISIBLE_DEVICES']}\\n")
+if seed == 1 and not log.with_name("failed").exists():
+    log.with_name("failed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""Says where it runs; the first kernel of seed 1 is killed."""
+
+
+def test_runs_ask_for_gpus_short_ones_go_together_and_a_failed_one_is_tried_again(cluster, tmp_path):
+    """Notebooks of a few lines, so that it is the way through SLURM that is tested."""
+    project = Project(tmp_path)
+    write_notebook(tmp_path / grid.experiment_notebook("statistics"), STATISTICS | {"compute": STATISTICS["compute"] + FRAGILE})
+    project.profile(resources={"gpu": 1})
+    done = batch(tmp_path, "profile.yaml", BATCH_LOG=str(project.log))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "figures/simdiff_fig1_perplexity.png").read_text() == "9 rows"
+    lines = project.started()
+    statistics = [re.fullmatch(r"seed (\d) in job (\d+) on GPU (\S+)", line).groups() for line in lines if " in job " in line]
+    assert {gpu for _, _, gpu in statistics} == {"0"}
+    assert len({job for _, job, _ in statistics}) == 2, "three statistics in one submission, and once more in another"
+    assert sum(seed == "1" for seed, _, _ in statistics) == 2
+    jobs = submitted(tmp_path)
+    assert [job["JobState"] for job in jobs] == ["FAILED", "COMPLETED", "COMPLETED", "COMPLETED"]
+    assert [job.get("TresPerJob") for job in jobs] == ["gres:gpu:1"] * 3 + [None], "the chapter needs no GPU"
+
+
+@pytest.mark.skipif(os.environ.get("PRUNELIB_SLURM_TEST") != "smoke", reason="minutes: set PRUNELIB_SLURM_TEST=smoke")
+def test_the_smoke_sweep_gives_the_committed_numbers(cluster, tmp_path):
+    """The statistics and depth runs of the smoke profile, real models and texts; the other experiments take the same way."""
+    places = {"runs": "build/slurm/runs", "results": "build/slurm/results.csv", "figures": "build/slurm/figures"}
+    shutil.rmtree(ROOT / "build/slurm", ignore_errors=True)
+    changed = [f"{name}={place}" for name, place in places.items()]
+    done = batch(ROOT, "profiles/smoke.yaml", places["results"], "--config", *changed)
+    assert done.returncode == 0, done.stderr[-4000:]
+    jobs = submitted(ROOT)
+    assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 2, "two statistics together, then three depths"
+    found, expected = (pandas.read_csv(ROOT / path) for path in (places["results"], verify.EXPECTED["build/smoke/results.csv"]))
+    assert verify.compare_tables(expected, found) == []
