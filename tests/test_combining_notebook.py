@@ -58,6 +58,7 @@ def _run(place, name, **changes):
         "prompts": 2,
         "prompt_tokens": 5,
         "new_tokens": 9,
+        "repeats": 1,
         "report_corpus": str(place / "text.txt"),
         "report_windows": 6,
         "report_seq_len": 32,
