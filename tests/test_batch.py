@@ -224,6 +224,7 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
     assert profile.figure_files("01_chapter") == [
         f"figures/simdiff_fig1_perplexity{suffix}" for suffix in (".png", ".pdf", ".csv", ".json")
     ], "`layers_removed` in the same heading is not a figure"
+    assert grid.read(PROFILE | {"resources": {"gpu": 1, "mem_mb": 5}}).resources_without_gpu == {"mem_mb": 5}
 
 
 @pytest.mark.parametrize(
