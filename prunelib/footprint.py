@@ -16,7 +16,10 @@ GIB = 2**30
 PROCESS = int(0.7 * GIB)
 """Python with torch and transformers, before any work."""
 
-_SUMS = GIB  # chunks of states and float64 work of the statistics on an accelerator, whatever the model
+BOXES = 3
+"""Batches on their way to the accelerator, and back, at a time."""
+
+_SUMS = 3 * GIB // 4  # chunks of states and float64 work of the statistics on an accelerator, whatever the model
 _SUMS_CPU = 32 * 2**20  # they stay in cache there
 
 
@@ -105,7 +108,8 @@ def planned(
     """Peak memory of one streamed pass.
 
     windows_at_once: windows that go through a layer before the next one is read. states: all hidden states of these windows
-    are kept (statistics), not only the newest. logits: the head runs at the end, window by window (perplexity). The resident
+    are kept (statistics), not only the newest; beside an accelerator those of as many windows before them, too, which are
+    reduced meanwhile. logits: the head runs at the end, window by window (perplexity). The resident
     pass of the same batch needs `sizes.weights` and what a batch takes here.
     """
     number, tokens = sizes.number_bytes, batch_size * seq_len
@@ -116,15 +120,17 @@ def planned(
     branch = max(attention, 3 * sizes.hidden + 3 * sizes.mlp)
     # Norms compute in float32: the stream, its copy, and two steps of the norm.
     batch = tokens * max(number * branch, sizes.hidden * (2 * number + 12))
-    kept = windows_at_once * seq_len * sizes.hidden * number * (sizes.n_layers + 1 if states else 1)
+    kept = windows_at_once * seq_len * sizes.hidden * number
+    kept *= (2 if accelerator else 1) * (sizes.n_layers + 1) if states else 1
     # Float32 copies for the log-likelihood: of the scored logits and of their logarithms.
-    head = (sizes.head_bytes or sizes.table_bytes) + seq_len * sizes.vocabulary * (number + 8)
+    head = (sizes.head_bytes or sizes.table_bytes) + seq_len * (
+        sizes.vocabulary * (number + 8) + sizes.hidden * (2 * number + 12)
+    )
     state_sums = (_SUMS if accelerator else _SUMS_CPU) if states else 0
     host = {"process": PROCESS, "embeddings": sizes.table_bytes, "hidden states": kept}
     if accelerator:
-        lanes = 4 * tokens * sizes.hidden * number
-        device = {"layers": layers + lanes + batch}
-        device |= {"sums": layers + lanes + state_sums} if states else {}
+        lanes = 2 * BOXES * tokens * sizes.hidden * number
+        device = {"layers and sums" if states else "layers": layers + lanes + batch + state_sums}
         device |= {"head": head} if logits else {}
         together = host | {"layers in page-locked memory": 2 * stored}
         return Peak(device, {"all": sum(together.values())})

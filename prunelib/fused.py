@@ -53,6 +53,7 @@ def _kernel(
     row = tl.arange(0, ROWS)
     known = row < n_layers
     first = states + token * token_stride
+    end = first + tl.cast(n_layers, tl.int64) * state_stride
     products = tl.zeros((ROWS, ROWS), tl.float64)
     edge = tl.zeros((ROWS, WORDS), tl.float64)
     squares = tl.zeros((ROWS, WORDS), tl.float64)
@@ -61,11 +62,11 @@ def _kernel(
     for start in range(0, WIDTH, WORDS):
         column = start + tl.arange(0, WORDS)
         inside = known[:, None] & (column < WIDTH)[None, :]
-        here = first + row[:, None] * state_stride + column[None, :]
+        here = first + row[:, None].to(tl.int64) * state_stride + column[None, :]
         words = tl.load(here, mask=inside, other=0)
         # The same lines once more, shifted by one state: they come from the cache.
         words_after = tl.load(here + state_stride, mask=inside, other=0)
-        words_last = tl.load(first + n_layers * state_stride + column, mask=column < WIDTH, other=0)
+        words_last = tl.load(end + column, mask=column < WIDTH, other=0)
         for half in tl.static_range(HALVES):
             state = _number(words, half, HALVES)
             after = _number(words_after, half, HALVES)

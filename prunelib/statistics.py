@@ -36,6 +36,7 @@ massive activations); only the last real token of each sample (the one Gromov et
 # On a GPU it must be large enough to hide the launches.
 _CHUNK_BYTES = {"cpu": 5 << 19}
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
+_PIECE = 256  # tokens that an accelerator adds up one after the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,7 +351,11 @@ class _Recorder:
             raise RuntimeError(f"the forward pass called more than the model's {self.n_states - 1} decoder layers")
         shape = (*state.shape[:2], self.n_states, state.shape[2])
         if self.seen == 0 and (self.buffer is None or self.buffer.shape != shape):
-            self.buffer = torch.empty(shape, dtype=state.dtype, device=state.device)
+            if state.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
+                self.buffer = torch.empty(shape, dtype=state.dtype)
+            else:  # each state one piece of memory, which is copied fastest
+                whole = torch.empty((self.n_states, *state.shape), dtype=state.dtype, device=state.device)
+                self.buffer = whole.permute(1, 2, 0, 3)
         # Some models widen the residual stream on the way.
         self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, state.dtype))
         self.buffer[:, :, self.seen].copy_(state)
@@ -420,13 +425,24 @@ def token_sums(
     cosine = gram[:, first * n_states + second].div_(scale).clamp_(-1, 1)
     return {
         "count": weights.sum(dim=1, keepdim=True),
-        "cosine": weights @ cosine,
-        "angle": weights @ cosine.acos_().div_(torch.pi),
-        "squared_difference": weights @ step.square(),
-        "absolute_difference": weights @ absolute,
-        "relative_magnitude": weights @ (step / norm[:, 1:].clamp(min=tiny)),
-        "norm": weights @ norm,
+        "cosine": _weighted(weights, cosine),
+        "angle": _weighted(weights, cosine.acos_().div_(torch.pi)),
+        "squared_difference": _weighted(weights, step.square()),
+        "absolute_difference": _weighted(weights, absolute),
+        "relative_magnitude": _weighted(weights, step / norm[:, 1:].clamp(min=tiny)),
+        "norm": _weighted(weights, norm),
     }
+
+
+def _weighted(weights: Float64[Tensor, "subset token"], values: Float64[Tensor, "token _"]) -> Float64[Tensor, "subset _"]:
+    """Weighted sums over the tokens; on an accelerator in pieces side by side, as one long sum keeps few of its units busy."""
+    whole = values.shape[0] // _PIECE * _PIECE if values.device.type != "cpu" else 0
+    if whole == 0:
+        return weights @ values
+    pieces = torch.bmm(
+        weights[:, :whole].unflatten(1, (-1, _PIECE)).transpose(0, 1), values[:whole].unflatten(0, (-1, _PIECE))
+    ).sum(dim=0)
+    return pieces + weights[:, whole:] @ values[whole:]
 
 
 def check_finite(stats: LayerStats, where: str) -> None:

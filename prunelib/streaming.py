@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from prunelib.evaluation import Perplexity, Tally, check_windows
-from prunelib.footprint import GIB, Peak, Sizes, planned, windows_that_fit
+from prunelib.footprint import BOXES, GIB, Peak, Sizes, planned, windows_that_fit
 from prunelib.models import (
     CheckpointError,
     Skip,
@@ -534,10 +535,10 @@ class _Lanes:
         self.turn = 0
         if device.type == "cuda":
             self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self.inbox, self.outbox = (torch.empty((2, *shape), dtype=dtype, device=device) for _ in range(2))
+            self.inbox, self.outbox = (torch.empty((BOXES, *shape), dtype=dtype, device=device) for _ in range(2))
             self.incoming.wait_stream(torch.cuda.current_stream(device))  # which may have used this memory before
-            self.used: list[torch.cuda.Event | None] = [None, None]  # the layer has read the inbox
-            self.sent: list[torch.cuda.Event | None] = [None, None]  # the outbox has been copied to the host
+            self.used: list[torch.cuda.Event | None] = [None] * BOXES  # the layer has read the inbox
+            self.sent: list[torch.cuda.Event | None] = [None] * BOXES  # the outbox has been copied to the host
             self.written: dict[int, torch.cuda.Event] = {}  # the same, by the first window of the batch
 
     def receive(self, source: Float[Tensor, "sample token dim"], start: int) -> Float[Tensor, "sample token dim"]:
@@ -567,7 +568,7 @@ class _Lanes:
             self.outgoing.wait_event(self.used[self.turn])
             target.copy_(here, non_blocking=True)
             self.sent[self.turn] = self.written[start] = self.outgoing.record_event()
-        self.turn = 1 - self.turn
+        self.turn = (self.turn + 1) % BOXES
 
     def finish(self) -> None:
         """Wait until everything has arrived on the host."""
@@ -654,6 +655,8 @@ class _Passes:
         starts = range(0, len(windows), windows_at_once)
         self.groups = [range(start, min(start + windows_at_once, len(windows))) for start in starts]
         self.batch_size = min(batch_size, len(windows))
+        # While one group goes through the layers on an accelerator, the states of the one before are reduced.
+        self.n_spaces = 2 if states and len(self.groups) > 1 and streamed.device.type != "cpu" else 1
         self.shell = streamed.shell()
 
     def batches(self, group: range) -> list[slice]:
@@ -662,17 +665,22 @@ class _Passes:
         return [slice(start, min(start + self.batch_size, group.stop)) for start in starts]
 
     def __iter__(self) -> Iterator[tuple[range, Float[Tensor, "state sample token dim"]]]:
-        """Each group and its hidden states, on the host: all L + 1, or the last alone. The next group overwrites them."""
+        """Each group and its hidden states, on the host: all L + 1, or the last alone.
+
+        They stay until `n_spaces` more groups are asked for: the caller must be done with them by then.
+        """
         streamed, length = self.streamed, self.windows.shape[1]
         n_layers, dtype, device = len(streamed.layers), streamed.dtype, streamed.device
         shape = (n_layers + 1 if self.states else 1, len(self.groups[0]), length, streamed.config.hidden_size)
         with (
-            _host_space(shape, dtype, device) as space,
+            contextlib.ExitStack() as stack,
             tqdm(total=len(self.groups) * n_layers, desc="streamed", unit="layer", disable=not self.progress) as bar,
             contextlib.ExitStack() as engine,
         ):
+            spaces = [stack.enter_context(_host_space(shape, dtype, device)) for _ in range(self.n_spaces)]
             weights = lanes = None
-            for group in self.groups:
+            for number, group in enumerate(self.groups):
+                space = spaces[number % self.n_spaces]
                 if weights is None:
                     weights = engine.enter_context(_Weights(streamed, device))
                     lanes = _Lanes(device, (self.batch_size, *shape[2:]), dtype)
@@ -737,13 +745,34 @@ def collect(
     mask = checked_mask(windows, mask)
     at_once, _ = streamed.plan(*windows.shape, batch_size=batch_size, windows_at_once=windows_at_once, states=True)
     setting = {"batch_size": batch_size, "windows_at_once": at_once, "states": True, "progress": progress}
-    passes, total = _Passes(streamed, windows, mask, **setting), None
-    for group, states in passes:
-        for rows in passes.batches(group):
-            part = states[:, rows.start - group.start : rows.stop - group.start].permute(1, 2, 0, 3)
-            stats = from_states(part, mask[rows], device=streamed.device)
-            check_finite(stats, f"batch {rows.start // batch_size} (samples {rows.start} to {rows.stop - 1})")
-            total = stats if total is None else total + stats
+    passes = _Passes(streamed, windows, mask, **setting)
+    cuda = streamed.device.type == "cuda"
+    beside = torch.cuda.Stream(streamed.device) if cuda else None
+
+    def reduced(group: range, states: Tensor) -> list[LayerStats]:
+        found = []
+        with torch.inference_mode(), torch.cuda.stream(beside) if cuda else contextlib.nullcontext():
+            for rows in passes.batches(group):
+                part = states[:, rows.start - group.start : rows.stop - group.start].permute(1, 2, 0, 3)
+                stats = from_states(part, mask[rows], device=streamed.device)
+                check_finite(stats, f"batch {rows.start // batch_size} (samples {rows.start} to {rows.stop - 1})")
+                found.append(stats)
+        return found
+
+    found, waiting = [], deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="sums") as pool:
+        for group, states in passes:
+            if passes.n_spaces == 1:
+                found += reduced(group, states)
+                continue
+            waiting.append(pool.submit(reduced, group, states))
+            while len(waiting) >= passes.n_spaces:
+                found += waiting.popleft().result()
+        for future in waiting:
+            found += future.result()
+    total = found[0]
+    for stats in found[1:]:
+        total += stats
     return total
 
 
