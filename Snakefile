@@ -110,6 +110,7 @@ for chapter, files in CHAPTERS.items():
             # Yardsticks that the profile makes itself; the committed ones are not remade.
             truths=PROFILE.runs_of("optimum") if "truths" in grid.chapter_values(PROFILE, chapter) else [],
             published=sorted(glob("data/published/*.csv")),
+            claims=[path for name, path in grid.chapter_values(PROFILE, chapter).items() if name == "claims"],
         output: files, run=PROFILE.chapter_run(chapter)
         log: notebook=PROFILE.chapter_run(chapter, ".ipynb")
         params:

@@ -122,7 +122,7 @@ def test_notebook_is_clean(path):
 
 @pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem >= "01"], ids=lambda path: path.stem)
 def test_chapters_read_results_and_do_not_compute(path):
-    light = {"prunelib.results", "prunelib.figures", "prunelib.provenance"}
+    light = {"prunelib.results", "prunelib.figures", "prunelib.provenance", "prunelib.claims"}
     used = imports(path)
     heavy = {name for name in used if name.split(".")[0] in ("torch", "transformers")}
     ours = {name for name in used if name.startswith("prunelib.")}
