@@ -150,19 +150,18 @@ class SharedRuns:
     ) -> Iterator[tuple[int, Int64[Tensor, "batch position"], LayerSet, Float[Tensor, "batch position vocabulary"]]]:
         """Yield (first window of the batch, its ids, removed units, logits); the dense model first, if it was given first."""
         shell = self._shell or Shell(self._model, self._layers, self._windows[:1, :2].to(self._model.device), self._cut)
-        walk = self._walk if self._together == 1 else self._sweep
         description = f"{len(self.sets)} layer sets"
         with tqdm(total=len(self._starts) * self._nodes, desc=description, unit="layer", disable=not self._progress) as bar:
             for start in self._starts:
                 ids = self._windows[start : start + self._batch_size].to(self._model.device)
-                for removed, hidden in walk(shell, ids, bar):
+                walk = self._walk(shell, shell.enter(ids), bar) if self._together == 1 else self._sweep(shell, ids, bar)
+                for removed, hidden in walk:
                     yield start, ids, removed, shell.leave(ids, hidden)
 
     def _walk(
-        self, shell: "Shell", ids: Int64[Tensor, "batch position"], bar: tqdm
+        self, shell: "Shell", entered: Float[Tensor, "batch position hidden"], bar: tqdm
     ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position hidden"]]]:
         """Depth first. A hidden state lives as long as a branch that starts from it, or an end, waits on the stack."""
-        entered = shell.enter(ids)
         stack: list[tuple[_Node | LayerSet, Tensor]] = [(child, entered) for child in reversed(self._root.children.values())]
         while stack:
             node, hidden = stack.pop()
@@ -215,8 +214,8 @@ class Shell:
     state into logits: it is put in the place of the first slot's input. Call it under `torch.inference_mode` or `no_grad`.
 
     In the layers `cut` single sublayers can be silenced. That these can be told apart and add to the input of the layer is
-    checked at once, on `probe`. Raises UnsupportedModel when not, and when a layer cannot be skipped. `slots` are skipped layers
-    that know already what a layer returns: where layers cannot run on the probe.
+    checked at once, on `probe`. Raises UnsupportedModel when not, and when a layer cannot be skipped. `slots` are skipped
+    layers that know already what a layer returns: where layers cannot run on the probe.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class Shell:
         return hook
 
     def enter(self, ids: Int64[Tensor, "batch position"], **inputs: Any) -> Float[Tensor, "batch position hidden"]:
-        """The input of the first layer; keeps the arguments of every layer for this batch. `inputs` go beside the ids: a mask."""
+        """The input of the first layer; keeps the arguments of every layer for this batch. `inputs` (a mask) go with the ids."""
         self.calls = [((), {})] * len(self.layers)
         body = self.view.base_model
         (self.view if body is self.view else body)(input_ids=ids, use_cache=False, **inputs)
