@@ -249,7 +249,7 @@ class Shell:
         return hook
 
     def enter(self, ids: Int64[Tensor, "batch position"], **inputs: Any) -> Float[Tensor, "batch position hidden"]:
-        """The input of the first layer; keeps the arguments of every layer for this batch. `inputs` (a mask) go with the ids."""
+        """The input of the first layer; keeps the arguments of every layer for this batch. `inputs` go with the ids."""
         self.calls = [((), {})] * len(self.layers)
         body = self.view.base_model
         (self.view if body is self.view else body)(input_ids=ids, use_cache=False, **inputs)
