@@ -19,6 +19,7 @@ PROCESS = int(0.7 * GIB)
 BOXES = 3
 """Batches on their way to the accelerator, and back, at a time."""
 
+_LIBRARIES = GIB // 8  # workspaces of matrix products on an accelerator, one per stream
 _SUMS = 3 * GIB // 4  # chunks of states and float64 work of the statistics on an accelerator, whatever the model
 _SUMS_CPU = 32 * 2**20  # they stay in cache there
 
@@ -132,6 +133,7 @@ def planned(
         lanes = 2 * BOXES * tokens * sizes.hidden * number
         device = {"layers and sums" if states else "layers": layers + lanes + batch + state_sums}
         device |= {"head": head} if logits else {}
+        device = {name: size + _LIBRARIES for name, size in device.items()}
         together = host | {"layers in page-locked memory": 2 * stored}
         return Peak(device, {"all": sum(together.values())})
     ends = {"layers": layers + batch, "sums": layers + state_sums}
