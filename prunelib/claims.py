@@ -105,6 +105,7 @@ TRANSFORMS: dict[str, Callable[[Values], Values]] = {
     "percent": lambda values: 100 * values,
     "percent_change": lambda values: 100 * np.expm1(values),  # of a perplexity, from a difference in nats
     "log": np.log,
+    "millions": lambda values: values / 1e6,
     "size": np.abs,
 }
 
