@@ -5,6 +5,10 @@ above the sum of a candidate evaluated to the end, it can be dropped, and the ch
 included. No better bound holds for the likelihood of a language model, nor for its divergence from another one: the windows
 still to come may all be predicted perfectly. So a candidate that is 5% worse than the best is dropped when 5% of the loss are
 left. Guesses about its final sum (means, confidence bounds) would drop it sooner, and now and then the winner.
+
+How little that can be: in a greedy search for 8 layers of the main reference model (16 windows, `benchmarks/search_cost.py`) it
+saves 8% of the layers when sets are told apart by their divergence from the dense model, and nothing when by likelihood, where
+all candidates lie within a few percent; what the leaders' own runs no longer share eats up the rest.
 """
 
 import math
