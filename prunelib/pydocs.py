@@ -119,8 +119,7 @@ def _paragraph(name: str, block: list[tuple[int, str]]) -> Document:
 
 
 def _readmes() -> Iterator[Document]:
-    names = json.loads(manifest_path().read_text())["pyreadmes"]["packages"] if manifest_path().exists() else locked_names()
-    for name in sorted(names):
+    for name in sorted(_described_packages()):
         if installed_version(name) is None:
             raise RuntimeError(
                 f"pyreadmes reads the description of {name!r}, which is not installed: pip install -r requirements.lock"
@@ -146,6 +145,13 @@ def locked_names() -> list[str]:
     return [name for name in names if name not in {"pip", "setuptools", "wheel"}]
 
 
+def _described_packages() -> list[str]:
+    """Those of the manifest, so that a package which the lock gains later changes no text; without a manifest, the locked ones."""
+    if manifest_path().exists():
+        return list(json.loads(manifest_path().read_text())["pyreadmes"]["packages"])
+    return locked_names()
+
+
 def _each(reader: Callable[[str], Iterator[Document]]) -> Callable[[], Iterator[Document]]:
     return lambda: (document for package in PACKAGES for document in reader(package))
 
@@ -165,7 +171,7 @@ RECIPES = {
     # Reference models are trained on the train split of pydocs alone, so the other two need none.
     "pydocs": Recipe(_each(_docstrings), lambda: list(PACKAGES), 800, 900),
     "pycomments": Recipe(_each(_comments), lambda: list(PACKAGES), 0, 500),
-    "pyreadmes": Recipe(_readmes, locked_names, 0, 500),
+    "pyreadmes": Recipe(_readmes, _described_packages, 0, 500),
     # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-copies apart.
     "pyraw": Recipe(lambda: chain(_each(_docstrings)(), _each(_comments)()), lambda: list(PACKAGES), 500, 900, raw=True),
 }

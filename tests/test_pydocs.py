@@ -86,6 +86,13 @@ def test_the_installed_packages_give_the_text_of_the_manifest(corpus):
     assert pydocs.describe(corpus) == manifest
 
 
+def test_a_package_that_the_lock_gains_changes_no_corpus():
+    described = set(json.loads(pydocs.manifest_path().read_text())["pyreadmes"]["packages"])
+    later = set(pydocs.locked_names()) - described
+    assert later == {"snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"}
+    assert set(pydocs.describe("pyreadmes")["packages"]) == described
+
+
 def test_no_document_is_in_two_splits_and_none_is_short():
     names = [{d.name for d in pydocs.records("pydocs", split)} for split in pydocs.SPLITS]
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
