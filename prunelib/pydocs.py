@@ -146,7 +146,7 @@ def locked_names() -> list[str]:
 
 
 def _described_packages() -> list[str]:
-    """Those of the manifest, so that a package which the lock gains later changes no text; without a manifest, the locked ones."""
+    """Those of the manifest, so that a package which the lock gains later changes no text; the locked ones without it."""
     if manifest_path().exists():
         return list(json.loads(manifest_path().read_text())["pyreadmes"]["packages"])
     return locked_names()

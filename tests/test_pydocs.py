@@ -88,8 +88,7 @@ def test_the_installed_packages_give_the_text_of_the_manifest(corpus):
 
 def test_a_package_that_the_lock_gains_changes_no_corpus():
     described = set(json.loads(pydocs.manifest_path().read_text())["pyreadmes"]["packages"])
-    later = set(pydocs.locked_names()) - described
-    assert later == {"snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"}
+    assert described < set(pydocs.locked_names()), "the lock has gained packages since"
     assert set(pydocs.describe("pyreadmes")["packages"]) == described
 
 
