@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from prunelib import onednn
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 # Where the decoder layers are, and where their final norm may be. The first path that leads to a ModuleList is taken.
@@ -141,7 +143,7 @@ def load(
     if target is not None:
         model = model.to(target)
     check_finite(model)
-    return model.eval()
+    return onednn.adopt(model).eval()
 
 
 def load_tokenizer(
@@ -522,7 +524,7 @@ def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
             as_saved = type(config).from_pretrained(folder, local_files_only=True)
         as_saved._attn_implementation = config._attn_implementation
         with torch.device("meta"):
-            rebuilt = type(pruned)(as_saved)
+            rebuilt = onednn.adopt_as(pruned, type(pruned)(as_saved))
     except Exception as error:
         raise UnsupportedModel(
             f"cannot remove these layers of a {model_type} model: its configuration does not allow it ({_first_line(error)})"
@@ -726,7 +728,7 @@ def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"the saved model does not load again: {_first_line(error)}") from error
     _check_keys(info, "the saved copy")
-    again = again.to(model.device).eval()
+    again = onednn.adopt_as(model, again.to(model.device).eval())
     weights = again.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in weights or not torch.equal(tensor, weights[name].to(tensor)):

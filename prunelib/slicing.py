@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from prunelib import onednn
 from prunelib.evaluation import check_windows
 from prunelib.models import UnsupportedModel, layers_as, parameter_count
 from prunelib.registration import MODEL_TYPE
@@ -144,7 +145,7 @@ def slice_model(
     with torch.no_grad():
         weights = {} if weights is None else weights
         _rotated(model, wiring, _BASES[shortcuts](calibration), kinds, subtract_mean, device, weights)
-        return _assembled(model, plan, kinds, weights)
+        return onednn.adopt_as(model, _assembled(model, plan, kinds, weights))
 
 
 def _checked(model: PreTrainedModel, plan: SlicePlan) -> Wiring:

@@ -1,0 +1,79 @@
+"""Linear layers of float32 models on a processor, multiplied by oneDNN instead of MKL.
+
+MKL, which PyTorch calls for float32 matrix products, leaves the wide vector units of AMD's processors idle: there oneDNN takes
+less than half of the time for the shapes of small models (`benchmarks/linear_cost.py`), forwards and backwards. The sums are
+added in another order, so results agree to float32 rounding, as they do between two processors.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+# With fewer rows, as in generation token by token, the call costs more than the faster product saves.
+ROWS = 16
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """`model`, in which every plain linear layer multiplies through oneDNN wherever that is possible.
+
+    Weights, names and `isinstance(layer, nn.Linear)` stay as they are, subclasses are left alone. Elsewhere than in float32 on
+    a processor the layers do what they did before, so a model may be moved or converted later.
+    """
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDnnLinear
+    return model
+
+
+def adopt_as(example: nn.Module, model: nn.Module) -> nn.Module:
+    """`model`, multiplying as `example` does: two builds of one model are compared without a difference of rounding."""
+    return adopt(model) if any(isinstance(module, OneDnnLinear) for module in example.modules()) else model
+
+
+class OneDnnLinear(nn.Linear):
+    """`nn.Linear` through oneDNN for at least `ROWS` rows of float32 on a processor, outside autocast."""
+
+    def forward(self, input: Float[Tensor, "... features"]) -> Float[Tensor, "... outputs"]:
+        if not _possible(input, self.weight):
+            return functional.linear(input, self.weight, self.bias)
+        return _Product.apply(input, self.weight, self.bias)
+
+
+def _possible(input: Tensor, weight: Tensor) -> bool:
+    return (
+        input.dtype == weight.dtype == torch.float32
+        and input.device.type == weight.device.type == "cpu"
+        and input.shape[-1] == weight.shape[1]  # the error of a wrong width is PyTorch's
+        and input.numel() >= ROWS * input.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows @ weight.T + bias."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        input, weight, _ = inputs
+        # A frozen weight has no gradient, and then the input need not be kept: most of a LoRA step's memory.
+        ctx.save_for_backward(input if weight.requires_grad else None, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            _product(gradient, weight.t()) if of_input else None,
+            _product(rows.t(), input.reshape(-1, input.shape[-1]).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
