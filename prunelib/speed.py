@@ -22,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from prunelib import onednn
 from prunelib.decoding import CacheShape, Decoder, head_size
 from prunelib.models import DTYPES, decoder_layers, remove_layers
 from prunelib.schedules import SlicePlan
@@ -86,7 +87,7 @@ def random_model(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02, generator=generator)
-    return model.requires_grad_(False)
+    return onednn.adopt(model).requires_grad_(False)
 
 
 def without_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from prunelib import onednn
 from prunelib.evaluation import Perplexity, Tally, check_windows
 from prunelib.footprint import BOXES, GIB, Peak, Sizes, planned, windows_that_fit
 from prunelib.models import (
@@ -176,7 +177,7 @@ class Streamed:
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModel(f"this {config.model_type} model is quantised: it can only be loaded resident")
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            self.model: PreTrainedModel = onednn.adopt(AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval())
         self.layers = decoder_layers(self.model)
         self.entries = self._matched(entries(self.folder))
         self._fill_outside()
