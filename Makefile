@@ -3,6 +3,7 @@
 # make optimum   the yardstick in data/optimum anew: every set of layers; for a GPU
 # make gpu       speed and memory at full size, in data/speed; for a GPU
 # make verify    check models and corpora, rerun the smoke profile, compare with the committed values
+# make hashes    the committed hashes of data/ anew, after a table was drawn again: commit data/SHA256SUMS with it
 # make lab       the notebooks in JupyterLab
 # make lock      resolve the dependencies anew
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
@@ -20,7 +21,7 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum healing gpu test verify lab lock clean
+.PHONY: figures optimum healing gpu test verify hashes lab lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
@@ -40,6 +41,9 @@ test: $(READY)
 
 verify: $(READY)
 	@$(BIN)/python -m prunelib.verify $(ARGS)
+
+hashes: $(READY)
+	@$(BIN)/python -m prunelib.checksums --update
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)

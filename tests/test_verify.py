@@ -1,6 +1,5 @@
 """What `make verify` notices: altered weights, altered text, other numbers."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from prunelib import pydocs, verify
-from prunelib.provenance import at_root, project_root
+from prunelib import checksums, pydocs, verify
+from prunelib.provenance import project_root
 
 
 def flip(path: Path, where: int) -> None:
@@ -20,31 +19,44 @@ def flip(path: Path, where: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_committed_models_have_the_committed_hashes():
-    assert verify.compare_hashes(json.loads(at_root(verify.HASHES).read_text()), verify.hashes()) == []
-
-
-def test_hashes_name_what_is_missing_altered_and_new():
-    lines = verify.compare_hashes({"a": "1" * 64, "b": "2" * 64}, {"b": "3" * 64, "c": "4" * 64})
-    assert len(lines) == 3
-    assert "a is missing" in lines[0]
-    assert "c is not one" in lines[1]
-    assert "b was altered" in lines[2]
-    assert "222222222222" in lines[2]
-
-
-def test_one_flipped_bit_of_a_weight_fails_verification_before_any_run(tmp_path):
+@pytest.fixture
+def part_of_a_clone(tmp_path) -> Path:
+    """What `verify` needs before its first run, with the small reference model alone."""
     root = tmp_path / "clone"
-    for name in ("prunelib", "profiles", "data/reference", "data/verify"):
+    model = "data/reference/neox24"
+    for name in ("prunelib", "profiles", model):
         shutil.copytree(project_root() / name, root / name)
     shutil.copy(project_root() / "pyproject.toml", root)
-    weights = root / "data/reference/neox24/model.safetensors"
+    (root / "data/results.csv").write_text("a table of another run\n")
+    lines = (project_root() / checksums.SUMS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if model in line or line.endswith("  data/results.csv\n")]
+    assert len(kept) > 5
+    (root / checksums.SUMS).write_text("".join(kept))
+    return root
+
+
+def verified(root: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "prunelib.verify"], cwd=root, capture_output=True, text=True, timeout=120)
+
+
+def test_one_flipped_bit_of_a_weight_fails_verification_before_any_run(part_of_a_clone):
+    weights = part_of_a_clone / "data/reference/neox24/model.safetensors"
     flip(weights, weights.stat().st_size - 1)
-    done = subprocess.run([sys.executable, "-m", "prunelib.verify"], cwd=root, capture_output=True, text=True, timeout=120)
+    done = verified(part_of_a_clone)
     assert done.returncode == 1
     assert "data/reference/neox24/model.safetensors was altered" in done.stderr
     assert "git checkout -- data/reference/neox24/model.safetensors" in done.stderr
-    assert not (root / "build").exists()
+    assert not (part_of_a_clone / "build").exists()
+    # A table that `make figures` made anew is named, and is no difference.
+    assert "made anew here, not compared with the committed ones: data/results.csv" in done.stdout
+    assert "results.csv" not in done.stderr
+
+
+def test_a_file_beside_a_model_that_was_not_committed_fails_verification(part_of_a_clone):
+    (part_of_a_clone / "data/reference/neox24/adapter_config.json").write_text("{}")
+    done = verified(part_of_a_clone)
+    assert done.returncode == 1
+    assert "data/reference/neox24/adapter_config.json is not one of the committed files" in done.stderr
 
 
 @pytest.fixture
