@@ -35,7 +35,15 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from prunelib.grid import STEM, figure_suffixes
-from prunelib.provenance import at_root, file_sha256, from_root, notebook_source_sha, write_json
+from prunelib.provenance import (
+    at_root,
+    file_sha256,
+    from_root,
+    leftovers,
+    notebook_source_sha,
+    temporary_prefix,
+    write_json,
+)
 from prunelib.results import PATHS, write_table
 
 WIDTH = 7.2  # inches; at the width of a README 9 pt are then 9 pt on the screen
@@ -753,7 +761,9 @@ def _write_set(
 ) -> list[Path]:
     folder = at_root(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=folder, prefix=f".{stem}."))
+    for left in leftovers(folder / stem):
+        shutil.rmtree(left, ignore_errors=True)
+    staged = Path(tempfile.mkdtemp(dir=folder, prefix=temporary_prefix(stem)))
     try:
         draw(staged)
         write_table(data, staged / f"{stem}.csv")

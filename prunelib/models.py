@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.cache_utils import Cache
 
 from prunelib import onednn
+from prunelib.provenance import flush, leftovers, temporary_prefix
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -210,6 +211,7 @@ def _local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path
     """The folder meant by `name_or_path`, None if it can only be a name on the hub."""
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
+    _recover(path)
     if path.is_dir():
         if revision:
             raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
@@ -671,17 +673,19 @@ def save(
     Raises ValueError when `folder` holds something and `overwrite` is False, CheckpointError when the reload differs.
     """
     target = Path(folder).expanduser()
+    _recover(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot save to {str(target)!r}: it is a file")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{str(target)!r} is not empty; choose another folder or pass overwrite=True")
     layers_path(model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch = scratch_beside(target)
     try:
         written = scratch / "new"
         _write(model, tokenizer, written)
         _check_reload(model, tokenizer, written)
+        flush(written)
         if target.is_dir():
             target.rename(scratch / "old")
         written.rename(target)
@@ -691,6 +695,22 @@ def save(
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def scratch_beside(target: Path) -> Path:
+    """A new folder for what is to become `target`; those that killed processes left behind for it go."""
+    for left in leftovers(target):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
+
+
+def _recover(target: Path) -> None:
+    """Bring back a folder that a save had moved away when it was killed, just before the new one took its place."""
+    if not target.exists():
+        for old in (left / "old" for left in leftovers(target)):
+            if old.is_dir():
+                old.rename(target)
+                return
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

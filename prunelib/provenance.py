@@ -5,16 +5,22 @@ wall clock and no machine path, so that the same run on the same machine gives t
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import psutil
 
 LIBRARIES = (
     "torch",
@@ -138,20 +144,75 @@ def write_json(path: str | os.PathLike, obj: object) -> Path:
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write `text` as UTF-8 so that the file is there complete or not at all: temporary file beside it, fsync, rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600, which would hide results on a shared machine
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A file beside `path` to write to; in the end it is flushed to the disk and takes the place of `path`.
+
+    Whatever happens, an older file stays whole until then, and the temporary one goes: after `kill -9` with the next write to
+    `path`. Raises OSError naming `path` and the remedy when it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in leftovers(path):
+            left.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            flush(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600, which would hide results on a shared machine
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        what = f"{os.strerror(error.errno)}: {REMEDIES[error.errno]}, then start again; what was there is unchanged"
+        raise OSError(error.errno, what, str(path)) from error
+
+
+REMEDIES = {
+    errno.ENOSPC: "make room on this disk",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "choose another folder, or mount it for writing",
+    errno.EACCES: "choose another folder, or allow yourself to write there",
+    errno.EPERM: "choose another folder, or allow yourself to write there",
+}
+"""What to do when a file cannot be written, by the number of the error."""
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Bring a file, or every file in a folder, to the disk: a rename may get there before what it renames."""
+    path = Path(path)
+    for file in filter(Path.is_file, path.rglob("*")) if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def temporary_prefix(path: str | os.PathLike) -> str:
+    """How the name of something begins that becomes `path` when it is complete: hidden, with its machine and process."""
+    return f".{Path(path).name}.{_machine()}-{os.getpid()}."
+
+
+def leftovers(path: str | os.PathLike) -> list[Path]:
+    """What began to become `path` in processes of this machine that were killed before it was complete."""
+    path = Path(path)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-(\d+)\..+")
+    names = [(place, pattern.fullmatch(place.name)) for place in path.parent.glob(f".{glob.escape(path.name)}.*")]
+    return sorted(place for place, match in names if match and not psutil.pid_exists(int(match[1])))
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = None, device: str = "cpu") -> dict:

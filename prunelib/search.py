@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Float64
 from tqdm.auto import tqdm
 
+from prunelib.provenance import write_text
+
 LayerSet = tuple[int, ...]
 """Layers, ascending; or other units that can go, such as the sublayers of `prunelib.prefix.UNITS`, in the place of layers."""
 
@@ -577,8 +579,7 @@ def _checked(sets: list[LayerSet], found: Sequence[float]) -> list[float]:
 def _read_journal(path: Path, header: dict) -> dict[LayerSet, float]:
     """The values of an earlier run that was stopped; a new file with its header where there is none."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(header) + "\n")
         return {}
     text = path.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
@@ -586,7 +587,7 @@ def _read_journal(path: Path, header: dict) -> dict[LayerSet, float]:
     if not lines or json.loads(lines[0]) != header:
         raise ValueError(f"journal {path} is of another search ({lines[:1]}, not {header}): delete it or name another file")
     if complete != text:  # the run was killed while it wrote its last line
-        path.write_text(complete, encoding="utf-8")
+        write_text(path, complete)
     return {tuple(removed): value for removed, value in map(json.loads, lines[1:])}
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prunelib.models import CheckpointError
+from prunelib.models import CheckpointError, scratch_beside
+from prunelib.provenance import flush
 from prunelib.schedules import SlicePlan
 from prunelib.slicing import slice_model
 from prunelib.streaming import Streamed
@@ -88,7 +88,7 @@ def slice_checkpoint(
         raise ValueError(f"{str(target)!r} is there and not empty: choose another folder")
     dense = Streamed(source, dtype=dtype).mapped()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch = scratch_beside(target)
     try:
         weights = Shards(scratch, shard_bytes)
         sliced = slice_model(dense, plan, windows, weights=weights, **options)
@@ -100,6 +100,7 @@ def slice_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         scratch.chmod(0o755)
+        flush(scratch)
         if target.is_dir():
             target.rmdir()
         scratch.rename(target)

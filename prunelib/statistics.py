@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models import decoder_layers, final_norm
+from prunelib.provenance import replacing
 
 SUBSETS = ("all", "without_first", "last")
 """Axis 0 of every array of `LayerStats`: all real tokens; all but the first real token of each sample (which often carries
@@ -101,17 +102,8 @@ class LayerStats:
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         arrays["hidden_size"] = np.array([self.hidden_size])
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(safetensors.numpy.save(arrays, metadata={"metadata": json.dumps(metadata, sort_keys=True)}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(safetensors.numpy.save(arrays, metadata={"metadata": json.dumps(metadata, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LayerStats":
