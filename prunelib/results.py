@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
-from prunelib.provenance import at_root, from_root, write_json
+from prunelib.provenance import at_root, from_root, replacing, write_json
 
 SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
@@ -156,13 +156,8 @@ def published(paper: str | None = None, item: str | None = None) -> "pandas.Data
 def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
     """Write a table as CSV: by temporary file and rename. Ten significant digits: those behind differ between machines."""
     path = at_root(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.10g")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
