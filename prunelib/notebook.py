@@ -32,6 +32,8 @@ from prunelib.results import summary
 
 KERNEL = "python3"
 KERNEL_LOG = "kernel.log"
+# Progress bars as text: as widgets they would leave no trace in a log, and their state in every executed copy.
+PLAIN_BARS = "import sys, tqdm.std; sys.modules['tqdm.autonotebook'] = tqdm.std; del sys, tqdm"
 MINIMUM_FREE_BYTES = 200 * 2**20  # below this a run would die while writing its result
 TYPES = (bool, int, float, str, list)  # of a default, besides None
 
@@ -261,16 +263,24 @@ def _run(notebook: Path, output: Path, values: Mapping[str, object]) -> Path:
             )
         except PapermillExecutionError as error:
             where = f"cell In [{error.exec_count}] (`{_first_line(error.source)}`)"
-            message = str(error.evalue).strip().split("\n")[0]
-            raise NotebookError(f"{label}, {where} raised {error.ename}: {message}; {copy}") from None
+            first_line = str(error.evalue).strip().split("\n")[0]
+            message = f"{error.ename}: {first_line}" if first_line else error.ename
+            remedy = _remedy(message, _smaller(notebook, values), output)
+            raise NotebookError(f"{label}, {where} raised {message}{remedy}; {copy}") from None
         except (DeadKernelError, RuntimeError) as error:
             if not isinstance(error, DeadKernelError) and "Kernel" not in str(error):
                 raise
             where = _cell_in_progress(executed)
             words = _last_words(Path(scratch) / KERNEL_LOG)
+            smaller = _smaller(notebook, values)
+            smaller = f" then try {smaller}" if smaller else ""
             raise NotebookError(
-                f"{label}: the kernel died{where} (killed, or out of memory?{words}); no result was written; {copy}"
+                f"{label}: the kernel died{where} (killed, or out of memory?{smaller}{words}); no result was written; {copy}"
             ) from None
+        except OSError as error:  # papermill writes the executed copy after every cell
+            if _signature(output) == before:  # else the result is there, and complete
+                reason = f"cannot write {from_root(executed)}: {error.strerror or error}"
+                raise NotebookError(f"{label}: {reason}{_remedy(reason, '', output)}; no result was written") from None
     after = _signature(output)
     if after is None or after == before:
         what = "did not write" if after is None else "left the older file at"
@@ -315,7 +325,7 @@ def _kernel_manager(scratch: Path) -> type:
     from jupyter_client.kernelspec import KernelSpec
 
     spec = KernelSpec(
-        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", f"--IPKernelApp.exec_lines={PLAIN_BARS}"],
         display_name=KERNEL,
         language="python",
         env={
@@ -347,6 +357,31 @@ def _kernel_manager(scratch: Path) -> type:
 
     KernelManager.__init__ = __init__
     return KernelManager
+
+
+DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+MEMORY = re.compile(r"\w*OutOfMemory|\w*MemoryError|.*can't allocate memory|.*out of memory")
+
+
+def _remedy(message: str, smaller: str, output: Path) -> str:
+    """What to do about an error of the machine that a cell raised, where the error does not say so itself."""
+    if any(words in message for words in DISK) and "start again" not in message:
+        return f": make room at {from_root(output.parent)}, or give a result elsewhere, and start again; finished results stay"
+    if MEMORY.match(message) and "batch_size=" not in message and smaller:
+        return f": try {smaller}"
+    return ""
+
+
+def _smaller(notebook: Path, values: Mapping[str, object]) -> str:
+    """Settings of a run that take less memory, as they are written on the command line; "" where it has none."""
+    now = {name: parameter.default for name, parameter in parameters(notebook).items()} | dict(values)
+    steps = [f"batch_size={now['batch_size'] // 2} instead of {now['batch_size']}"] if now.get("batch_size", 1) > 1 else []
+    if now.get("stream") is False:
+        steps.append("stream=true")
+    if not steps and now.get("dtype") == "float32":
+        steps.append("dtype=bfloat16")
+    lengths = (name for name in ("seq_len", "report_seq_len") if now.get(name) is not None)
+    return " or ".join(steps or [f"{name}={now[name] // 2} instead of {now[name]}" for name in lengths])
 
 
 def _last_words(log: Path) -> str:

@@ -67,11 +67,15 @@ class Rules(dict[str, Rule]):
     def register(
         self, *, title: str, source: str, protect_first: int = 0, protect_last: int = 0
     ) -> Callable[[Callable[..., np.ndarray]], Rule]:
-        """Decorator that turns a function into a rule under its own name, which must be new."""
+        """Decorator that turns a function into a rule under its own name, which must be new.
+
+        A function typed in by hand (of ``__main__``, as in a cell of a notebook) may be defined again: running a cell twice is
+        no mistake.
+        """
 
         def add(importance: Callable[..., np.ndarray]) -> Rule:
             name = importance.__name__
-            if name in self:
+            if name in self and {importance.__module__, self[name].importance.__module__} != {"__main__"}:
                 raise ValueError(f"{self.kind} {name!r} exists already; give the function another name")
             self[name] = Rule(self.kind, name, title, source, protect_first, protect_last, importance, self.data)
             return self[name]
