@@ -4,6 +4,8 @@
 # make gpu       speed and memory at full size, in data/speed; for a GPU
 # make verify    check models and corpora, rerun the smoke profile, compare with the committed values
 # make hashes    the committed hashes of data/ anew, after a table was drawn again: commit data/SHA256SUMS with it
+# make audit     known weaknesses of the locked packages (pip-audit; needs PyPI itself), nothing pickled, hashes, licences
+# make sbom      the inventory sbom.cdx.json and the licences in data/README.md anew, after the lock has changed
 # make lab       the notebooks in JupyterLab
 # make lock      resolve the dependencies anew
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
@@ -21,7 +23,7 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum healing gpu test verify hashes lab lock clean
+.PHONY: figures optimum healing gpu test verify hashes audit sbom lab lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
@@ -45,15 +47,24 @@ verify: $(READY)
 hashes: $(READY)
 	@$(BIN)/python -m prunelib.checksums --update
 
+audit: $(READY)
+	@$(BIN)/python -m prunelib.supply $(ARGS)
+
+sbom: $(READY)
+	@$(BIN)/python -m prunelib.supply --update
+
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
-# The version of torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines.
+# The version of torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines. That is also
+# why it holds no hashes: torch's wheels differ from index to index, and pip wants hashes of all packages or of none.
+# The tools of `make audit` live in an environment of their own: they need newer versions than the lock may take.
+COMPILE = $(BIN)/pip-compile -q --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+  --no-annotate --no-header
 lock: $(READY)
-	@$(BIN)/pip-compile -q --strip-extras --allow-unsafe --extra dev --extra cluster --constraint constraints.txt \
-	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate --no-header \
-	  -o requirements.lock pyproject.toml
+	@$(COMPILE) --extra dev --extra cluster --constraint constraints.txt -o requirements.lock pyproject.toml
 	@sed -i.old 's/+cpu$$//' requirements.lock && rm requirements.lock.old
+	@printf '%s\n' pip-audit 'cyclonedx-python-lib[json-validation]' | $(COMPILE) -o requirements-audit.lock -
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -21,13 +21,13 @@ CLOSED = "data/reference/*/*"
 
 
 def committed_files() -> list[str]:
-    """The files below ``data/`` that git knows or would add, by path from the root, without the list of hashes itself.
+    """The files below ``data/`` that git knows (`git add` a new one first), by path from the root, without the list itself.
 
     Raises RuntimeError outside of a git clone: what lies in a folder does not say what belongs to the project.
     """
     try:
         listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "data"],
+            ["git", "ls-files", "-z", "data"],
             cwd=project_root(),
             capture_output=True,
             check=True,

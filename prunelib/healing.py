@@ -340,6 +340,8 @@ def load_adapter(base: PreTrainedModel, folder: str | os.PathLike):
     if not (adapter / "base.json").is_file():
         raise HealingError(f"no adapter in {str(folder)!r}: healing with a LoRA recipe leaves one when it has finished")
     expected = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise HealingError(f"no adapter_model.safetensors in {str(adapter)!r}: pickled weights are not read, heal again")
     differences = list(_differences(expected, fingerprint(base)))
     if differences:
         raise HealingError(

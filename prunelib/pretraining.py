@@ -259,7 +259,7 @@ def train(
     # The Trainer restores weights by their names in memory, but GPT-NeoX saves its head under another name, so that head
     # would silently stay at its initial value. `from_pretrained` knows the names on disk.
     model = (
-        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
         if checkpoint
         else build_model(reference, tokenizer)
     )
