@@ -38,8 +38,10 @@ healing: $(READY)
 gpu: $(READY)
 	@$(BIN)/python -m prunelib.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
 
+# One file at a time in each process: what the tests of a file share is made once. Those that use all cores themselves come last.
 test: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && \
+	  $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --durations 15 $(ARGS)
 
 verify: $(READY)
 	@$(BIN)/python -m prunelib.verify $(ARGS)

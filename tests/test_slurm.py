@@ -203,7 +203,9 @@ def test_runs_ask_for_gpus_short_ones_go_together_and_a_failed_one_is_tried_agai
     assert [job.get("TresPerJob") for job in jobs] == ["gres:gpu:1"] * 3 + [None], "the chapter needs no GPU"
 
 
-@pytest.mark.skipif(os.environ.get("PRUNELIB_SLURM_TEST") != "smoke", reason="minutes: set PRUNELIB_SLURM_TEST=smoke")
+@pytest.mark.skipif(
+    os.environ.get("PRUNELIB_SLURM_TEST") != "smoke", reason="minutes: set PRUNELIB_SLURM_TEST=smoke, and run this file alone"
+)
 def test_the_smoke_sweep_gives_the_committed_numbers(cluster, tmp_path):
     """The statistics and depth runs of the smoke profile, real models and texts; the other experiments take the same way."""
     places = {"runs": "build/slurm/runs", "results": "build/slurm/results.csv", "figures": "build/slurm/figures"}
