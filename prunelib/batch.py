@@ -6,6 +6,8 @@ machine, the process that took it is gone, and no other Snakemake works in this 
 the owner may be alive on another machine that shares the disk.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -13,7 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -42,15 +45,22 @@ def run(profile: str | os.PathLike, arguments: Sequence[str] = (), *, root: Path
     if not profile.is_file():
         there = ", ".join(sorted(f"profiles/{path.name}" for path in (root / "profiles").glob("*.yaml")))
         raise BatchError(f"there is no profile {profile}; there are {there}")
+    dry = bool({"-n", "--dry-run"} & set(arguments))  # it only looks: a batch may be at work beside it
+    with contextlib.nullcontext() if dry else _only_here(root):
+        return _run(profile, arguments, root, dry)
+
+
+def _run(profile: Path, arguments: Sequence[str], root: Path, dry: bool) -> int:
     snakemake, configuration = [sys.executable, "-m", "snakemake"], ["--configfile", str(profile.absolute())]
-    if not {"-n", "--dry-run"} & set(arguments) and release_stale_lock(root):
+    if not dry and release_stale_lock(root):
         subprocess.run([*snakemake, "--unlock", *configuration, "--quiet", "all"], cwd=root, check=True)
     cores = [] if any(argument.startswith(("--cores", "-c", "-j", "--jobs")) for argument in arguments) else ["--cores", "2"]
     owner = _owner_file(root)
     # The caller's arguments first: --configfile and --quiet would take a figure that follows them for one of theirs.
     command = [*snakemake, *arguments, *configuration, *cores, *HABITS]
     with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, errors="replace") as process:
-        write_json(owner, {"host": socket.gethostname(), "pid": process.pid, "started": _started(process.pid)})
+        if not dry:
+            write_json(owner, {"host": socket.gethostname(), "pid": process.pid, "started": _started(process.pid)})
         # Ctrl-C reaches Snakemake too, which ends its runs first; a SIGTERM to us alone is passed on.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -58,9 +68,35 @@ def run(profile: str | os.PathLike, arguments: Sequence[str] = (), *, root: Path
             if not CHATTER.match(line):
                 print(line, end="", file=sys.stderr, flush=True)
         status = process.wait()
-    if status >= 0:  # it ended by itself and has taken its lock away, if the lock was its own
+    if status >= 0 and not dry:  # it ended by itself and has taken its lock away, if the lock was its own
         owner.unlink(missing_ok=True)
     return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def _only_here(root: Path) -> Iterator[None]:
+    """While this lasts no other batch starts in `root`. Snakemake's own lock is taken some seconds later.
+
+    Raises BatchError when another batch is at work there, or nothing can be written.
+    """
+    try:
+        (root / ".snakemake").mkdir(exist_ok=True)
+        lock = open(root / ".snakemake" / "batch.lock", "w")  # noqa: SIM115 (for as long as this lasts)
+        with tempfile.TemporaryFile(dir=root / ".snakemake") as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise BatchError(
+            f"cannot write to {root / '.snakemake'} ({error.strerror}): a batch keeps its record there; make room, or give "
+            "yourself a copy of the folder that you may write to"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BatchError(f"a batch is already running in {root}: wait for it, or end it first") from None
+        except OSError:  # a disk without such locks
+            pass
+        yield
 
 
 def release_stale_lock(root: Path) -> bool:

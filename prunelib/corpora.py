@@ -14,6 +14,7 @@ import importlib
 import json
 import lzma
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,13 +26,15 @@ from jaxtyping import Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from prunelib import hub
+
 DOCUMENT_END = "<|endoftext|>"  # on a line of its own, ends a document of a .txt file
 BLANK_LINE = "\n\n"
 TEXT_SUFFIXES = (".txt", ".raw")
 JSON_SUFFIXES = (".jsonl", ".json")
 COMPRESSIONS: Mapping[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+DAMAGED = (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 READABLE = ".txt, .raw, .jsonl, .json (each also as .gz or .xz) or .parquet"
-SECONDS_TO_REACH_THE_HUB = 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _read_text(path: Path) -> str:
     try:
         with COMPRESSIONS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             return file.read()
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path.name} is damaged or not UTF-8 text ({error}): fetch or convert it again") from None
 
 
@@ -148,7 +151,12 @@ def read_records(path: Path) -> Iterator[dict]:
         ValueError: malformed JSON or a record that is no object, naming the file and the line or record.
     """
     if path.suffix == ".parquet":
-        yield from _datasets(path.name).load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        try:
+            yield from _datasets(path.name).load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        except RuntimeError:  # without the library
+            raise
+        except Exception as error:  # those of the library have many unrelated types
+            raise ValueError(f"{path.name} is damaged or not Parquet ({error}): fetch it again") from None
         return
     try:
         with COMPRESSIONS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
@@ -162,7 +170,7 @@ def read_records(path: Path) -> Iterator[dict]:
                 yield record
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from None
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path.name} is damaged or not UTF-8 text ({error}): fetch or convert it again") from None
 
 
@@ -295,18 +303,13 @@ def _datasets(what: str):
 
 
 def _require_hub(what: str, remedy: str) -> None:
-    """One short attempt to reach the hub: without network its client alone would retry for more than 20 s, per file."""
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return  # the client then reads its cache, and fails at once where that is empty
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS_TO_REACH_THE_HUB)
-    except Exception as error:  # httpx or requests, depending on the client's version
+    """Raise RuntimeError with `what` and `remedy` when the hub does not answer."""
+    silent = hub.unreachable()
+    if silent is not None:
         raise RuntimeError(
-            f"{what}, which cannot be reached ({type(error).__name__}: {error}). {remedy} "
+            f"{what}, which cannot be reached ({silent}). {remedy} "
             "If it was downloaded here before, HF_HUB_OFFLINE=1 reads the hub client's cache."
-        ) from None
+        )
 
 
 WIKITEXT2 = HubDataset(

@@ -16,7 +16,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from prunelib import memory
 from prunelib.corpora import Corpus, consecutive_windows
+from prunelib.models import check_vocabulary
 from prunelib.prefix import SharedRuns, Shell
 from prunelib.prefix import shared_layer_forwards as shared_layer_forwards  # what the dictionaries below cost, beforehand
 
@@ -166,6 +168,7 @@ class PairedDifference:
 # --- one model -----------------------------------------------------------------------------------------------------------
 
 
+@memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
@@ -210,10 +213,7 @@ def check_windows(
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"windows of {length} tokens exceed the {positions} positions of this model: take shorter windows")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: another model's tokenizer?")
+    check_vocabulary(model, windows)
 
 
 def _batches(count: int, batch_size: int, progress: bool, what: str) -> Iterable[int]:
@@ -272,6 +272,7 @@ class Tally:
 # --- many removals -------------------------------------------------------------------------------------------------------
 
 
+@memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
 @torch.inference_mode()
 def layer_set_perplexity(
     model: PreTrainedModel,
@@ -318,6 +319,7 @@ def layer_set_perplexity(
     return results
 
 
+@memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
 @torch.inference_mode()
 def layer_set_divergence(
     model: PreTrainedModel,

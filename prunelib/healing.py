@@ -44,10 +44,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib import corpora, models
+from prunelib import corpora, memory, models
 from prunelib.models import UnsupportedModel, decoder_layers, evaluating, final_norm
 from prunelib.nf4 import quantise
-from prunelib.provenance import from_root, peak_bytes, record, write_json
+from prunelib.provenance import flush, from_root, peak_bytes, record, write_json
 from prunelib.recipes import RECIPES, Recipe, gromov
 from prunelib.sublayers import sublayers_of
 from prunelib.training_rows import IGNORED, TrainingRows, document_rows, packed_rows
@@ -395,6 +395,7 @@ class Healed:
         return found | {"recipe": asdict(self.recipe), "log": list(self.log)}
 
 
+@memory.says_what_fits("micro_batch", "micro_batch=1, gradient_checkpointing=True or bf16=True")
 def heal(
     pruned: PreTrainedModel,
     rows: TrainingRows,
@@ -649,11 +650,10 @@ def _train(
     torch.manual_seed(training.seed)  # the adapters' first values
     model = _working_copy(pruned, recipe)
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "request.json", request)  # first: a folder without one is taken for somebody else's
         if recipe.trains == "lora" and not (folder / "base").is_dir():
             with _quiet():
                 models.save(pruned, None, folder / "base")
-        write_json(folder / "request.json", request)
     if gradient_checkpointing:
         # The older name of the same thing where the newer one is not there yet.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -723,6 +723,8 @@ def _write_result(pruned: PreTrainedModel, trained: dict[str, Tensor], result: d
         weights = {f"base_model.model.{name.replace('.default.', '.')}": weight for name, weight in trained.items()}
         save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(adapter / "base.json", fingerprint(pruned))
+        flush(adapter)
+    flush(folder / "trained.safetensors")
     write_json(folder / "result.json", result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -814,6 +816,7 @@ def _classes() -> tuple[type, type]:
             current = self.folder / f"checkpoint-{state.global_step}"
             self.trainer.accelerator.wait_for_everyone()
             if args.should_save:
+                flush(current)  # a checkpoint with a log is complete, after a power cut too
                 write_json(current / "log.json", {"log": self.log, "seconds": self.seconds})
                 for path in self.folder.glob("checkpoint-*"):
                     if path != current:

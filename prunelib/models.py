@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from prunelib import onednn
+from prunelib import hub, memory, onednn
 from prunelib.provenance import flush, leftovers, temporary_prefix
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -103,6 +103,7 @@ class CheckpointError(RuntimeError):
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
+@memory.says_what_fits("dtype", "dtype='bfloat16', device='auto' with several GPUs, or stream it (prunelib.streaming)")
 def load(
     name_or_path: str | os.PathLike,
     *,
@@ -124,8 +125,9 @@ def load(
     folder = _local_folder(name_or_path, revision)
     if folder is not None:
         _check_files(folder)
-    source = str(folder or name_or_path)
-    _config(source, revision, trust_remote_code, local=folder is not None)
+    source, silent = str(folder or name_or_path), None if folder is not None else hub.unreachable()
+    local = folder is not None or silent is not None
+    _config(source, revision, trust_remote_code, local=local, silent=silent)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -133,12 +135,14 @@ def load(
             dtype=torch_dtype,
             device_map="auto" if device == "auto" else None,
             trust_remote_code=trust_remote_code,
-            local_files_only=folder is not None,
+            local_files_only=local,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are reported by name, below
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if memory.is_out_of_memory(error):
+            raise
         raise CheckpointError(f"cannot load a causal language model from {source!r}: {_first_line(error)}") from error
     _check_keys(info, source)
     if target is not None:
@@ -152,13 +156,15 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, from a local folder (no network) or the hub. Raises CheckpointError when there is none."""
     folder = _local_folder(name_or_path, revision)
-    source = str(folder or name_or_path)
+    source, silent = str(folder or name_or_path), None if folder is not None else hub.unreachable()
+    local = folder is not None or silent is not None
     try:
         return AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code, local_files_only=folder is not None
+            source, revision=revision or "main", trust_remote_code=trust_remote_code, local_files_only=local
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+        where = "" if folder is not None else f": {_not_from_the_hub(source, silent)}"
+        raise CheckpointError(f"cannot load a tokenizer from {source!r}{where} ({_first_line(error)})") from error
 
 
 def check_finite(model: nn.Module) -> None:
@@ -170,6 +176,14 @@ def check_finite(model: nn.Module) -> None:
                 f"tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
                 "the checkpoint is damaged, or its values overflow this dtype (try dtype='float32')"
             )
+
+
+def check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
+    """Raise ValueError when token ids are not in the vocabulary of `model`: on a GPU they would end the process."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: another model's tokenizer?")
 
 
 def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -254,7 +268,16 @@ def _check_files(folder: Path) -> None:
             raise CheckpointError(f"{str(file)!r} is truncated or damaged ({_first_line(error)}); copy it again") from error
 
 
-def _config(source: str, revision: str | None, trust_remote_code: bool, *, local: bool) -> None:
+def _not_from_the_hub(name: str, silent: str | None) -> str:
+    """Why a name gave no files, and what to do. `silent` is why the hub does not answer, if it does not."""
+    why = "the hub did not give it" if silent is None else f"the hub cannot be reached ({silent}) and its client has no copy"
+    return (
+        f"it is no local folder, and {why}; check the name, or download it where there is a network "
+        f"(hf download {name} --local-dir FOLDER) and give that folder"
+    )
+
+
+def _config(source: str, revision: str | None, trust_remote_code: bool, *, local: bool, silent: str | None = None) -> None:
     """Fail early, and in one line, where the configuration cannot be read or is of an unknown kind."""
     try:
         config = AutoConfig.from_pretrained(
@@ -262,7 +285,7 @@ def _config(source: str, revision: str | None, trust_remote_code: bool, *, local
         )
     except OSError as error:
         raise CheckpointError(
-            f"cannot find model {source!r}: it is no local folder, and the hub did not give it ({_first_line(error)})"
+            f"cannot find model {source!r}: {_not_from_the_hub(source, silent)} ({_first_line(error)})"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

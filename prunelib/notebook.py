@@ -78,22 +78,30 @@ class Parameter:
 
     def check(self, value: object) -> object:
         """`value` as plain data of this parameter's type. Raises ParameterError."""
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        elif hasattr(value, "tolist"):
-            value = value.tolist()
+        value = _plain(value)
         if value is None and self.optional:
             return None
         if self.kind is float and type(value) is int:
             value = float(value)
         if type(value) is not self.kind or (isinstance(value, float) and not math.isfinite(value)):
             raise self._wrong(value)
-        if isinstance(value, list) and isinstance(self.default, list) and self.default:
-            element = Parameter(self.name, self.default[0], "")
-            return [element.check(item) for item in value]
+        if isinstance(value, list):
+            try:
+                return self._elements(value)
+            except RecursionError:  # it holds itself, or is nested without end
+                raise self._wrong("a list") from None
         return value
+
+    def _elements(self, values: list) -> list:
+        """Elements of the type of the first default; where the default has none, any plain data."""
+        if isinstance(self.default, list) and self.default:
+            element = Parameter(self.name, self.default[0], "")
+            return [element.check(item) for item in values]
+        found = [_plain(item) for item in values]
+        for item in found:
+            if item is not None and (type(item) not in TYPES or (type(item) is float and not math.isfinite(item))):
+                raise self._wrong(values)
+        return [self._elements(item) if isinstance(item, list) else item for item in found]
 
     def _read(self, text: str) -> object:
         if self.kind is str:
@@ -110,9 +118,10 @@ class Parameter:
     def _read_list(self, text: str) -> list:
         """`[1, 2]` (Python or JSON), or `1,2` for short."""
         if text.strip().startswith("["):
-            with contextlib.suppress(ValueError, SyntaxError):
+            # A text of brackets alone exhausts the parsers, and `[{[]: 1}]` is not even a literal.
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 return ast.literal_eval(text.strip())
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(text)
             raise self._wrong(text)
         items = [item.strip() for item in text.split(",") if item.strip()]
@@ -122,6 +131,15 @@ class Parameter:
     def _wrong(self, value: object) -> ParameterError:
         wanted = f"{self.kind.__name__} or None" if self.optional else self.kind.__name__
         return ParameterError(f"{self.name} = {value!r} is not of type {wanted} (the default is {self.default!r})")
+
+
+def _plain(value: object) -> object:
+    """Paths, tuples, numpy numbers and arrays as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 # ---------------------------------------------------------------------------------------------- reading a notebook
@@ -375,7 +393,7 @@ def _remedy(message: str, smaller: str, output: Path) -> str:
 def _smaller(notebook: Path, values: Mapping[str, object]) -> str:
     """Settings of a run that take less memory, as they are written on the command line; "" where it has none."""
     now = {name: parameter.default for name, parameter in parameters(notebook).items()} | dict(values)
-    steps = [f"batch_size={now['batch_size'] // 2} instead of {now['batch_size']}"] if now.get("batch_size", 1) > 1 else []
+    steps = [f"batch_size={now['batch_size'] // 2} instead of {now['batch_size']}"] if (now.get("batch_size") or 1) > 1 else []
     if now.get("stream") is False:
         steps.append("stream=true")
     if not steps and now.get("dtype") == "float32":

@@ -259,16 +259,18 @@ def records(corpus: str, split: str) -> tuple[Document, ...]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {corpus}: choose one of {', '.join(SPLITS)}")
     found = []
-    with build(corpus).open(encoding="utf-8") as lines:
+    with build(corpus).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+                document, belongs = Document(record["name"], record["text"]), record["split"] == split
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{corpus_path(corpus)}, line {number}: damaged ({error}); delete the file, it is rebuilt"
+                    f"{corpus_path(corpus)}, line {number}: damaged ({type(error).__name__}: {error}); "
+                    "delete the file, it is rebuilt"
                 ) from None
-            if record["split"] == split:
-                found.append(Document(record["name"], record["text"]))
+            if belongs:
+                found.append(document)
     if not found:
         raise ValueError(
             f"{corpus} has no {split} split: only pydocs and pyraw have a train split, take calibration or evaluation"

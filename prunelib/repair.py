@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from prunelib import memory
 from prunelib.evaluation import check_windows
 from prunelib.models import Skip, UnsupportedModel, decoder_layers, layers_as, remove_layers
 from prunelib.registration import MODEL_TYPE
@@ -173,6 +174,7 @@ UNFUSED_METHODS: dict[str, Method] = {
 # --------------------------------------------------------------------------------------------------------------- repair
 
 
+@memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
 def repair(
     dense: PreTrainedModel,
     removed: Collection[SupportsIndex],

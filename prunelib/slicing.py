@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prunelib import onednn
+from prunelib import memory, onednn
 from prunelib.evaluation import check_windows
 from prunelib.models import UnsupportedModel, layers_as, parameter_count
 from prunelib.registration import MODEL_TYPE
@@ -77,6 +77,7 @@ def random_axes(seed: int) -> Axes:
 # -------------------------------------------------------------------------------------------------------------- slicing
 
 
+@memory.says_what_fits("batch_size", "activation_device='cpu', fewer or shorter windows, or prunelib.shards.slice_checkpoint")
 def slice_model(
     model: PreTrainedModel,
     plan: SlicePlan,

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models import decoder_layers, final_norm
+from prunelib import memory
+from prunelib.models import check_vocabulary, decoder_layers, final_norm
 from prunelib.provenance import replacing
 
 SUBSETS = ("all", "without_first", "last")
@@ -135,6 +136,10 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); delete it and collect again") from error
 
 
+@memory.says_what_fits(
+    "batch_size",
+    "shorter windows, a smaller dtype, or stream the model (prunelib.streaming; stream=true in the statistics notebook)",
+)
 def collect(
     model: PreTrainedModel,
     windows: Int[Tensor, "sample token"],
@@ -149,9 +154,11 @@ def collect(
     and "last" are each sample's first and last real token. The hidden states of one batch (L + 1 times batch_size x tokens
     x D) are held on the model's device; the float64 work on them is done in chunks of tokens of bounded size.
 
-    Raises ValueError for bad windows or masks, and RuntimeError naming the layer and the batch at the first NaN or infinity.
+    Raises ValueError for bad windows or masks and for tokens of another model, RuntimeError naming the layer and the batch at
+    the first NaN or infinity, and OutOfMemory with a setting that takes less.
     """
     mask = checked_mask(windows, mask)
+    check_vocabulary(model, windows)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     layers = decoder_layers(model)

@@ -37,6 +37,7 @@ from prunelib.models import (
     CheckpointError,
     Skip,
     UnsupportedModel,
+    check_vocabulary,
     checked_device,
     checked_dtype,
     checkpoint_folder,
@@ -744,6 +745,7 @@ def collect(
     `windows_at_once` as in `Streamed.plan`. Raises as both.
     """
     mask = checked_mask(windows, mask)
+    check_vocabulary(streamed.model, windows)
     at_once, _ = streamed.plan(*windows.shape, batch_size=batch_size, windows_at_once=windows_at_once, states=True)
     setting = {"batch_size": batch_size, "windows_at_once": at_once, "states": True, "progress": progress}
     passes = _Passes(streamed, windows, mask, **setting)

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float64
 from transformers import PreTrainedModel
 
-from prunelib import corpora, docitems
+from prunelib import corpora, docitems, memory
 from prunelib.likelihoods import Answer, LayerSetLikelihoods, Request, layer_set_likelihoods
 from prunelib.models import decoder_layers
 from prunelib.prefix import check_layer_set
@@ -370,6 +370,7 @@ def task_names(task_set: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+@memory.says_what_fits("batch_size", "a smaller dtype")
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer,
@@ -427,6 +428,7 @@ class LayerSetTasks(dict[LayerSet, TaskResults]):
     tokens_alone: int = 0
 
 
+@memory.says_what_fits("batch_size", "a smaller dtype")
 def evaluate_layer_sets(
     model: PreTrainedModel,
     tokenizer,
