@@ -6,6 +6,7 @@
 # make hashes    the committed hashes of data/ anew, after a table was drawn again: commit data/SHA256SUMS with it
 # make audit     known weaknesses of the locked packages (pip-audit; needs PyPI itself), nothing pickled, hashes, licences
 # make sbom      the inventory sbom.cdx.json and the licences in data/README.md anew, after the lock has changed
+# make report    one page of everything, build/report/report.html, and the same as PDF where a browser is installed
 # make lab       the notebooks in JupyterLab
 # make lock      resolve the dependencies anew
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
@@ -23,7 +24,7 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum healing gpu test verify hashes audit sbom lab lock clean
+.PHONY: figures optimum healing gpu test verify hashes audit sbom report lab lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
@@ -54,6 +55,9 @@ audit: $(READY)
 
 sbom: $(READY)
 	@$(BIN)/python -m prunelib.supply --update
+
+report: $(READY)
+	@$(BIN)/python -m prunelib.report $(ARGS)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)

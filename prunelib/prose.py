@@ -10,12 +10,17 @@
         from: benchmarks/statistics_cost.py                   and what made them: a file, or a few words (`BY`)
 
 `python -m prunelib.prose README.md` writes the computed numbers into the sentences. A number of the document that is in neither
-list is untraced (`untraced`), and a test says so. Nothing here imports torch.
+list is untraced (`untraced`), and a test says so. `data/chapter_numbers.yaml` does the same for the Markdown of the chapters,
+with such a pair of lists below the name of each; there `from` may be the csv of a figure, in which a test then looks for the
+number (`missing`). Nothing here imports torch.
 """
 
+import csv
+import json
+import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +30,7 @@ from prunelib import claims
 from prunelib.provenance import at_root, write_text
 
 NUMBERS = "data/numbers.yaml"
+CHAPTER_NUMBERS = "data/chapter_numbers.yaml"
 PLACE = re.compile(r"\{(\w+)\}")
 BY = ("timed by hand", "arithmetic")
 FIGURE = r"[−-]?\d[\d,]*(?:\.\d+)?"
@@ -41,6 +47,21 @@ NAMES = (  # digits that are no measurement: links, Figure 5a, chapter 01, Llama
     re.compile(r"[\w.+-]*[A-Za-z][\w.+-]*\d[\w.]*"),
     re.compile(r"\b\d+(?:[A-Z]\b|-layer)"),
 )
+
+
+AMOUNT = r"\d+(?:\.\d+)?"
+AMOUNTS = rf"{AMOUNT}(?:(?:, | and | or | to |–){AMOUNT})*"
+SETTINGS = (  # of chapters: what was set or names a place, not what came out
+    re.compile(r"^#+ \d+\.", re.MULTILINE),
+    re.compile(r"arXiv \d{4}\.\d{5}"),
+    re.compile(r"\bFig(?:ures?|s?\.?) \d+\w?(?:(?:, | and | to )\d+\w?)*"),
+    re.compile(rf"\b(?:K|alpha|S_[PB]) (?:=|<|>|≤|≥) {AMOUNTS}"),
+    re.compile(r"\blayer 0\b"),
+    re.compile(r"\[0, 1\]|\b0–1\b"),
+    re.compile(r"\b95 % (?:bootstrap )?intervals?"),
+)
+
+COMPUTED, FOUND, STATED, UNTRACED = "computed", "found", "stated", "untraced"
 
 
 class ProseError(ValueError):
@@ -64,14 +85,59 @@ class Stated:
     source: str
 
 
-def read(path: str | Path = NUMBERS) -> tuple[list[Sentence], list[Stated]]:
-    """Sentences and stated numbers. Raises ProseError when the places of a sentence are not its numbers."""
+@dataclass(frozen=True)
+class Ledger:
+    """Sentences and stated numbers of one document."""
+
+    sentences: Sequence[Sentence] = ()
+    stated: Sequence[Stated] = ()
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a text, from character `start` to `end`.
+
+    kind: computed (a sentence computes it), found (in the csv `source`), stated (`source` made it) or untraced. around: the
+    words about it.
+    """
+
+    start: int
+    end: int
+    kind: str
+    source: str
+    id: str | None
+    around: str
+
+
+def read(path: str | Path = NUMBERS, part: str | None = None) -> tuple[list[Sentence], list[Stated]]:
+    """Sentences and stated numbers, of a file or what stands below the name `part`. Raises ProseError when the places of a
+    sentence are not its numbers.
+    """
     content = yaml.safe_load(at_root(path).read_text(encoding="utf-8"))
-    sentences = [Sentence(one["id"], one["text"], one["numbers"]) for one in content["sentences"]]
+    content = content if part is None else content.get(part) or {}
+    sentences = [Sentence(one["id"], one["text"], one["numbers"]) for one in content.get("sentences") or []]
     for one in sentences:
         if set(PLACE.findall(one.text)) != set(one.numbers):
             raise ProseError(f"{one.id}: the places in the text are not the names below `numbers`")
-    return sentences, [Stated(one["text"], one["from"]) for one in content["stated"]]
+    return sentences, [Stated(one["text"], one["from"]) for one in content.get("stated") or []]
+
+
+def tables() -> claims.Tables:
+    """The tables of the reference profile and, as `figures/<stem>`, what every figure plots."""
+    profile = claims.of_profile()
+    drawn = {f"figures/{path.stem}": f"figures/{path.name}" for path in sorted(at_root("figures").glob("*.csv"))}
+    return claims.Tables({**profile.places, **drawn}, profile.settings)
+
+
+def ledger(notebook: str | Path) -> Ledger:
+    """What data/chapter_numbers.yaml says of a chapter."""
+    return Ledger(*read(CHAPTER_NUMBERS, Path(notebook).stem))
+
+
+def cells(notebook: str | Path) -> list[str]:
+    """The Markdown cells of a notebook."""
+    found = json.loads(at_root(notebook).read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "markdown"]
 
 
 def values(sentence: Sentence, tables: claims.Tables) -> dict[str, str]:
@@ -83,9 +149,10 @@ def values(sentence: Sentence, tables: claims.Tables) -> dict[str, str]:
             parts = claims.measure(measure, tables, tables.settings)
         except claims.ClaimError as error:
             raise ProseError(f"{sentence.id}: {name}: {error}") from error
-        one = next((part for part in parts if part.model == spec["model"]), None)
+        model = spec.get("model", claims.PRINTED)  # of tables whose rows are not told apart by model (`by: null`)
+        one = next((part for part in parts if part.model == model), None)
         if one is None:
-            raise ProseError(f"{sentence.id}: no rows for `{name}` of {spec['model']}")
+            raise ProseError(f"{sentence.id}: no rows for `{name}` of {model}")
         found[name] = claims.number(one.value, spec["digits"])
     return found
 
@@ -123,6 +190,19 @@ def corrected(document: str, sentences: Sequence[Sentence], tables: claims.Table
     return document
 
 
+def corrected_notebook(content: str, sentences: Sequence[Sentence], tables: claims.Tables) -> str:
+    """`corrected` in the Markdown cells of a notebook, given and returned as the text of its file."""
+    notebook = json.loads(content)
+    for one in sentences:
+        mine = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+        mine = [cell for cell in mine if _pattern(one.text).search("".join(cell["source"]))]
+        if len(mine) != 1:
+            raise ProseError(f"{one.id}: «{one.text}» is in {len(mine)} cells, not in one")
+        text = corrected("".join(mine[0]["source"]), [one], tables)
+        mine[0]["source"] = text if isinstance(mine[0]["source"], str) else text.splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
 def untraced(document: str, sentences: Sequence[Sentence], stated: Sequence[Stated]) -> list[str]:
     """Numbers of the document, each with the words around it, that no sentence computes and no list states."""
     known = [_pattern(one.text) for one in (*sentences, *stated)]
@@ -135,6 +215,74 @@ def untraced(document: str, sentences: Sequence[Sentence], stated: Sequence[Stat
     return lines
 
 
+def numbers(document: str, sentences: Sequence[Sentence], stated: Sequence[Stated]) -> list[Number]:
+    """Every number of a text that is no name and no setting, in order, with its origin."""
+    found = []
+
+    def number(start: int, end: int, kind: str, source: str, name: str | None = None) -> Number:
+        around = " ".join(document[max(0, start - 30) : end + 30].split())
+        return Number(start, end, kind, source, name, around)
+
+    rest = document
+    for pattern in GENERATED:
+        rest = _masked(pattern, rest)
+    for one in sentences:
+        places = PLACE.findall(one.text)
+        for match in _pattern(one.text).finditer(rest):
+            for group, name in enumerate(places, start=1):
+                source = ", ".join(_sources(one.numbers[name]))
+                found.append(number(*match.span(group), COMPUTED, source, f"{one.id}-{name}"))
+        rest = _masked(_pattern(one.text), rest)
+    for one in stated:
+        kind = FOUND if one.source.endswith(".csv") else STATED
+        for match in _pattern(one.text).finditer(rest):
+            found += [number(*match.span(group), kind, one.source) for group in range(1, match.re.groups + 1)]
+        rest = _masked(_pattern(one.text), rest)
+    for pattern in (*NAMES, *SETTINGS):
+        rest = _masked(pattern, rest)
+    found += [number(*match.span(), UNTRACED, CHAPTER_NUMBERS) for match in re.finditer(FIGURE, rest)]
+    return sorted(found, key=lambda one: one.start)
+
+
+def _masked(pattern: re.Pattern, text: str) -> str:
+    return pattern.sub(lambda match: " " * len(match[0]), text)
+
+
+def _sources(spec: Mapping) -> Iterator[str]:
+    """Names of the tables that a measure reads."""
+    other = [spec["x"]] if isinstance(spec.get("x"), Mapping) else []
+    parts = [spec, *spec.get("terms", ()), *spec.get("over", ()), *other]
+    return iter(dict.fromkeys(part["table"] for part in parts if "table" in part))
+
+
+def missing(document: str, stated: Sequence[Stated]) -> list[str]:
+    """Numbers that are said to be in a csv, and are no cell of it, rounded as printed; as they are, or in percent."""
+    lines = []
+    for one in stated:
+        if not one.source.endswith(".csv"):
+            continue
+        held = _held(one.source)
+        for match in _pattern(one.text).finditer(document):
+            for text in match.groups():
+                digits = len(text.partition(".")[2])
+                value = float(text.replace(",", "").replace("−", "-"))
+                half = 0.5000001 * 10**-digits
+                if not any(abs(abs(cell) * scale - abs(value)) <= half for cell in held for scale in (1, 100)):
+                    lines.append(f"{text} of «{' '.join(one.text.split())}» is not in {one.source}")
+    return lines
+
+
+def _held(path: str | os.PathLike) -> set[float]:
+    """The numbers of a csv."""
+    held = set()
+    with open(at_root(path), encoding="utf-8", newline="") as file:
+        for line in csv.reader(file):
+            for cell in line:
+                for text in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", cell):
+                    held.add(float(text))
+    return held
+
+
 def main(arguments: Sequence[str]) -> int:
     """`python -m prunelib.prose DOCUMENT`: the numbers of the reference profile in its sentences."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
@@ -143,12 +291,19 @@ def main(arguments: Sequence[str]) -> int:
     document = at_root(arguments[0])
     try:
         before = document.read_text(encoding="utf-8")
-        sentences, stated = read()
-        write_text(document, corrected(before, sentences, claims.of_profile()))
+        if document.suffix == ".ipynb":
+            found = ledger(document)
+            sentences, stated = found.sentences, found.stated
+            write_text(document, corrected_notebook(before, sentences, tables()))
+            lost = [one.around for text in cells(document) for one in numbers(text, sentences, stated) if one.kind == UNTRACED]
+        else:
+            sentences, stated = read()
+            write_text(document, corrected(before, sentences, claims.of_profile()))
+            lost = untraced(before, sentences, stated)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for line in untraced(before, sentences, stated):
+    for line in lost:
         print(f"untraced: {line}")
     print(f"{arguments[0]}: {sum(len(one.numbers) for one in sentences)} numbers of {len(sentences)} sentences")
     return 0
