@@ -44,7 +44,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib import corpora, memory, models
+from prunelib import corpora, memory, models, plainstate
 from prunelib.models import UnsupportedModel, decoder_layers, evaluating, final_norm
 from prunelib.nf4 import quantise
 from prunelib.provenance import flush, from_root, peak_bytes, record, write_json
@@ -55,6 +55,7 @@ from prunelib.training_rows import IGNORED, TrainingRows, document_rows, packed_
 GRADIENT_NORM = 1.0  # gradients are scaled down to this norm, the Trainer's default
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 TOKENS_IN_A_MICRO_BATCH = 16384  # at most, where the caller does not say
+OPTIMIZER, SCHEDULE, GENERATORS = "optimizer.safetensors", "schedule.safetensors", "generators_{}.safetensors"
 LOGITS_IN_A_CHUNK = 2**24  # at most so many at once are compared with the dense model's
 
 # -------------------------------------------------------------------------------------------------------- what trains
@@ -560,19 +561,30 @@ def _micro_batch(recipe: Recipe, processes: int, asked: int | None) -> int:
     return asked
 
 
+def _generators() -> dict[str, Any]:
+    """The states of all random generators of this process: Python's, numpy's, torch's and its GPUs'."""
+    numpy = np.random.get_state()  # noqa: NPY002 (dropout and the Trainer use the global ones)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"python": random.getstate(), "numpy": numpy, "cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_generators(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["cpu"])
+    # On a machine with fewer GPUs than before they begin anew.
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
     """Global generators of random numbers are afterwards as before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (dropout and the Trainer use the global ones)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
+    before = _generators()
+    try:
+        yield
+    finally:
+        _set_generators(before)
 
 
 @contextlib.contextmanager
@@ -735,6 +747,13 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
+def _state(path: Path) -> Any:
+    try:
+        return plainstate.load(path)
+    except ValueError as error:
+        raise HealingError(f"the checkpoint {str(path.parent)!r} cannot be gone on from: {error}; delete it") from error
+
+
 @functools.cache
 def _classes() -> tuple[type, type]:
     """Trainer and callback; made when first needed, as importing their base classes takes seconds."""
@@ -887,6 +906,32 @@ def _classes() -> tuple[type, type]:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(weights[name])
+
+        # The Trainer's own checkpoints are pickled; these say the same in safetensors.
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if self.args.should_save:
+                plainstate.save(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+                plainstate.save(Path(output_dir) / SCHEDULE, self.lr_scheduler.state_dict())
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                self.optimizer.load_state_dict(_state(Path(checkpoint) / OPTIMIZER))
+                self.lr_scheduler.load_state_dict(_state(Path(checkpoint) / SCHEDULE))
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            plainstate.save(Path(output_dir) / GENERATORS.format(self.args.process_index), _generators())
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                _set_generators(_state(Path(checkpoint) / GENERATORS.format(self.args.process_index)))
+
+        def _save_scaler(self, output_dir: str) -> None:
+            return  # bfloat16 and float32 need none
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            return
 
         def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
             return 0  # not needed, and counted anew for every batch

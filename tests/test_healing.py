@@ -293,6 +293,7 @@ def test_a_killed_training_resumes_to_the_same_losses_and_weights(case, tmp_path
         run(model, rows, recipe, tmp_path / "killed", measure=kill, **options)
     (left,) = (tmp_path / "killed" / "checkpoints").iterdir()
     assert int(left.name.removeprefix("checkpoint-")) == (kill_at - 1) // 3 * 3
+    assert {path.suffix for path in left.iterdir()} == {".json", ".safetensors"}, "nothing pickled"
     (tmp_path / "killed" / "checkpoints" / "checkpoint-8").mkdir()  # one that was being written
     resumed = run(model, rows, recipe, tmp_path / "killed", measure=measure, **options)
 
@@ -301,6 +302,23 @@ def test_a_killed_training_resumes_to_the_same_losses_and_weights(case, tmp_path
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused_with_the_remedy(tmp_path):
+    """As one that an older version wrote, whose optimizer is pickled."""
+    model, rows, recipe = pruned(), random_rows(), FULL
+
+    def kill(_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(model, rows, recipe, tmp_path, measure=kill, measure_at=(5,), save_every=3)
+    (left,) = (tmp_path / "checkpoints").iterdir()
+    (left / "optimizer.safetensors").rename(left / "optimizer.pt")
+    with pytest.raises(
+        HealingError, match=r"checkpoint-3' cannot be gone on from: .*optimizer\.safetensors' is missing.*delete it"
+    ):
+        run(model, rows, recipe, tmp_path, measure=kill, measure_at=(5,), save_every=3)
 
 
 def test_a_finished_training_is_not_run_again(tmp_path):
