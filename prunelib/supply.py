@@ -312,7 +312,9 @@ def local_checks() -> dict[str, list[str]]:
     """What can be checked without a network: name → one line for every difference."""
     return {
         f"{LOCK} is what is installed": not_as_locked(),
-        "files in data/ are the committed ones": checksums.compare(checksums.read(), checksums.here()),
+        f"files in data/ are the committed ones (`{checksums.UPDATE}` where the change is meant)": checksums.compare(
+            checksums.read(), checksums.here()
+        ),
         "nothing unpickles, evaluates text or trusts remote code": unjudged(),
         f"{SBOM} and the licences in {SOURCES} are those of the lock": outdated(),
     }
