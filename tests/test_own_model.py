@@ -1,0 +1,301 @@
+"""One model's whole way: how many layers, which ones, what became of it; and the notebook on a tiny model."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from word_model import write_project
+
+from prunelib import corpora, model_card, models, own_model, publishing, results
+from prunelib.ablations import ABLATIONS
+from prunelib.criteria import CRITERIA, criterion
+from prunelib.evaluation import PerplexityProtocol, paired_bootstrap, perplexity
+from prunelib.notebook import NotebookError, ParameterError, run_notebook
+from prunelib.provenance import at_root
+from prunelib.search import lowest
+from prunelib.statistics import collect
+
+NOTEBOOK = "notebooks/own_model.ipynb"
+
+# -------------------------------------------------------------------------------------------------------------- how many
+
+
+def test_a_fraction_of_the_layers_is_kept_exactly_or_more(tiny_llama):
+    for keep, expected in ((0.75, 1), (0.5, 3), (2 / 3, 2), (0.17, 4), (5 / 6, 1)):
+        count = own_model.layers_to_remove(tiny_llama, keep)
+        assert count == expected
+        assert (6 - count) / 6 >= keep - 1e-9
+        assert (6 - count - 1) / 6 < keep
+
+
+def test_a_fraction_of_the_parameters_is_not_exceeded(tiny_llama):
+    for keep in (0.9, 0.75, 0.5):
+        count = own_model.layers_to_remove(tiny_llama, keep, "parameters")
+        stays = {n: 1 - models.layer_share(tiny_llama, range(n)) for n in (count - 1, count)}
+        assert stays[count] <= keep < stays[count - 1]
+
+
+@pytest.mark.parametrize(
+    ("keep", "of", "message"),
+    [
+        (
+            1.0,
+            "layers",
+            "keep=1.0 of the layers of a model of 6 layers, .* removes 0 of them: give a fraction from 0.167 to 0.833",
+        ),
+        (0.9, "layers", "removes 0 of them"),
+        (0.0, "layers", "give a fraction from"),
+        (0.05, "parameters", "give a fraction from"),
+        (0.5, "weights", "keep_of='weights': a fraction of the layers or of the parameters"),
+    ],
+)
+def test_impossible_fractions_name_the_possible_ones(tiny_llama, keep, of, message):
+    with pytest.raises(ValueError, match=message):
+        own_model.layers_to_remove(tiny_llama, keep, of)
+
+
+# ----------------------------------------------------------------------------------------------------------------- which
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(0, 97, (4, 40), generator=torch.Generator().manual_seed(5))
+
+
+def test_every_method_chooses_as_it_does_elsewhere(tiny_llama, windows):
+    stats = collect(tiny_llama, windows, progress=False)
+    for name, rule in CRITERIA.items():
+        expected = lowest(rule(stats), 2, rule.protect_first, rule.protect_last)
+        assert own_model.choose(name, tiny_llama, windows, 2) == expected
+    for name in ("leave_one_out_kl", "entropy_gain"):
+        rule = ABLATIONS[name]
+        expected = lowest(rule(tiny_llama, windows), 2, rule.protect_first, rule.protect_last)
+        assert own_model.choose(name, tiny_llama, windows, 2) == expected
+    block = own_model.choose("angular", tiny_llama, windows, 3)
+    assert block == tuple(range(block[0], block[0] + 3))
+    without = {
+        layer: perplexity(models.remove_layers(tiny_llama, [layer]), windows).nats for layer in range(1, 5)
+    }  # SLEB keeps the first and the last
+    assert own_model.choose("greedy", tiny_llama, windows, 1) == (min(without, key=without.get),)
+    with pytest.raises(ValueError, match="unknown method 'gredy'; there are: greedy, greedy_kl, block_influence"):
+        own_model.choose("gredy", tiny_llama, windows, 1)
+
+
+def test_a_criterion_of_ones_own_is_a_method(tiny_llama, windows):
+    try:
+
+        @criterion(title="first layers first", source="test")
+        def first_first(stats):
+            return torch.arange(stats.n_layers).double().numpy()
+
+        assert own_model.choose("first_first", tiny_llama, windows, 2) == (0, 1)
+        assert own_model.check_method("first_first") == "first layers first; test"
+    finally:
+        CRITERIA.pop("first_first", None)
+
+
+# -------------------------------------------------------------------------------------------------------------- evidence
+
+
+def test_rows_hold_every_state_and_paired_intervals(tiny_llama, windows):
+    states = {
+        "dense": {"a": perplexity(tiny_llama, windows)},
+        "pruned": {"a": perplexity(models.remove_layers(tiny_llama, [2, 3]), windows)},
+        "healed": {"a": perplexity(models.remove_layers(tiny_llama, [3]), windows)},
+    }
+    rows = {(row["state"], row["metric"]): row for row in own_model.loss_rows(states, seed=3)}
+    for state, texts in states.items():
+        assert rows[state, "nats"]["value"] == texts["a"].nats
+        assert rows[state, "ppl"]["value"] == pytest.approx(math.exp(texts["a"].nats))
+    for state, other in (("pruned", "dense"), ("healed", "dense"), ("healed", "pruned")):
+        a, b = states[state]["a"], states[other]["a"]
+        gap = paired_bootstrap(a.window_nll, b.window_nll, 3, window_tokens=a.window_tokens)
+        row = rows[state, f"nats_over_{other}"]
+        assert (row["value"], row["low"], row["high"], row["level"]) == (gap.difference, gap.low, gap.high, 0.95)
+    assert len(rows) == 3 * 3 + 3
+
+
+def test_a_reported_text_that_was_seen_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("one two three")
+    (tmp_path / "c.txt").write_text("something else")
+    a, b, c = (own_model.read_text(str(tmp_path / f"{name}.txt")) for name in "abc")
+    own_model.check_held_out({"a.txt": a}, {"healing": c})
+    with pytest.raises(ValueError, match=r"the reported text a\.txt is the text of healing: a loss on it proves nothing"):
+        own_model.check_held_out({"a.txt": a}, {"calibration": c, "healing": b})
+    with pytest.raises(ValueError, match="text 'pydocs': give its split too, as in pydocs:train"):
+        own_model.read_text("pydocs")
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    own_model.check_folder(tmp_path / "new")
+    own_model.check_folder(tmp_path)
+    (tmp_path / "thesis.txt").write_text("…")
+    with pytest.raises(ValueError, match="holds something else than a pruned model"):
+        own_model.check_folder(tmp_path)
+    (tmp_path / "plan.json").write_text("{}")
+    own_model.check_folder(tmp_path)
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        own_model.check_folder(tmp_path / "thesis.txt")
+
+
+# -------------------------------------------------------------------------------------------------------------- notebook
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a 5-layer model that has a card, its tokenizer, and texts for choosing, training and reporting."""
+    in_turn = [1 + index % 29 for index in range(6000)]  # something that a few steps of training can learn
+    folder = write_project(tmp_path_factory.mktemp("own"), n_layers=5, words=in_turn, n_words=30)
+    words = (folder / "text.txt").read_text().split()
+    for name, part in (("calibration", words[:1500]), ("healing", words[1500:4500]), ("report", words[4501:])):
+        (folder / f"{name}.txt").write_text(" ".join(part))
+    (folder / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# a base\n")
+    return folder
+
+
+def settings(place, **changes):
+    return {
+        "model": str(place / "model"),
+        "keep": 0.6,
+        "calibration": str(place / "calibration.txt"),
+        "n_samples": 4,
+        "seq_len": 16,
+        "healing_text": str(place / "healing.txt"),
+        "steps": 20,
+        "warmup_steps": 1,
+        "batch": 4,
+        "healing_seq_len": 16,
+        "learning_rate": 0.02,
+        "report_texts": [str(place / "report.txt")],
+        "report_windows": 6,
+        "report_seq_len": 32,
+        "prompt": "w1 w2 w3",
+        "folder": str(place / "pruned"),
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    output = run_notebook(NOTEBOOK, place / "run.json", **settings(place, repair="refit_scale"))
+    return results.read_run(output)
+
+
+def test_the_saved_model_loads_and_loses_what_the_run_says(place, run):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        place / "pruned", dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.num_hidden_layers == 3
+    tokenizer = models.load_tokenizer(place / "pruned")
+    text = corpora.load(str(place / "report.txt"))
+    windows = PerplexityProtocol(window=32, limit=6).windows(text, tokenizer, progress=False)
+    value = {(row["state"], row["metric"]): row["value"] for row in run["rows"]}
+    assert value["healed", "nats"] == pytest.approx(perplexity(model.eval(), windows).nats, abs=1e-5)
+    dense = models.load(place / "model")
+    assert value["dense", "nats"] == pytest.approx(perplexity(dense, windows).nats, abs=1e-6)
+    removed = run["extra"]["card"]["removed"]
+    pruned = models.remove_layers(dense, removed)
+    assert value["pruned", "nats"] == pytest.approx(perplexity(pruned, windows).nats, abs=1e-6)
+    assert value["healed", "removed"] == models.removed_fraction(dense, pruned)
+    assert value["healed", "nats"] < value["repaired", "nats"], "words in turn are learnt in a few steps"
+    assert len(removed) == 2
+    assert not list(place.glob("run.work")), "checkpoints go when the run is complete"
+
+
+def test_the_card_in_the_folder_is_that_of_the_run(place, run):
+    text = (place / "pruned" / "README.md").read_text()
+    assert text == model_card.card(run)
+    assert model_card.front_matter(text)["license"] == "apache-2.0"
+    assert "base_model" not in model_card.front_matter(text), "a folder is no name on the hub"
+    assert str(place) not in text, "no path of a machine"
+
+
+def test_what_cannot_be_published_is_refused_before_any_work(place):
+    values = settings(place, folder=str(place / "refused"), push_to="someone/something")
+    with pytest.raises(
+        NotebookError, match="push_to='someone/something', but HF_HUB_OFFLINE is set: unset it, or leave push_to"
+    ):
+        run_notebook(NOTEBOOK, place / "refused.json", **values)
+    assert not (place / "refused").exists()
+    assert not (place / "refused.json").exists()
+    with pytest.raises(ParameterError, match="keep = 'most' is not of type float"):
+        run_notebook(NOTEBOOK, place / "refused.json", keep="most")
+
+
+# ------------------------------------------------------------------------------------------------------------ publishing
+
+
+class Hub:
+    """Stands for the hub's client."""
+
+    def __init__(self, exists=False, fails=None):
+        self.exists, self.fails, self.calls = exists, fails, []
+
+    def whoami(self):
+        return {"name": "somebody"}
+
+    def repo_exists(self, repository):
+        return self.exists
+
+    def create_repo(self, repository, **settings):
+        self.calls.append(("create", repository, settings))
+
+    def upload_folder(self, **settings):
+        if self.fails:
+            raise self.fails
+        self.calls.append(("upload", settings["repo_id"], settings["folder_path"]))
+        return type("Commit", (), {"commit_url": f"https://hub/{settings['repo_id']}/commit/1"})()
+
+
+@pytest.fixture
+def online(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    return monkeypatch
+
+
+def test_publishing_is_refused_where_it_would_fail_in_the_end(online):
+    import huggingface_hub
+
+    from prunelib import hub
+
+    assert publishing.check("some/model", api=Hub()) == "somebody"
+    with pytest.raises(publishing.PublishError, match="exists on the hub: nothing there is replaced"):
+        publishing.check("some/model", api=Hub(exists=True))
+    for name in ("model", "a/b/c", "../x", "a b/c"):
+        with pytest.raises(publishing.PublishError, match="is no repository of the hub: give owner/name"):
+            publishing.check(name, api=Hub())
+    with pytest.raises(publishing.PublishError, match="there is no token of the hub: run `hf auth login`"):
+        publishing.check("some/model")
+    online.setattr(huggingface_hub, "get_token", lambda: "a stand-in")
+    online.setattr(hub, "unreachable", lambda: "ConnectError: no route")
+    with pytest.raises(
+        publishing.PublishError, match=r"cannot be reached \(ConnectError: no route\): connect, or leave push_to"
+    ):
+        publishing.check("some/model")
+    online.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(publishing.PublishError, match="HF_HUB_OFFLINE is set"):
+        publishing.check("some/model")
+
+
+def test_a_complete_folder_is_uploaded_and_a_failed_upload_loses_nothing(tmp_path):
+    config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    models.save(LlamaForCausalLM(config).eval(), None, tmp_path / "model")
+    with pytest.raises(publishing.PublishError, match=r"has no README\.md: it is not a finished model"):
+        publishing.push(tmp_path / "model", "some/model", api=Hub())
+    (tmp_path / "model" / "README.md").write_text("# card")
+    hub = Hub()
+    assert publishing.push(tmp_path / "model", "some/model", api=hub) == "https://hub/some/model/commit/1"
+    (create, upload) = hub.calls
+    assert create == ("create", "some/model", {"private": True, "repo_type": "model", "exist_ok": False})
+    assert upload == ("upload", "some/model", str(tmp_path / "model"))
+    with pytest.raises(
+        publishing.PublishError, match=r"the upload to some/model failed \(OSError: gone\).*hf upload some/model"
+    ):
+        publishing.push(tmp_path / "model", "some/model", api=Hub(fails=OSError("gone")))
+    assert at_root(tmp_path / "model" / "model.safetensors").is_file()
