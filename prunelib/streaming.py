@@ -398,23 +398,35 @@ def free_host_bytes() -> int:
 # -------------------------------------------------------------------------------------------------- moving between memories
 
 
+_FREE: list[Tensor] = []
+"""Page-locked memory of earlier passes. It is kept for the next ones: to unlock it made copies fault that were long done
+("unspecified launch failure", an MMU fault of the copy engine) in a virtual machine with an H200 and driver 580."""
+
+
 @contextlib.contextmanager
 def _host_space(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """Memory on the host, page-locked where a CUDA device copies from and to it.
 
-    PyTorch's own page-locked memory comes in powers of two and never goes back to the system.
+    PyTorch's own page-locked memory comes in powers of two: up to twice what is needed.
     """
-    space = torch.empty(shape, dtype=dtype)
     if device.type != "cuda":
-        yield space
+        yield torch.empty(shape, dtype=dtype)
         return
-    space.zero_()  # by all threads: the registration would touch every page with one
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(space.data_ptr(), space.nbytes, 0))
+    size = math.prod(shape) * dtype.itemsize
+    fitting = [index for index, space in enumerate(_FREE) if space.nbytes >= size]
+    whole = _FREE.pop(min(fitting, key=lambda index: _FREE[index].nbytes)) if fitting else _page_locked(size)
     try:
-        yield space
+        yield whole[:size].view(dtype).view(shape)
     finally:
         torch.cuda.synchronize(device)
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(space.data_ptr()))
+        _FREE.append(whole)
+
+
+def _page_locked(size: int) -> Tensor:
+    with torch.inference_mode(False):  # to be used in either mode
+        space = torch.zeros(size, dtype=torch.uint8)  # by all threads: the registration would touch every page with one
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(space.data_ptr(), space.nbytes, 0))
+    return space
 
 
 class _Weights:
