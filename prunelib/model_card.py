@@ -137,7 +137,7 @@ def _healed(about: Mapping[str, Any]) -> str:
     recipe = healing["recipe"]
     adapters = f"rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {' and '.join(recipe['modules'])}; merged afterwards"
     rows = [
-        ("recipe", f"`{recipe['name']}` ({recipe['source']})"),
+        ("recipe", f"`{recipe['name']}` ({'a recipe of prunelib' if recipe['source'] == 'own' else recipe['source']})"),
         ("trains", f"adapters (LoRA): {adapters}" if recipe["trains"] == "lora" else recipe["trains"].replace("_", " ")),
         ("text", healing["text"]),
         ("tokens", f"{healing['tokens']:,} in {recipe['steps']:,} steps of {recipe['batch']} × {recipe['seq_len']}"),
