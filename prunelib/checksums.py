@@ -73,6 +73,15 @@ def remade(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     return [path for path in both if PurePosixPath(path).match(REMADE) and expected[path] != found[path]]
 
 
+def differences() -> tuple[list[str], list[str]]:
+    """One line for every file that is not the committed one, and apart from them the tables that were made anew."""
+    expected, found = read(), here()
+    own = remade(expected, found)
+    for path in own:
+        del expected[path], found[path]
+    return compare(expected, found), own
+
+
 def update() -> int:
     """Write `SUMS` anew; the number of files in it."""
     files = committed_files()
@@ -87,8 +96,8 @@ def main(arguments: list[str]) -> int:
     if arguments:
         print(f"{SUMS}: {update()} files")
         return 0
-    lines = compare(read(), here())
-    print("\n".join(lines) or f"{SUMS}: all files are the committed ones")
+    lines, own = differences()
+    print("\n".join([*lines, *(f"{path} was made anew" for path in own)]) or f"{SUMS}: all files are the committed ones")
     return bool(lines)
 
 

@@ -152,6 +152,44 @@ def test_packages_that_were_not_looked_up_are_no_all_clear():
     assert supply.weaknesses(report, {"CVE-1": "why"}) == ([], [], ["a"])
 
 
+@pytest.mark.parametrize(
+    ("report", "ends", "said"),
+    [
+        (json.dumps({"dependencies": REPORT["dependencies"][2:]}), supply.COMPLETE, "no known weakness"),
+        (json.dumps(REPORT), supply.FOUND, "FAILS  a known weakness: b 3: GHSA-2"),
+        (json.dumps({"dependencies": [{"name": "a", "skip_reason": "?"}]}), supply.UNKNOWN, "could not be looked up (a"),
+        ("", supply.UNKNOWN, "pip-audit gave no report: ConnectionError"),
+    ],
+)
+def test_how_an_audit_ends(report, ends, said, tmp_path, monkeypatch, capsys):
+    """A tool that says what pip-audit would: nothing here reaches a network."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "installed").touch()
+    (tmp_path / "report").write_text(report)
+    script = f"""#!/bin/sh
+case "$*" in *pip_audit*) echo ConnectionError >&2; cat {tmp_path}/report;; esac
+"""
+    (tmp_path / "bin" / "python").write_text(script)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    monkeypatch.setattr(supply, "AUDIT_TOOLS", str(tmp_path))
+    monkeypatch.setattr(supply, "local_checks", dict)
+    assert supply.main([]) == ends
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+
+
+def test_an_audit_without_its_tools_says_that_nothing_was_looked_up(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lock").write_text("no-such-file-anywhere @ file:///no/such/file.whl\n")
+    monkeypatch.setattr(supply, "AUDIT_TOOLS", str(tmp_path / "tools"))
+    monkeypatch.setattr(supply, "TOOLS_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(supply, "local_checks", lambda: {"files": ["data/x was altered"]})
+    assert supply.main([]) == supply.FOUND, "what is known to be wrong comes first"
+    shown = capsys.readouterr()
+    assert "could not be installed, nothing was looked up" in shown.err
+    assert "FAILS  files\n       data/x was altered" in shown.out
+    assert supply.main(["--local"]) == supply.FOUND
+
+
 def test_every_accepted_weakness_has_a_reason():
     assert all(len(reason) > 20 for reason in supply.accepted().values())
 
