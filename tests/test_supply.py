@@ -190,6 +190,12 @@ def test_an_audit_without_its_tools_says_that_nothing_was_looked_up(tmp_path, mo
     assert supply.main(["--local"]) == supply.FOUND
 
 
+def test_the_tools_of_the_audit_are_pinned():
+    lines = [line for line in (ROOT / supply.TOOLS_LOCK).read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    assert {"pip-audit", "cyclonedx-python-lib"} <= {line.partition("==")[0] for line in lines}
+
+
 def test_every_accepted_weakness_has_a_reason():
     assert all(len(reason) > 20 for reason in supply.accepted().values())
 
