@@ -371,4 +371,4 @@ def _refuse_unknown(entry: Mapping, known: Sequence[str] | Mapping, place: str, 
 
 
 def _text(value: object) -> str:
-    return json.dumps(value) if isinstance(value, list) else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)

@@ -118,11 +118,12 @@ class Parameter:
     def _read_list(self, text: str) -> list:
         """`[1, 2]` (Python or JSON), or `1,2` for short."""
         if text.strip().startswith("["):
-            # A text of brackets alone exhausts the parsers, and `[{[]: 1}]` is not even a literal.
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                return ast.literal_eval(text.strip())
+            # JSON first: Python would read its escape of a rare character as two halves of one. Brackets without end exhaust
+            # both parsers, and `[{[]: 1}]` is not even a literal.
             with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(text)
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                return ast.literal_eval(text.strip())
             raise self._wrong(text)
         items = [item.strip() for item in text.split(",") if item.strip()]
         element = Parameter(self.name, self.default[0] if isinstance(self.default, list) and self.default else "", "")

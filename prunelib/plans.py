@@ -30,7 +30,7 @@ class _JsonPlan:
         """Inverse of `to_json`. Raises ValueError for anything that is not a plan."""
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not a {cls._name}, because not JSON: {error}") from error
         declared = {part.name: get_origin(part.type) or part.type for part in fields(cls)}
         if not isinstance(record, dict) or set(record) != set(declared):

@@ -70,7 +70,7 @@ def read_run(path: str | os.PathLike) -> dict:
     path = at_root(path)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path} is not JSON ({error}): delete it and run its notebook again") from None
     _validate(run, str(path))
     return run
@@ -169,7 +169,8 @@ def _column(values: list) -> object:
     if present and all(isinstance(value, bool) for value in present):
         return pandas.array(values, dtype="boolean")
     if present and all(isinstance(value, int) and not isinstance(value, bool) for value in present):
-        return pandas.array(values, dtype="Int64")
+        small = all(-(2**63) <= value < 2**63 for value in present)  # a larger one, such as a seed, stays Python's own
+        return pandas.array(values, dtype="Int64") if small else pandas.Series(values, dtype="object")
     if present and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         return pandas.array(values, dtype="float64")
     return pandas.Series([None if value is None else value for value in values], dtype="object")
@@ -191,6 +192,11 @@ def _validate(run: object, where: str) -> None:
     for name in (*VALUES, *RESERVED):
         if name in run["parameters"]:
             raise ResultError(f"{where}: a parameter cannot be called `{name}`, the table has a column of that name")
+    for name, value in run["parameters"].items():
+        if _breaks_line(name) or _breaks_line(value):
+            raise ResultError(
+                f"{where}: the parameter {name!r} = {value!r} holds a carriage return, which breaks a table's line"
+            )
     for index, row in enumerate(run["rows"]):
         _validate_row(row, run["parameters"], f"{where}: row {index}")
 
@@ -213,6 +219,8 @@ def _validate_row(row: Mapping, parameters: Mapping, where: str) -> None:
             raise ResultError(f"{where} ({metric}) uses the column name `{name}`, which the table fills itself")
         if isinstance(value, list | tuple | dict | set):
             raise ResultError(f"{where} ({metric}): `{name}` is a {type(value).__name__}; a cell holds one value")
+        if _breaks_line(name) or _breaks_line(value):
+            raise ResultError(f"{where} ({metric}): {name!r} = {value!r} holds a carriage return, which breaks a table's line")
         if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
             raise ResultError(f"{where} ({metric}): `{name}` is {value!r}; leave a missing coordinate out")
         if name in parameters and name not in PATHS and parameters[name] != value:
@@ -222,8 +230,16 @@ def _validate_row(row: Mapping, parameters: Mapping, where: str) -> None:
             )
 
 
+def _breaks_line(value: object) -> bool:
+    """A text that Python's csv does not put in quotes although readers take it for two lines."""
+    return isinstance(value, str) and "\r" in value
+
+
 def _finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _below_root(value: object) -> bool:

@@ -1,0 +1,399 @@
+"""Properties: plans, schedules, parameters and results, on inputs that nobody would have thought of."""
+
+import csv
+import io
+import json
+import math
+import shlex
+import string
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from prunelib import grid, results, schedules
+from prunelib.notebook import Parameter, ParameterError
+from prunelib.plans import DropPlan, SublayerPlan
+from prunelib.schedules import CAP, ROUNDINGS, SlicePlan
+
+set_hypothesis_home_dir(tempfile.gettempdir())  # nothing in the tree
+
+# The same examples in every run; the seed follows from the test itself.
+always = settings(derandomize=True, deadline=None, max_examples=100, database=None)
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.none() | st.booleans() | st.integers() | numbers | st.text()
+plain = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=8
+)
+json_objects = st.dictionaries(st.text(max_size=8), plain, max_size=4)
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+# Arguments of plans: made within a strategy they would be checked there by beartype, which draws random numbers.
+@st.composite
+def drop_plans(draw):
+    n_layers = draw(st.integers(1, 80))
+    removed = draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers - 1))
+    return n_layers, tuple(sorted(removed)), draw(st.text()), draw(json_objects)
+
+
+@st.composite
+def sublayer_plans(draw):
+    n_layers = draw(st.integers(1, 40))
+    units = draw(st.sets(st.integers(0, 2 * n_layers - 1), max_size=2 * n_layers - 1))
+    parts = (tuple(unit // 2 for unit in sorted(units) if unit % 2 == part) for part in (0, 1))
+    return n_layers, *parts, draw(st.text()), draw(json_objects)
+
+
+@st.composite
+def slice_plans(draw):
+    hidden_size = draw(st.integers(1, 10**5))
+    widths = draw(st.lists(st.integers(1, hidden_size), min_size=1, max_size=80))
+    return hidden_size, tuple(widths), draw(st.text()), draw(json_objects)
+
+
+KINDS = {DropPlan: drop_plans(), SublayerPlan: sublayer_plans(), SlicePlan: slice_plans()}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_plan_is_what_its_json_says(kind, tmp_path):
+    @always
+    @given(KINDS[kind])
+    def holds(about):
+        plan = kind(*about)
+        assert kind.from_json(plan.to_json()) == plan
+        plan.write(tmp_path / "plan.json")
+        again = kind.read(tmp_path / "plan.json")
+        assert again == plan
+        assert again.to_json() == plan.to_json()
+        assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+    holds()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_what_is_no_plan_is_one_value_error(kind):
+    """Any text, any JSON, and a plan with any one field replaced: a plan that says the same, or a ValueError."""
+
+    def refused_or_the_same(text):
+        try:
+            plan = kind.from_json(text)
+        except ValueError:
+            return
+        assert kind.from_json(plan.to_json()) == plan
+
+    @always
+    @given(st.text() | plain.map(json.dumps))
+    def any_text(text):
+        refused_or_the_same(text)
+
+    @always
+    @given(KINDS[kind], st.integers(0, 4), plain | st.lists(st.integers(-2, 90)) | st.just(math.nan))
+    def any_field(about, place, value):
+        record = json.loads(kind(*about).to_json())
+        record[sorted(record)[place % len(record)]] = value
+        refused_or_the_same(json.dumps(record))
+
+    any_text()
+    any_field()
+    refused_or_the_same("[" * 100_000)
+    refused_or_the_same('{"n_layers": ' + "9" * 5000 + "}")
+
+
+@always
+@given(drop_plans())
+def test_kept_and_removed_are_the_layers(about):
+    plan = DropPlan(*about)
+    assert sorted((*plan.kept, *plan.removed)) == list(range(plan.n_layers))
+    assert plan.kept
+
+
+@always
+@given(sublayer_plans())
+def test_sublayers_are_told_in_three_ways(about):
+    plan = SublayerPlan(*about)
+    assert SublayerPlan.from_units(plan.n_layers, plan.removed[::-1], plan.method, plan.settings) == plan
+    assert SublayerPlan.from_evopress(plan.to_evopress(), plan.method, plan.settings) == plan
+    assert set(plan.layers) | set(plan.cut) == set(plan.attention) | set(plan.mlp)
+    assert not set(plan.layers) & set(plan.cut)
+    assert 2 * len(plan.layers) + len(plan.cut) == len(plan.removed) < 2 * plan.n_layers
+
+
+@always
+@given(slice_plans())
+def test_slices_are_the_widths(about):
+    plan = SlicePlan(*about)
+    assert plan.mean_slice == pytest.approx(np.mean(plan.slices), abs=1e-12)
+    assert all(0 <= cut < 1 for cut in plan.slices)
+    assert [round(plan.hidden_size * (1 - cut)) for cut in plan.slices] == list(plan.widths)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+redundancies = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
+shares = st.floats(0, 0.8)
+multiples = st.sampled_from([1, 2, 8, 16])
+roundings = st.sampled_from(sorted(ROUNDINGS))
+
+
+@always
+@given(redundancies, shares, st.floats(0, 1), st.sampled_from([160, 512]), multiples, roundings)
+def test_a_more_redundant_layer_is_never_wider(redundancy, percentage, part, hidden_size, multiple, rounding):
+    options = {"multiple": multiple, "rounding": rounding}
+    plan = schedules.dynamic(redundancy, hidden_size, percentage, part * percentage, **options)
+    assert all(width % multiple == 0 and multiple <= width <= hidden_size for width in plan.widths)
+    along = np.argsort(-redundancy, kind="stable")
+    widths = np.array(plan.widths)[along]
+    equal = np.diff(redundancy[along]) == 0
+    # Equal layers may differ by the unit that was left over, the earlier one having it.
+    assert all(step >= (-multiple if same else 0) for step, same in zip(np.diff(widths), equal, strict=True))
+    inverted = schedules.dynamic_inverted(redundancy, hidden_size, percentage, part * percentage, **options)
+    shuffled = schedules.dynamic_random(redundancy, hidden_size, percentage, part * percentage, seed=0, **options)
+    if rounding == "remainder":
+        assert sum(inverted.widths) == sum(shuffled.widths) == sum(plan.widths)
+        assert abs(sum(plan.widths) - len(widths) * hidden_size * (1 - percentage)) <= multiple / 2 + 1e-6
+        assert SlicePlan.from_json(plan.to_json()) == plan
+
+
+@always
+@given(redundancies, shares, st.floats(0, 1), st.floats(0, 0.999))
+def test_slices_stay_between_base_and_cap(redundancy, percentage, part, cap):
+    base = part * percentage
+    if cap < percentage:
+        with pytest.raises(ValueError, match=r"cap=.*must be below 1 and at least slice_percentage"):
+            schedules.final_slices(redundancy, percentage, base, cap=cap)
+        return
+    slices = schedules.final_slices(redundancy, percentage, base, cap=cap)
+    assert slices.mean() == pytest.approx(percentage, abs=1e-12)
+    assert slices.max() <= cap + 1e-12
+    assert slices.min() >= base - 1e-12
+    order = np.argsort(redundancy, kind="stable")
+    assert np.all(np.diff(slices[order]) >= -1e-12), "never less for a more redundant layer"
+
+
+@always
+@given(st.integers(1, 40), shares, st.data(), multiples, roundings)
+def test_spared_layers_lose_nothing_and_the_mean_stays(n_layers, percentage, data, multiple, rounding):
+    spare = tuple(data.draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers)))
+    options = {"spare": spare, "multiple": multiple, "rounding": rounding}
+    if percentage * n_layers > CAP * (n_layers - len(spare)):
+        with pytest.raises(ValueError, match="cannot be taken from"):
+            schedules.constant(n_layers, 160, percentage, **options)
+        return
+    plan = schedules.constant(n_layers, 160, percentage, **options)
+    assert all(plan.widths[layer] == 160 for layer in spare)
+    others = [width for layer, width in enumerate(plan.widths) if layer not in spare]
+    assert max(others, default=0) - min(others, default=0) <= multiple
+    if rounding == "remainder":
+        assert abs(plan.mean_slice - percentage) * n_layers * 160 <= multiple / 2 + 1e-6
+    if rounding == "down":
+        assert plan.mean_slice >= percentage - 1e-9
+
+
+@always
+@given(st.lists(st.floats(), max_size=6), st.floats(), st.floats(), st.floats(), st.integers(-2, 70), st.integers(-1, 9))
+def test_impossible_schedules_are_one_value_error(redundancy, percentage, base, cap, hidden_size, multiple):
+    values = np.array(redundancy, dtype=np.float64)
+    for make in (
+        lambda: schedules.dynamic(values, hidden_size, percentage, base, cap=cap, multiple=multiple),
+        lambda: schedules.dynamic_inverted(values, hidden_size, percentage, base, multiple=multiple),
+        lambda: schedules.constant(len(values), hidden_size, percentage, multiple=multiple),
+        lambda: schedules.from_slices(values, hidden_size, multiple=multiple),
+    ):
+        try:
+            plan = make()
+        except ValueError:
+            continue
+        assert SlicePlan.from_json(plan.to_json()) == plan
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+names = st.text(string.ascii_lowercase, min_size=1, max_size=8)
+LITERALS = {"bool": st.booleans(), "int": st.integers(), "float": numbers, "str": st.text()}
+kinds = st.sampled_from(sorted(LITERALS))
+
+
+@st.composite
+def parameters_and_values(draw):
+    """A parameter as a cell may declare it, and a value that it may be given."""
+    kind = draw(kinds)
+    if draw(st.booleans()):
+        default = draw(st.lists(LITERALS[kind], min_size=1, max_size=3))
+        return Parameter(draw(names), default, "some"), draw(st.lists(LITERALS[kind], max_size=5))
+    value = LITERALS[kind]
+    if not draw(st.booleans()):
+        return Parameter(draw(names), draw(value), "a setting"), draw(value)
+    if kind == "str":  # on a command line this text is None itself
+        value = value.filter(lambda text: text.strip().lower() not in ("none", "null"))
+    default, told = draw(st.sampled_from([(None, f"{kind}: a setting"), (draw(value), f"{kind} or None: a setting")]))
+    return Parameter(draw(names), default, told), draw(st.none() | value)
+
+
+@always
+@given(parameters_and_values())
+def test_a_value_survives_the_command_line_of_a_batch(case):
+    """What the Snakefile hands to a shell is what the runner gives to the notebook, type and all."""
+    parameter, value = case
+    (word,) = shlex.split(grid.arguments({parameter.name: value}))
+    name, _, text = word.partition("=")
+    assert name == parameter.name
+    assert same(parameter.parse(text), value)
+    assert same(parameter.check(value), value)
+
+
+@always
+@given(parameters_and_values())
+def test_other_ways_of_writing_a_value(case):
+    parameter, value = case
+    if isinstance(value, list):
+        for text in (repr(value), json.dumps(value), f"  {value!r} "):
+            assert same(parameter.parse(text), value)
+        assert same(parameter.check(tuple(value)), value)
+        if not any(isinstance(item, str) for item in value):
+            assert same(parameter.parse(",".join(map(str, value))), value)
+    elif not isinstance(value, str) and value is not None:
+        assert same(parameter.parse(str(value)), value)
+        assert same(parameter.check(np.array(value)), value) or abs(value) > 2**62
+    if value is None:
+        assert parameter.parse("none") is parameter.parse("NULL") is None
+
+
+def same(found, value) -> bool:
+    """Equal, with the same types all the way down; a whole number is a float where a float is asked for."""
+    if isinstance(value, list):
+        return type(found) is list and len(found) == len(value) and all(map(same, found, value))
+    return type(found) is type(value) and found == value
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner) | inner.map(lambda x: np.array([1.0])),
+    max_leaves=6,
+)
+declared = st.one_of(
+    st.booleans(), st.integers(), numbers, st.text(), st.none(), st.lists(st.integers()), st.lists(st.lists(st.text()))
+)
+helps = st.sampled_from(["", "str: a text", "int: a number", "int or None: a number", "list: some", "float | None", "bool x"])
+
+
+@always
+@given(declared, helps, anything | st.text() | st.sampled_from(["[", "[" * 5000, "[{[]: 1}]", "9" * 5000, "1e999", "[1e999]"]))
+def test_what_is_not_of_a_parameters_type_is_refused(default, told, value):
+    """Nothing but ParameterError; what is accepted is plain data of the type, as JSON can hold it."""
+    parameter = Parameter("x", default, told)
+    for read in (parameter.check, parameter.parse) if isinstance(value, str) else (parameter.check,):
+        try:
+            found = read(value)
+        except ParameterError as error:
+            assert "x = " in str(error)
+            assert "is not of type" in str(error)
+            continue
+        assert found is None or type(found) is parameter.kind
+        assert found is not None or parameter.optional
+        assert same(parameter.check(found), found)
+        assert same(json.loads(json.dumps(found, allow_nan=False)), found)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+texts = st.text(max_size=20).filter(lambda text: "\r" not in text)
+words = texts.filter(bool)
+moderate = st.floats(-1e300, 1e300)  # the last float of all, cut to ten digits, is none any more
+cells = st.booleans() | st.integers() | moderate | texts
+RESERVED = {*results.VALUES, *results.RESERVED, *results.PATHS}
+columns = words.filter(lambda name: name not in RESERVED)
+
+
+@st.composite
+def runs(draw):
+    parameters = draw(st.dictionaries(columns, cells | st.lists(cells, max_size=3) | st.none(), max_size=4))
+    free = columns.filter(lambda name: name not in parameters)
+    rows = []
+    for _ in range(draw(st.integers(0, 4))):
+        row = {"metric": draw(words), "value": draw(moderate | st.integers()), **draw(st.dictionaries(free, cells, max_size=3))}
+        row |= draw(st.sampled_from([{}, {"n": draw(st.integers(1)), "stderr": abs(draw(moderate))}]))
+        rows.append(row)
+    return parameters, rows
+
+
+def written(folder: Path, parameters, rows) -> Path:
+    about = {"experiment": "depth", "provenance": {"source_sha256": "a" * 64}, "seconds": 1.5}
+    return results.write_run(folder / "runs" / "a.json", parameters=parameters, rows=rows, **about)
+
+
+@always
+@given(runs())
+def test_a_run_is_read_as_it_was_written(run):
+    parameters, rows = run
+    with tempfile.TemporaryDirectory() as folder:
+        found = results.read_run(written(Path(folder), parameters, rows))
+    assert found["rows"] == rows
+    assert [list(map(type, row.values())) for row in found["rows"]] == [list(map(type, row.values())) for row in rows]
+    assert found["parameters"] == parameters
+
+
+@settings(always, max_examples=30)
+@given(runs())
+def test_a_table_holds_what_its_runs_hold(run):
+    """Texts and whole numbers as they are, other numbers to ten digits, an empty cell where there is no value."""
+    parameters, rows = run
+    assume(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        written(Path(folder), parameters, rows)
+        results.write_table(results.collect(Path(folder) / "runs"), Path(folder) / "t.csv")
+        text = (Path(folder) / "t.csv").read_bytes().decode()
+    lines = list(csv.DictReader(io.StringIO(text, newline="")))
+    shared = {name: value for name, value in parameters.items() if not isinstance(value, list)}
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        expected = {"run": "runs/a", "experiment": "depth", "code": "a" * 12, **shared, **row}
+        for name, cell in line.items():
+            value = expected.get(name)
+            if value is None:
+                assert cell == ""
+            elif isinstance(value, float):
+                assert float(cell) == pytest.approx(value, rel=5e-10, abs=0)
+            elif isinstance(value, str | bool):
+                assert cell == str(value)
+            else:
+                assert float(cell) == pytest.approx(value, rel=5e-10) if "." in cell or "e" in cell else int(cell) == value
+        assert {name for name, value in expected.items() if value is not None} <= line.keys()
+
+
+@always
+@given(runs(), st.data())
+def test_what_is_not_finite_is_never_written(run, data):
+    parameters, rows = run
+    assume(rows)
+    bad = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    row = data.draw(st.sampled_from(rows))
+    row[data.draw(st.sampled_from(["value", "stderr", *(row.keys() - {"metric"})]))] = bad
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(results.ResultError, match=r"row \d"):
+            written(Path(folder), parameters, rows)
+        assert not any(Path(folder).iterdir())
+
+
+@always
+@given(st.text(), st.text(), st.sampled_from(["parameter", "name of a parameter", "column", "text"]))
+def test_a_carriage_return_is_refused_before_it_breaks_a_table(before, after, place):
+    bad = f"{before}\r{after}"
+    parameters = {"parameter": {"model": bad}, "name of a parameter": {bad: 1}}.get(place, {})
+    row = {"metric": "ppl", "value": 1.0} | {"column": {bad: 1}, "text": {"method": bad}}.get(place, {})
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(results.ResultError, match="carriage return"):
+            written(Path(folder), parameters, [row])
+        assert not any(Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("huge", [10**400, -(10**400)])
+def test_a_number_beyond_every_float_is_no_result(huge, tmp_path):
+    with pytest.raises(results.ResultError, match="only finite numbers"):
+        written(tmp_path, {}, [{"metric": "ppl", "value": huge}])
