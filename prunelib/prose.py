@@ -32,8 +32,8 @@ from prunelib.provenance import at_root, write_text
 NUMBERS = "data/numbers.yaml"
 CHAPTER_NUMBERS = "data/chapter_numbers.yaml"
 PLACE = re.compile(r"\{(\w+)\}")
-BY = ("timed by hand", "arithmetic")
-FIGURE = r"[−-]?\d[\d,]*(?:\.\d+)?"
+BY = ("timed by hand", "arithmetic", "the paper")
+FIGURE = r"[−-]?\d(?:[\d,]*\d)?(?:\.\d+)?"
 
 GENERATED = (  # code, and what a command or another test writes
     re.compile(r"```.*?```", re.DOTALL),
@@ -54,9 +54,11 @@ AMOUNTS = rf"{AMOUNT}(?:(?:, | and | or | to |–){AMOUNT})*"
 SETTINGS = (  # of chapters: what was set or names a place, not what came out
     re.compile(r"^#+ \d+\.", re.MULTILINE),
     re.compile(r"arXiv \d{4}\.\d{5}"),
-    re.compile(r"\bFig(?:ures?|s?\.?) \d+\w?(?:(?:, | and | to )\d+\w?)*"),
+    re.compile(r"\b(?:Fig(?:ures?|s?\.?)|chapters?) \d+\w?(?:(?:, | and | to )\d+\w?)*"),
     re.compile(rf"\b(?:K|alpha|S_[PB]) (?:=|<|>|≤|≥) {AMOUNTS}"),
-    re.compile(r"\blayer 0\b"),
+    re.compile(r"\blayer 0\b|\brank \d+|\ba cut of \d+ layers"),
+    re.compile(r"[Ww]ithout \d+ of (?:its )?\d+ layers|\bprompts of \d+ tokens|\b\d+ × [\d,]*\d\b"),
+    re.compile(r"\bin 20\d\d\b|\b\d+ billion\b"),
     re.compile(r"\[0, 1\]|\b0–1\b"),
     re.compile(r"\b95 % (?:bootstrap )?intervals?"),
 )
@@ -123,9 +125,9 @@ def read(path: str | Path = NUMBERS, part: str | None = None) -> tuple[list[Sent
 
 
 def tables() -> claims.Tables:
-    """The tables of the reference profile and, as `figures/<stem>`, what every figure plots."""
+    """The tables of the reference profile and, by its stem, what every figure plots."""
     profile = claims.of_profile()
-    drawn = {f"figures/{path.stem}": f"figures/{path.name}" for path in sorted(at_root("figures").glob("*.csv"))}
+    drawn = {path.stem: f"figures/{path.name}" for path in sorted(at_root("figures").glob("*.csv"))}
     return claims.Tables({**profile.places, **drawn}, profile.settings)
 
 
@@ -215,8 +217,10 @@ def untraced(document: str, sentences: Sequence[Sentence], stated: Sequence[Stat
     return lines
 
 
-def numbers(document: str, sentences: Sequence[Sentence], stated: Sequence[Stated]) -> list[Number]:
-    """Every number of a text that is no name and no setting, in order, with its origin."""
+def numbers(
+    document: str, sentences: Sequence[Sentence], stated: Sequence[Stated], files: Mapping[str, str | None] | None = None
+) -> list[Number]:
+    """Every number of a text that is no name and no setting, in order, with its origin. files: table → its file."""
     found = []
 
     def number(start: int, end: int, kind: str, source: str, name: str | None = None) -> Number:
@@ -230,7 +234,7 @@ def numbers(document: str, sentences: Sequence[Sentence], stated: Sequence[State
         places = PLACE.findall(one.text)
         for match in _pattern(one.text).finditer(rest):
             for group, name in enumerate(places, start=1):
-                source = ", ".join(_sources(one.numbers[name]))
+                source = ", ".join((files or {}).get(table) or table for table in _sources(one.numbers[name]))
                 found.append(number(*match.span(group), COMPUTED, source, f"{one.id}-{name}"))
         rest = _masked(_pattern(one.text), rest)
     for one in stated:
@@ -238,7 +242,7 @@ def numbers(document: str, sentences: Sequence[Sentence], stated: Sequence[State
         for match in _pattern(one.text).finditer(rest):
             found += [number(*match.span(group), kind, one.source) for group in range(1, match.re.groups + 1)]
         rest = _masked(_pattern(one.text), rest)
-    for pattern in (*NAMES, *SETTINGS):
+    for pattern in (*SETTINGS, *NAMES):
         rest = _masked(pattern, rest)
     found += [number(*match.span(), UNTRACED, CHAPTER_NUMBERS) for match in re.finditer(FIGURE, rest)]
     return sorted(found, key=lambda one: one.start)

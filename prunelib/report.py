@@ -480,12 +480,14 @@ def errors(page: Page) -> str:
     return f'<div data-source="{ERRORS}">{body}</div>'
 
 
-def chapter_section(one: Chapter, ledger: prose.Ledger, page: Page) -> tuple[str, list[tuple[str, str]], list[prose.Number]]:
-    """A chapter as HTML, the entries of its table of contents, and the numbers of its sentences."""
+def chapter_section(
+    one: Chapter, ledger: prose.Ledger, files: Mapping, page: Page
+) -> tuple[str, list[tuple[str, str]], list[prose.Number]]:
+    """A chapter as HTML, the entries of its table of contents, and the numbers of its sentences. files: table → its file."""
     anchor, entries, numbers = f"chapter-{one.name[:2]}", [], []
 
     def told(text: str, below: int = 2) -> str:
-        mine = prose.numbers(text, ledger.sentences, ledger.stated)
+        mine = prose.numbers(text, ledger.sentences, ledger.stated, files)
         numbers.extend(mine)
         return words(text, page, folder="notebooks", below=below, numbers=mine)
 
@@ -557,8 +559,10 @@ def page(out: str | os.PathLike = OUT) -> str:
     """The whole page as text. `out` is where it will lie: links to files of the clone start there."""
     here = Page(at_root(out))
     told, found, listed = [], [], chapters()
+    printed = {path.stem: f"data/published/{path.name}" for path in at_root("data/published").glob("*.csv")}
+    files = {**printed, **prose.tables().places}
     for one in listed:
-        text, entries, numbers = chapter_section(one, prose.ledger(one.path), here)
+        text, entries, numbers = chapter_section(one, prose.ledger(one.path), files, here)
         told.append((one, text, entries))
         found.append((one, numbers))
     overview = "".join(

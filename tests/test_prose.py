@@ -1,5 +1,6 @@
 """Numbers in running text: computed, corrected, and none of them untraced."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -91,3 +92,50 @@ def test_stated_numbers_are_in_the_readme_and_their_origins_are_there(committed)
     for one in committed[1]:
         assert one.source in prose.BY or (ROOT / one.source).exists(), one.source
         assert prose._pattern(one.text).search(document), f"data/numbers.yaml states what the README does not say: {one.text}"
+
+
+# ------------------------------------------------------------------------------------------------------- chapters
+
+
+def test_numbers_of_a_text_have_a_kind_and_a_place(sentence):
+    document = (
+        "## 1. Load\nAt layer 0 and K = 8, 10 and 12 (arXiv 2401.15024), it costs 0.3 to\n0.4 nats. A box holds 16, and 7 more."
+    )
+    stated = [prose.Stated("A box holds {n},", "figures/box.csv")]
+    found = prose.numbers(document, [sentence], stated, {"t": "data/t.csv"})
+    assert [document[one.start : one.end] for one in found] == ["0.3", "0.4", "16", "7"]
+    assert [one.kind for one in found] == [prose.COMPUTED, prose.COMPUTED, prose.FOUND, prose.UNTRACED]
+    assert [one.source for one in found] == ["data/t.csv", "data/t.csv", "figures/box.csv", prose.CHAPTER_NUMBERS]
+    assert [one.id for one in found] == ["s-1-low", "s-1-high", None, None]
+    assert "and 7 more" in found[-1].around
+
+
+def test_numbers_that_are_said_to_be_in_a_csv_are_looked_for(tmp_path):
+    path = tmp_path / "box.csv"
+    path.write_text("name,value\nllama32,0.5528\nx,-1234.56\n")
+    stated = [prose.Stated("wins {share} % of {all} and {other}.", str(path))]
+    assert prose.missing("It wins 55 % of 1,235 and 0.553.", stated) == []
+    assert prose.missing("It wins 56 % of −1,234.6 and 0.55.", stated) == [
+        f"56 of «wins {{share}} % of {{all}} and {{other}}.» is not in {path}"
+    ]
+    assert prose.missing("It wins 1 % of 2 and 3.", [prose.Stated("wins {a} % of {b}", "timed by hand")]) == []
+
+
+def test_sentences_of_a_notebook_are_corrected_in_their_cell(tables, sentence):
+    cells = [
+        {"cell_type": "markdown", "source": ["Before,\n", "it costs 7 to\n", "8 nats."]},
+        {"cell_type": "code", "source": "# it costs 7 to 8 nats."},
+    ]
+    content = json.dumps({"cells": cells}, indent=1) + "\n"
+    fixed = json.loads(prose.corrected_notebook(content, [sentence], tables))["cells"]
+    assert fixed[0]["source"] == ["Before,\n", "it costs 0.3 to\n", "0.4 nats."]
+    assert fixed[1] == cells[1], "code is code"
+    with pytest.raises(prose.ProseError, match="is in 2 cells, not in one"):
+        prose.corrected_notebook(json.dumps({"cells": [cells[0], cells[0]]}), [sentence], tables)
+
+
+def test_a_table_without_models_needs_no_model(tables):
+    spec = {"digits": 2, "table": "t", "by": None, "where": {"k": 1}}
+    assert prose.values(prose.Sentence("s-1", "{n}", {"n": spec}), tables) == {"n": "0.31"}
+    with pytest.raises(prose.ProseError, match="s-1: no rows for `n` of as printed"):
+        prose.values(prose.Sentence("s-1", "{n}", {"n": {**spec, "where": {"k": 9}}}), tables)
