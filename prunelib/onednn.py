@@ -38,7 +38,9 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: Float[Tensor, "... features"]) -> Float[Tensor, "... outputs"]:
         if not _possible(input, self.weight):
             return functional.linear(input, self.weight, self.bias)
-        return _Product.apply(input, self.weight, self.bias)
+        if torch.is_grad_enabled():
+            return _Product.apply(input, self.weight, self.bias)
+        return _product(input, self.weight, self.bias)
 
 
 def _possible(input: Tensor, weight: Tensor) -> bool:
@@ -57,15 +59,12 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 class _Product(torch.autograd.Function):
+    # The older form, with a context: for the newer one PyTorch inspects signatures in every call, half the cost of a product.
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(input, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        input, weight, _ = inputs
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # A frozen weight has no gradient, and then the input need not be kept: most of a LoRA step's memory.
-        ctx.save_for_backward(input if weight.requires_grad else None, weight)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
+        return _product(input, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
