@@ -7,7 +7,7 @@
 # make audit     known weaknesses of the locked packages (pip-audit; needs PyPI itself), nothing pickled, hashes, licences
 # make sbom      the inventory sbom.cdx.json and the licences in data/README.md anew, after the lock has changed
 # make report    one page of everything, build/report/report.html, and the same as PDF where a browser is installed
-# make lab       the notebooks in JupyterLab
+# make lab       the notebooks in JupyterLab (as root, in a container: ARGS=--allow-root)
 # make lock      resolve the dependencies anew
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
 #

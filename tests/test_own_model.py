@@ -178,7 +178,9 @@ def settings(place, **changes):
 
 @pytest.fixture(scope="module")
 def run(place):
-    output = run_notebook(NOTEBOOK, place / "run.json", **settings(place, repair="refit_scale"))
+    pytest.importorskip("lm_eval")
+    asked = {"tasks": ["pydocs_parameter"], "tasks_limit": 5}
+    output = run_notebook(NOTEBOOK, place / "run.json", **settings(place, repair="refit_scale", **asked))
     return results.read_run(output)
 
 
@@ -211,6 +213,16 @@ def test_the_card_in_the_folder_is_that_of_the_run(place, run):
     assert model_card.front_matter(text)["license"] == "apache-2.0"
     assert "base_model" not in model_card.front_matter(text), "a folder is no name on the hub"
     assert str(place) not in text, "no path of a machine"
+
+
+def test_tasks_are_answered_by_the_dense_and_the_final_model(run):
+    found = {(row["state"], row["metric"]): row for row in run["rows"] if row.get("task") == "pydocs_parameter"}
+    dense, healed, gap = (found[key] for key in (("dense", "acc"), ("healed", "acc"), ("healed", "acc_over_dense")))
+    assert gap["value"] == pytest.approx(healed["value"] - dense["value"])
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    assert dense["n"] == 5
+    assert ("pruned", "acc") not in found
+    assert f"| pydocs_parameter | acc | {dense['value']:.3f} ± " in model_card.card(run)
 
 
 def test_what_cannot_be_published_is_refused_before_any_work(place):
