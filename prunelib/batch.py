@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from prunelib.notebook import MINIMUM_FREE_BYTES
 from prunelib.provenance import at_root, project_root, write_json
 
 HABITS = ("--keep-going", "--rerun-incomplete", "--quiet", "host", "reason", "rules")
@@ -81,9 +83,10 @@ def _only_here(root: Path) -> Iterator[None]:
     """
     try:
         (root / ".snakemake").mkdir(exist_ok=True)
-        lock = open(root / ".snakemake" / "batch.lock", "w")  # noqa: SIM115 (for as long as this lasts)
         with tempfile.TemporaryFile(dir=root / ".snakemake") as probe:
             probe.write(bytes(4096))
+        free = shutil.disk_usage(root).free
+        lock = open(root / ".snakemake" / "batch.lock", "w")  # noqa: SIM115 (for as long as this lasts)
     except OSError as error:
         raise BatchError(
             f"cannot write to {root / '.snakemake'} ({error.strerror}): a batch keeps its record there; make room, or give "
@@ -96,6 +99,11 @@ def _only_here(root: Path) -> Iterator[None]:
             raise BatchError(f"a batch is already running in {root}: wait for it, or end it first") from None
         except OSError:  # a disk without such locks
             pass
+        if free < MINIMUM_FREE_BYTES:  # every run would be refused
+            raise BatchError(
+                f"only {free / 2**20:.0f} MiB are free at {root}, a run needs {MINIMUM_FREE_BYTES / 2**20:.0f} MiB: "
+                "make room and start again"
+            )
         yield
 
 

@@ -263,6 +263,10 @@ def test_a_disk_that_is_full_before_the_run(nb, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**20))
     assert notebook.main([str(nb), str(tmp_path / "runs" / "a.json")]) == 2
     assert says(capsys.readouterr().err, "disk full", 0)
+    monkeypatch.setattr(batch, "project_root", lambda: tmp_path)
+    (tmp_path / "profile.yaml").write_text("{}")
+    assert batch.main([str(tmp_path / "profile.yaml")]) == 2, "before Snakemake starts, and once instead of for every run"
+    assert says(capsys.readouterr().err, "disk full", 0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

@@ -334,6 +334,18 @@ def test_a_finished_training_is_not_run_again(tmp_path):
     assert torch.equal(logits(again.model), logits(first.model))
 
 
+def test_a_training_killed_before_its_first_step_starts_anew(tmp_path, monkeypatch):
+    """Also between what is written before the training: the folder is still this training's own."""
+    model, rows = pruned(), random_rows()
+    for place in ("save", "_classes"):
+        with monkeypatch.context() as patch:
+            owner = models if place == "save" else healing
+            patch.setattr(owner, place, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run(model, rows, LORA, tmp_path / "h")
+    assert len(run(model, rows, LORA, tmp_path / "h").losses) == LORA.steps
+
+
 def test_another_training_in_the_same_folder_is_refused(tmp_path):
     model, rows = pruned(), random_rows()
     run(model, rows, LORA, tmp_path / "h")
