@@ -38,6 +38,8 @@ FIGURES = "figures"
 COSTS = "data/costs.csv"
 ERRORS = "data/published/README.md"
 LONGEST = 200  # rows of plotted numbers that are shown below a figure; more are in its csv
+WIDEST = 12  # columns of a table that fits an upright sheet of paper
+LARGEST = 50_000  # characters of a table that is shown without being asked for
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
@@ -271,6 +273,7 @@ def grid(
         if named:
             cells[0] = f'<th scope="row">{line[0]}</th>'
         body += f"<tr>{''.join(cells)}</tr>\n"
+    attributes += ' data-wide=""' if len(head) > WIDEST else ""
     return box(f"<table{attributes}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>", label)
 
 
@@ -308,6 +311,8 @@ def figure(stem: str, part: Part, caption: str, page: Page) -> str:
             numbers = f'<p class="small">The plotted numbers: {lines} in {page.file(path)}.</p>'
     else:
         body, numbers = table(path, part.title), f'<p class="small">{lines}.</p>'
+        if len(body) > LARGEST:
+            body = f"<details><summary>The table, {lines}</summary>{body}</details>"
     about = f'<p class="small"><code>{stem}</code>: {esc(origin)}; {files}</p>'
     return (
         f'<figure id="{page.unique(f"figure-{stem}")}" data-stem="{stem}">\n{body}\n<figcaption>{caption}{about}</figcaption>\n'
@@ -491,7 +496,9 @@ def chapter_section(
         numbers.extend(mine)
         return words(text, page, folder="notebooks", below=below, numbers=mine)
 
-    parts = [f'<section id="{anchor}" class="chapter">\n<h2>{_inline(one.title)}</h2>']
+    parts = [
+        f'<section id="{anchor}" class="chapter">\n<h2><span class="small">{one.name[:2]}</span> {_inline(one.title)}</h2>'
+    ]
     answer = next((part for part in one.parts if re.match(r"In plain words|Answer", part.title)), None)
     jump = f' · <a href="#{anchor}-answer">the answer</a>' if answer else ""
     parts.append(f'<p class="small">Notebook: {page.file(one.path)}{jump}</p>')
@@ -552,7 +559,7 @@ def contents(entries: Sequence[tuple[str, str, Sequence[tuple[str, str]]]]) -> s
     for anchor, title, below in entries:
         inner = "".join(f'<li><a href="#{name}">{_inline(words)}</a></li>' for name, words in below)
         lines.append(f'<li><a href="#{anchor}">{_inline(title)}</a>{f"<ol>{inner}</ol>" if inner else ""}</li>')
-    return f'<nav class="toc" aria-label="Contents"><h2 id="contents">Contents</h2><ol>{"".join(lines)}</ol></nav>'
+    return f'<nav class="toc" aria-label="Contents"><p class="title">Contents</p><ol>{"".join(lines)}</ol></nav>'
 
 
 def page(out: str | os.PathLike = OUT) -> str:

@@ -1,6 +1,7 @@
 """The report: one file that needs nothing else, holds everything, and says of every number where it is from."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -162,6 +163,17 @@ def test_every_figure_and_table_has_caption_picture_and_record(tree):
         assert f"figures/{stem}.csv" in " ".join(one.attributes["href"] for one in caption.all("a"))
     alone = [stem for stem in STEMS if len(shown[stem].all("figcaption")[0].text.split()) < 25]
     assert len(alone) < 20, f"captions are the words of the chapter: {alone}"
+
+
+def test_headings_are_an_outline(tree):
+    levels = [int(node.tag[1]) for node in tree.all("h1", "h2", "h3", "h4", "h5", "h6")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    skipped = [(one, other) for one, other in itertools.pairwise(levels) if other > one + 1]
+    assert skipped == []
+    assert all(node.text.strip() for node in tree.all("h1", "h2", "h3", "h4", "a", "summary", "figcaption"))
+    for node in tree.all("table"):
+        assert all(cell.attributes.get("scope") for cell in node.all("th")) or node.source == report.ERRORS
 
 
 def test_every_chapter_with_its_question_and_answer(tree):
