@@ -5,6 +5,7 @@ with 4096, 12.19 with 128), so `PerplexityProtocol` holds every part and `Perple
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -21,6 +22,9 @@ from prunelib.corpora import Corpus, consecutive_windows
 from prunelib.models import check_vocabulary
 from prunelib.prefix import SharedRuns, Shell
 from prunelib.prefix import shared_layer_forwards as shared_layer_forwards  # what the dictionaries below cost, beforehand
+
+BEYOND_CHANCE = 1.0
+"""Nats per token beyond those of guessing: a model with random weights stays below, another vocabulary gives several."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,17 @@ def _logits(model: nn.Module, ids: Int64[Tensor, "batch position"]) -> Float[Ten
     return model(input_ids=ids, use_cache=False).logits
 
 
+def _warn_of_chance(found: Perplexity, model: nn.Module) -> None:
+    """Warn where a whole model predicts clearly worse than by guessing: its tokens are then those of another tokenizer."""
+    chance = math.log(model.get_input_embeddings().num_embeddings)
+    if found.nats > chance + BEYOND_CHANCE:
+        warnings.warn(
+            f"the whole model predicts worse than chance: {found.nats:.2f} nats per token where guessing gives {chance:.2f}: "
+            "another model's tokenizer, or damaged weights?",
+            stacklevel=3,
+        )
+
+
 class Tally:
     """Sums per window, from one batch of logits after another."""
 
@@ -315,6 +330,8 @@ def layer_set_perplexity(
             raise NotFinite(f"without the {unit}s {removed}: {error}") from None
         del logits  # before the next ones are made
     results = LayerSetPerplexity((removed, tally.result()) for removed, tally in tallies.items())
+    if () in results:
+        _warn_of_chance(results[()], model)
     results.layer_forwards, results.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
     return results
 

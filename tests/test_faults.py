@@ -464,6 +464,11 @@ def test_the_tokenizer_of_another_model(saved, tiny_llama):
     with pytest.raises(models.CheckpointError) as caught:
         models.load_tokenizer(saved)
     assert says(caught.value, "wrong tokenizer", 1)
+    with torch.no_grad():
+        tiny_llama.lm_head.weight *= 100  # sure of itself, and wrong, as a trained model is on another one's tokens
+    with pytest.warns(UserWarning, match="chance") as caught:
+        evaluation.layer_set_perplexity(tiny_llama, torch.randint(3, 97, (2, 8)), [(), (1,)], progress=False)
+    assert says(caught[0].message, "wrong tokenizer", 2)
 
 
 def test_a_model_with_unknown_layers(saved):
