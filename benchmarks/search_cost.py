@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from prunelib import corpora, models
 from prunelib.ablations import LayerSetLoss
 from prunelib.evaluation import perplexity
+from prunelib.provenance import record
 from prunelib.search import LayerSet, greedy
 
 SHAPES = {
@@ -108,7 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--together", type=int, default=8, help="branches in one call of a layer")
     parser.add_argument("--only", nargs="+", help="some of the variants")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--output", type=Path, help="file for the numbers")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -166,8 +167,10 @@ def main() -> None:
             f"{one['variant']:32s} {one['seconds']:8.2f} {one['cpu_seconds']:8.2f} {baseline['seconds'] / one['seconds']:8.2f} "
             f"{one['layer_forwards']:9d} {one['layer_forwards'] / baseline['layer_forwards']:6.3f}  {one['removed']}"
         )
-    if args.json:
-        args.json.write_text(json.dumps({"settings": {**vars(args), "json": None}, "variants": found}, indent=1) + "\n")
+    if args.output:
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        report = {"settings": settings, "variants": found, "provenance": record(device=args.device)}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _wait(device: str) -> None:

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prunelib.statistics
 from prunelib.models import decoder_layers, load
+from prunelib.provenance import record
 from prunelib.statistics import LayerStats, collect
 
 
@@ -169,7 +170,7 @@ def main() -> None:
     if differences is not None:
         print("largest relative difference with and without the kernel:", differences)
     if args.output is not None:
-        record = {
+        report = {
             "shape": args.model or args.shape,
             "dtype": args.dtype,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -180,8 +181,9 @@ def main() -> None:
             "seconds": {name: statistics.median(values) for name, values in seconds.items()},
             "ratios": ratios,
             "relative_differences": differences,
+            "provenance": record(device=args.device),
         }
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from slicing_cost import SHAPES
 from statistics_cost import largest_differences, random_model
 
 from prunelib import evaluation, models, statistics, streaming
+from prunelib.provenance import record
 
 GIB = 2**30
 
@@ -142,6 +143,7 @@ def main() -> None:
                 report["largest_relative_differences"] = largest_differences(streamed_, resident)
             else:
                 report["nats_resident"], report["nats_streamed"] = resident.nats, streamed_.nats
+    report["provenance"] = record(device=str(device))
     print(json.dumps(report, indent=1))
     if args.output is not None:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
