@@ -248,7 +248,10 @@ def test_a_journal_killed_in_its_first_line_starts_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))  # in a child alone
     child = os.fork()
     if child == 0:
-        search._read_journal(journal, {"key": "a"})
+        try:
+            search._read_journal(journal, {"key": "a"})
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     monkeypatch.undo()
     assert not journal.exists(), "no half of a header, which the next call would refuse"
