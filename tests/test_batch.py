@@ -298,6 +298,7 @@ def test_a_dry_run_lists_every_run(name, tmp_path):
     profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
     command = [sys.executable, "-m", "snakemake", "-n", "--forceall", "-s", str(ROOT / "Snakefile"), "--directory", str(ROOT)]
     command += ["--configfile", str(ROOT / "profiles" / f"{name}.yaml"), "--nolock"]
+    command += ["--rerun-incomplete"]  # also where a batch was interrupted
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     models, corpora = profile["models"], profile["calibration"]
