@@ -134,3 +134,30 @@ def test_missing_and_new_rows_are_named():
 
 def test_other_columns_are_named():
     assert verify.compare_tables(table(), table().drop(columns="n")) == ["the table has other columns: n missing, none new"]
+
+
+def test_tables_of_two_runs_are_compared_but_for_times(tmp_path, capsys):
+    rows = [
+        {"run": "a", "method": "x", "metric": "nats", "value": 1.5, "code": "1"},
+        {"run": "a", "method": "y", "metric": "nats", "value": 2.5, "code": "1"},
+        {"run": "a", "method": "x", "metric": "seconds", "value": 9.0, "code": "1"},
+    ]
+    other = [row | {"code": "2"} | ({"value": 3.0} if row["metric"] == "seconds" else {}) for row in rows]
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    pd.DataFrame(rows).to_csv(old, index=False)
+    pd.DataFrame(other).to_csv(new, index=False)
+    assert verify.main([str(old), str(new)]) == 0
+    assert "all 2 numbers agree, 2 of them in every digit" in capsys.readouterr().out
+    other[0]["value"] = 1.5000001
+    pd.DataFrame(other[::-1]).to_csv(new, index=False)
+    assert verify.main([str(old), str(new)]) == 0
+    assert "all 2 numbers agree, 1 of them in every digit" in capsys.readouterr().out
+    other[0]["value"] = 1.6
+    pd.DataFrame(other).to_csv(new, index=False)
+    assert verify.main([str(old), str(new)]) == 1
+    assert "nats: value is 1.6, expected 1.5" in capsys.readouterr().err
+
+
+def test_other_arguments_are_refused(capsys):
+    assert verify.main(["data/results.csv", "nowhere.csv"]) == 2
+    assert "OLD.csv NEW.csv" in capsys.readouterr().err
