@@ -539,9 +539,14 @@ def test_two_batches_on_one_folder(tmp_path, monkeypatch, capsys):
     assert len(started) == 2
 
 
+def _interruptible() -> None:
+    """What is started in the background of a shell ignores interrupts, and so would its children: the tests themselves, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_a_run(nb, older):
     command = [sys.executable, "-m", "prunelib.notebook", str(nb), str(older), "mode=sleep"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible) as process:
         assert process.stderr.readline() == "8 False\n", "the kernel works"
         kernels = psutil.Process(process.pid).children(recursive=True)
         assert kernels
@@ -561,7 +566,13 @@ def test_ctrl_c_in_a_batch(tmp_path):
     command = [sys.executable, "-m", "prunelib.batch", "profile.yaml", wanted]
     environment = project.environment(BATCH_SLEEP="100")
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_interruptible,
     )
     wait_for(project.log.exists)
     running = psutil.Process(process.pid).children(recursive=True)
