@@ -24,6 +24,7 @@ sys.path.insert(0, workflow.basedir)
 
 from prunelib import grid
 from prunelib.provenance import model_fingerprint, notebook_source_sha
+from prunelib.results import runs_table
 
 if "models" not in config:  # no --configfile; as a plain directive it would be merged into every other profile
     configfile: "profiles/reference.yaml"
@@ -59,7 +60,7 @@ localrules: all
 
 # The runs too, although the tables are made of them: a clone has the tables and would make nothing again.
 rule all:
-    input: [run for runs in TABLES.values() for run in runs], TABLES, [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
+    input: [run for runs in TABLES.values() for run in runs], TABLES, map(runs_table, TABLES), [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
 
 
 # Functions that make functions: one that used the loop's variable would see its last value.
@@ -95,9 +96,9 @@ for table, runs in TABLES.items():
     rule:
         name: f"table_{Path(table).stem}"
         input: runs
-        output: table
+        output: table=table, runs=runs_table(table)
         localrule: True
-        shell: "{PYTHON:q} -m prunelib.results {input:q} {output:q}"
+        shell: "{PYTHON:q} -m prunelib.results {input:q} {output.table:q}"
 
 
 for chapter, files in CHAPTERS.items():

@@ -308,7 +308,7 @@ def _table(place: str | None) -> pd.DataFrame:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # committed runs of several versions; every row names its own
             return results.collect(place)
-    return pd.read_csv(at_root(place), low_memory=False)
+    return results.read_table(place)
 
 
 # --------------------------------------------------------------------------------------------------------------- measuring

@@ -56,10 +56,9 @@ def costs(sources: Iterable[str | os.PathLike]) -> pd.DataFrame:
 def named() -> set[tuple[str, str]]:
     """Run and code of every run that a committed table or the record of a figure names; of a figure, all its pairs."""
     found: set[tuple[str, str]] = set()
-    for path in sorted(at_root("data").glob("*.csv")):
-        table = pd.read_csv(path, usecols=lambda name: name in ("run", "code"), dtype=str)
-        if path.name != Path(COSTS).name and {"run", "code"} <= set(table):
-            found |= set(table.dropna().itertuples(index=False, name=None))
+    for path in sorted(at_root("data").glob(f"*{results.RUNS}")):
+        runs = pd.read_csv(path, usecols=["run", "code"], dtype=str).dropna()
+        found |= set(runs[["run", "code"]].itertuples(index=False, name=None))
     for path in sorted(at_root("figures").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         found |= {(run, code) for run in record.get("runs", []) for code in record.get("run_code", [])}

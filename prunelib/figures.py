@@ -44,7 +44,7 @@ from prunelib.provenance import (
     temporary_prefix,
     write_json,
 )
-from prunelib.results import PATHS, write_table
+from prunelib.results import PATHS, table_files, write_table
 
 WIDTH = 7.2  # inches; at the width of a README 9 pt are then 9 pt on the screen
 PICTURES = (".png", ".pdf")
@@ -639,19 +639,20 @@ def trace(
     """Where the numbers of a figure come from, for the `provenance` of `save`.
 
     notebook: the chapter. parameters: its parameters; those that name files of one batch are left out. inputs: the tables it
-    read, recorded with their sha256. rows: the rows of results.csv behind the figure; their columns `run` and `code` are
-    recorded. Relative paths are below the project root, and no path of the machine is recorded. Raises FileNotFoundError when
-    the notebook or an input is not there.
+    read, recorded with the sha256 of their files. rows: the rows of results.csv behind the figure; their columns `run` and
+    `code` are recorded. Relative paths are below the project root, and no path of the machine is recorded. Raises
+    FileNotFoundError when the notebook or an input is not there.
     """
     columns = {"runs": "run", "run_code": "code"}
     missing = [name for name in columns.values() if rows is not None and name not in rows]
     if missing:
         raise FigureError(f"`rows` has no column {', '.join(missing)}: pass rows of results.csv, published ones apart")
     found = {} if rows is None else {key: sorted(rows[name].dropna().unique().tolist()) for key, name in columns.items()}
+    read = {part for path in inputs for part in table_files(path)}
     return {
         "notebook": {"path": _portable(at_root(notebook)), "source_sha256": notebook_source_sha(at_root(notebook))},
         "parameters": {name: _portable(value) for name, value in (parameters or {}).items() if name not in PATHS},
-        "inputs": {_portable(at_root(path)): file_sha256(at_root(path)) for path in sorted(map(os.fspath, inputs))},
+        "inputs": {_portable(at_root(path)): file_sha256(at_root(path)) for path in sorted(map(os.fspath, read))},
         **found,
     }
 

@@ -7,6 +7,9 @@ One run is one JSON file, written by the last cell of its notebook:
 
 The table has one line per row of every run, the scalar parameters of the run beside it, and the column `run`
 (`<folder>/<stem>` of the run file), so that every number can be traced. Lists and paths stay in the run file.
+
+On disk it is two files: `<table>.csv` with the rows, and `<table>.runs.csv` with what is the same in all rows of a run, written
+once per run: its parameters, `experiment` and `code`. `read_table` puts them together again.
 """
 
 import json
@@ -25,6 +28,7 @@ SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
 RESERVED = ("run", "experiment", "code")
 PUBLISHED = "data/published/published.csv"
+RUNS = ".runs.csv"  # of the table of runs beside a table
 # Parameters that name files of one machine or one batch.
 PATHS = ("output", "data_dir", "task_data_dir", "statistics", "choices")
 
@@ -99,7 +103,51 @@ def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.
 
     Raises ResultError when there is no run, when one is invalid, or when two have the same id.
     """
+    return _joined(*_collected(source))
+
+
+def write_runs(source: str | os.PathLike | Iterable[str | os.PathLike], path: str | os.PathLike) -> "pandas.DataFrame":
+    """`collect`, written as `path` and, beside it, the runs' own table (`runs_table`). Raises as `collect`, and OSError."""
+    rows, runs = _collected(source)
+    # The rows last: they are what a batch looks for, and without their runs they would say nothing.
+    write_table(runs, runs_table(path))
+    write_table(rows, path)
+    return _joined(rows, runs)
+
+
+def read_table(path: str | os.PathLike) -> "pandas.DataFrame":
+    """A table as `collect` made it, from its two files; any other CSV, which has no second file, as it is.
+
+    Raises ResultError when the rows of a run stand in one file and the run does not in the other, and FileNotFoundError.
+    """
     import pandas
+
+    rows = pandas.read_csv(at_root(path), low_memory=False)
+    beside = at_root(runs_table(path))
+    if not beside.is_file():
+        if "run" in rows and "code" not in rows:
+            raise ResultError(f"{from_root(beside)} is missing, which holds the parameters of the runs in {from_root(path)}")
+        return rows
+    runs = pandas.read_csv(beside, low_memory=False)
+    unknown = set(rows["run"]) - set(runs["run"])
+    if unknown or not runs["run"].is_unique:
+        what = f"lacks the run {min(unknown)}" if unknown else "names a run twice"
+        raise ResultError(f"{from_root(beside)} {what}: it belongs to another {from_root(path)}; make both again")
+    return _joined(rows, runs)
+
+
+def runs_table(path: str | os.PathLike) -> Path:
+    """`<table>.runs.csv`, the table of runs that belongs to `<table>.csv`."""
+    return Path(path).with_suffix(RUNS)
+
+
+def table_files(path: str | os.PathLike) -> list[Path]:
+    """The files of a table: itself, and the table of its runs where there is one."""
+    return [Path(path), *(one for one in (runs_table(path),) if at_root(one).is_file())]
+
+
+def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "tuple[pandas.DataFrame, pandas.DataFrame]":
+    """The rows of all runs, without what their run says for all of them; and the runs."""
 
     if isinstance(source, str | os.PathLike):
         files = sorted(path for path in at_root(source).rglob("*.json") if not path.name.startswith("."))
@@ -111,28 +159,46 @@ def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.
     if twice:
         raise ResultError(f"two run files are called {twice[0]}: a table needs distinct names")
 
-    records, parameters, coordinates = [], set(), set()
+    rows, runs = [], []
     for file in sorted(files, key=run_id):
-        run = read_run(file)
+        run, name = read_run(file), run_id(file)
         scalars = {
             name: value for name, value in run["parameters"].items() if name not in PATHS and not isinstance(value, list | dict)
         }
-        parameters |= scalars.keys()
         code = run["provenance"].get("source_sha256")
-        for row in run["rows"]:
-            coordinates |= row.keys() - set(VALUES)
-            code_column = code[:12] if code else None
-            records.append({"run": run_id(file), "experiment": run["experiment"], **scalars, **row, "code": code_column})
-    codes = sorted({record["code"] for record in records if record["code"]})
+        runs.append({"run": name, "experiment": run["experiment"], **scalars, "code": code[:12] if code else None})
+        rows.extend({"run": name, **{key: row[key] for key in row if key not in scalars}} for row in run["rows"])
+    codes = sorted({run["code"] for run in runs if run["code"]})
     if len(codes) > 1:
         warnings.warn(
             f"this table mixes runs of {len(codes)} versions of the library ({', '.join(codes)}); "
             "make them again with one version (`snakemake --forceall`) before comparing them",
-            stacklevel=2,
+            stacklevel=3,
         )
-    used = sorted(name for name in parameters | coordinates if any(record.get(name) is not None for record in records))
-    columns = ["run", "experiment", *used, *VALUES, "code"]
+    return _frame(rows, ("run",), VALUES), _frame(runs, ("run", "experiment"), ("code",))
+
+
+def _frame(records: Sequence[Mapping], first: Sequence[str], last: Sequence[str]) -> "pandas.DataFrame":
+    """Columns `first`, those of the records with any value (sorted), and `last`."""
+    import pandas
+
+    names = {name for record in records for name, value in record.items() if value is not None} - {*first, *last}
+    columns = [*first, *sorted(names), *last]
     return pandas.DataFrame({name: _column([record.get(name) for record in records]) for name in columns})
+
+
+def _joined(rows: "pandas.DataFrame", runs: "pandas.DataFrame") -> "pandas.DataFrame":
+    """Every row with its run. A name that both have, a coordinate here and a parameter there, is filled from the run."""
+    import pandas
+
+    places = pandas.Index(runs["run"]).get_indexer(rows["run"])
+    parts = {name: rows[name] for name in rows}
+    for name in runs.columns.difference(["run"]):
+        of_run = runs[name].take(places).set_axis(rows.index)
+        parts[name] = parts[name].where(parts[name].notna(), of_run) if name in parts else of_run
+    ends = ("run", "experiment", *VALUES, "code")
+    names = sorted(name for name in parts if name not in ends and parts[name].notna().any())
+    return pandas.DataFrame({name: parts[name] for name in ("run", "experiment", *names, *VALUES, "code")})
 
 
 def published(paper: str | None = None, item: str | None = None) -> "pandas.DataFrame":
@@ -254,8 +320,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     *sources, out = (Path(argument).absolute() for argument in arguments)
     try:
-        table = collect(sources[0] if len(sources) == 1 and sources[0].is_dir() else sources)
-        write_table(table, out)
+        table = write_runs(sources[0] if len(sources) == 1 and sources[0].is_dir() else sources, out)
     except (ResultError, OSError) as error:
         print(f"results: {error}", file=sys.stderr)
         return 1

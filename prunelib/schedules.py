@@ -248,10 +248,11 @@ def _check_redundancy(redundancy: Float64[np.ndarray, "layer"]) -> None:
 
 
 def _remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
-    # Rounded sums: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float.
+    # Rounded sums: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. Their sum is rounded on its own, since
+    # one of n + 1/2, as bisection meets it, would else go either way with the sums of another processor.
     exact = np.round(units, 9)
     whole = np.floor(exact).astype(np.int64)
-    missing = round(float(exact.sum())) - int(whole.sum())
+    missing = round(round(float(exact.sum()), 6)) - int(whole.sum())
     whole[np.argsort(whole - exact, kind="stable")[:missing]] += 1
     return whole
 

@@ -164,7 +164,7 @@ def compare_two(old: Path, new: Path) -> int:
 
 
 def _without_times(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path)
+    table = results.read_table(path)
     return table[~table["metric"].isin(TIMES)]
 
 

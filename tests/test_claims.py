@@ -358,13 +358,13 @@ def test_every_measured_value_names_runs_of_the_committed_tables(found, tables):
 def test_two_claims_recomputed_by_other_means(found):
     """Independent of the language of data/claims.yaml."""
     by_name = {one.claim.id: one for one in found}
-    table = pd.read_csv(ROOT / "data/results.csv", low_memory=False)
+    table = results.read_table("data/results.csv")
     rows = table[(table["metric"] == "nats_over_cosine") & (table["method"] == "simdiff_mssd") & (table["search"] == "ternary")]
     rows = rows[(rows["calibration"] == "pydocs") & (rows["alpha_corpus"] == "pydocs") & (rows["layers_removed"] > 0)]
     for part in by_name["simdiff-02"].measured:
         mine = rows[rows["model"].str.endswith(part.model)].groupby("calibration_seed")["value"].mean()
         assert (part.value, part.low, part.high) == pytest.approx((mine.median(), mine.min(), mine.max()))
-    slicing = pd.read_csv(ROOT / "data/slicing.csv", low_memory=False)
+    slicing = results.read_table("data/slicing.csv")
     slicing = slicing[(slicing["metric"] == "nats") & (slicing["part"] == "sweep")]
     for part in by_name["dynamic-01"].measured:
         mine = slicing[slicing["model"].str.endswith(part.model)]

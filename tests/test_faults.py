@@ -515,7 +515,7 @@ def test_two_batches_on_one_folder(tmp_path, monkeypatch, capsys):
             return self
 
         def __exit__(self, *_):
-            pass
+            """Nothing was started, nothing is to be waited for."""
 
         def wait(self):
             return 0

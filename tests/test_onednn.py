@@ -82,7 +82,7 @@ def test_a_wrong_width_has_the_error_of_pytorch():
 
 def test_subclasses_and_other_modules_are_left_alone():
     class Other(nn.Linear):
-        pass
+        """A linear layer of its own kind, such as those of quantised models."""
 
     model = onednn.adopt(nn.Sequential(Other(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)))
     assert [type(module) for module in model] == [Other, nn.LayerNorm, onednn.OneDnnLinear]

@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pandas
 import pytest
 
 from prunelib import results
@@ -101,6 +102,43 @@ def test_ten_digits_survive_the_table_and_all_of_them_the_run_file(value, tmp_pa
     with open(tmp_path / "t.csv", newline="") as table:
         assert float(next(csv.DictReader(table))["value"]) == pytest.approx(value, rel=5e-10, abs=0)
     assert json.loads(file.read_text())["rows"][0]["value"] == value
+
+
+def test_a_table_is_read_as_it_was_collected_and_says_once_what_a_run_says_of_all_its_rows(tmp_path):
+    runs, table = tmp_path / "runs", tmp_path / "t.csv"
+    rows = [{"metric": "ppl", "value": 9.5, "seed": 7, "n": 4}, {"metric": "acc", "value": 0.25, "seed": 8, "text": "1,2"}]
+    write(runs / "x" / "a.json", rows, parameters={"model": "m", "layers_removed": 4, "whole": True})
+    write(runs / "x" / "b.json", [{"metric": "ppl", "value": 3, "seed": 2}], parameters={"seed": 2, "limit": None})
+    write(runs / "y" / "c.json", [{"metric": "ppl", "value": 1, "layers_removed": 1}], parameters={}, experiment="y")
+    write(runs / "y" / "empty.json", [], parameters={"model": "n"})
+    collected = results.write_runs(runs, table)
+    pandas.testing.assert_frame_equal(collected, results.collect(runs))
+    assert collected["seed"].tolist()[:3] == [7, 8, 2], "a coordinate in one run, a parameter in the other"
+    assert collected["layers_removed"].tolist() == [4, 4, pandas.NA, 1]
+    flat = tmp_path / "flat.csv"
+    results.write_table(collected, flat)
+    pandas.testing.assert_frame_equal(results.read_table(table), pandas.read_csv(flat))
+    pandas.testing.assert_frame_equal(results.read_table(flat), pandas.read_csv(flat))
+    assert table.read_text().splitlines()[:2] == ["run,layers_removed,seed,text,metric,value,n,stderr", "x/a,,7,,ppl,9.5,4,"]
+    assert (tmp_path / "t.runs.csv").read_text().splitlines()[1] == "x/a,depth,4,m,,True," + "a" * 12
+    assert results.table_files(table) == [table, tmp_path / "t.runs.csv"]
+    assert results.table_files(flat) == [flat]
+
+
+def test_files_that_do_not_belong_together_are_no_table(tmp_path):
+    table = tmp_path / "t.csv"
+    write(tmp_path / "runs" / "a.json")
+    results.write_runs(tmp_path / "runs", table)
+    lines = (tmp_path / "t.runs.csv").read_text().splitlines()
+    (tmp_path / "t.runs.csv").write_text("\n".join([lines[0], lines[1].replace("runs/a", "runs/b")]) + "\n")
+    with pytest.raises(results.ResultError, match=r"t\.runs\.csv lacks the run runs/a: it belongs to another"):
+        results.read_table(table)
+    (tmp_path / "t.runs.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    with pytest.raises(results.ResultError, match=r"t\.runs\.csv names a run twice"):
+        results.read_table(table)
+    (tmp_path / "t.runs.csv").unlink()
+    with pytest.raises(results.ResultError, match=r"t\.runs\.csv is missing, which holds the parameters"):
+        results.read_table(table)
 
 
 def test_mixed_library_versions_warn(tmp_path):

@@ -245,6 +245,16 @@ def test_round_trip(tmp_path):
     )
 
 
+def test_the_total_does_not_hang_on_the_last_digits_of_the_scores():
+    """Bisection halves slices and so meets sums of n + 1/2 units, and other processors sum scores a little otherwise."""
+    slices = np.array([0.1, 0.2, 0.3, 0.25])
+    wanted = {}
+    for moved in np.random.default_rng(0).normal(scale=1e-9, size=(50, 4)):
+        units = (1 - slices) * 90 + moved  # 283.5 in all
+        wanted.setdefault(tuple(schedules.ROUNDINGS["remainder"](units)), units.sum())
+    assert len(wanted) == 1
+
+
 def test_properties():
     assert PLAN.n_layers == 3
     assert PLAN.slices == pytest.approx((0, 0.25, 0.375))

@@ -20,7 +20,7 @@ import pandas
 import pytest
 from batch_project import STATISTICS, Project, write_notebook
 
-from prunelib import grid, verify
+from prunelib import grid, results, verify
 from prunelib.provenance import project_root
 
 ROOT = project_root()
@@ -217,6 +217,6 @@ def test_the_smoke_sweep_gives_the_committed_numbers(cluster, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert {job["JobState"] for job in submitted(ROOT)} == {"COMPLETED"}  # of those that SLURM still remembers
     for table, expected in tables.items():
-        found = pandas.read_csv(ROOT / table)
+        found = results.read_table(table)
         found = found[~found["metric"].isin(verify.TIMES)]
         assert verify.compare_tables(pandas.read_csv(ROOT / expected), found) == [], table
