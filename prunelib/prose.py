@@ -1,10 +1,19 @@
-"""Numbers in running text, traceable: `data/numbers.yaml` says which rows a sentence's numbers are computed from.
+"""Numbers in running text, traceable: `data/numbers.yaml` says which rows or file a sentence's numbers are computed from.
 
     sentences:
       - id: readme-healing
         text: the cut costs {least} to {greatest} nats        as it stands in the document, line breaks apart
         numbers:
-          least: {model: llama32, digits: 1, table: …}        a measure of prunelib.claims, of one model
+          least: {model: llama32, digits: 1, table: …}        a measure of prunelib.claims, of one model (`by: null`: of all)
+      - id: readme-search
+        text: "1/{times} of the naive loop's time, {minutes} min"
+        numbers:
+          times:                                              a number of a JSON file
+            file: data/benchmarks/search_8b_long.json
+            at: [variants, {variant: naive}, seconds]         the way to it: keys, places in a list, or what one element holds
+            over: [variants, {variant: shared}, seconds]      the way to what divides it, if anything does
+            digits: 1
+          minutes: {file: …, at: […], then: minutes, digits: 0}    `then`: as in a measure, or one of `SCALES`
     stated:
       - text: "{times} times a plain forward pass"            numbers that no run of a profile makes, any in their places,
         from: benchmarks/statistics_cost.py                   and what made them: a file, or a few words (`BY`)
@@ -20,19 +29,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from prunelib import claims
+from prunelib import claims, costs
 from prunelib.provenance import at_root, write_text
 
 NUMBERS = "data/numbers.yaml"
 CHAPTER_NUMBERS = "data/chapter_numbers.yaml"
 PLACE = re.compile(r"\{(\w+)\}")
 BY = ("timed by hand", "arithmetic", "the paper")
+FILE_KEYS = {"file", "at", "over", "then", "digits"}
 FIGURE = r"[−-]?\d(?:[\d,]*\d)?(?:\.\d+)?"
 
 GENERATED = (  # code, and what a command or another test writes
@@ -66,13 +76,22 @@ SETTINGS = (  # of chapters: what was set or names a place, not what came out
 COMPUTED, FOUND, STATED, UNTRACED = "computed", "found", "stated", "untraced"
 
 
+SCALES: dict[str, Callable[[float], float]] = {
+    "minutes": lambda seconds: seconds / 60,
+    "gib": lambda mebibytes: mebibytes / 1024,
+}
+"""What `then` may say of a number besides `claims.TRANSFORMS`: other units, which a statistic commutes with."""
+
+
 class ProseError(ValueError):
     """A sentence that a document does not hold, or whose numbers cannot be computed."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words with places for numbers, and how each is computed: a measure of `prunelib.claims`, with `model` and `digits`."""
+    """Words with places for numbers, and how each is computed: a measure of `prunelib.claims` with `model` and `digits`, or a
+    place in a JSON file.
+    """
 
     id: str
     text: str
@@ -125,10 +144,10 @@ def read(path: str | Path = NUMBERS, part: str | None = None) -> tuple[list[Sent
 
 
 def tables() -> claims.Tables:
-    """The tables of the reference profile and, by its stem, what every figure plots."""
+    """The tables of the reference profile, what every figure plots by its stem, and what every run took as `costs`."""
     profile = claims.of_profile()
     drawn = {path.stem: f"figures/{path.name}" for path in sorted(at_root("figures").glob("*.csv"))}
-    return claims.Tables({**profile.places, **drawn}, profile.settings)
+    return claims.Tables({"costs": costs.COSTS, **drawn, **profile.places}, profile.settings)
 
 
 def ledger(notebook: str | Path) -> Ledger:
@@ -146,17 +165,88 @@ def values(sentence: Sentence, tables: claims.Tables) -> dict[str, str]:
     """The printed number of every place. Raises ProseError naming the sentence and the place when there is none."""
     found = {}
     for name, spec in sentence.numbers.items():
-        measure = {key: value for key, value in spec.items() if key not in ("model", "digits")}
         try:
-            parts = claims.measure(measure, tables, tables.settings)
-        except claims.ClaimError as error:
+            value = _in_file(spec) if "file" in spec else _measured(spec, tables)
+        except (claims.ClaimError, ProseError) as error:
             raise ProseError(f"{sentence.id}: {name}: {error}") from error
-        model = spec.get("model", claims.PRINTED)  # of tables whose rows are not told apart by model (`by: null`)
-        one = next((part for part in parts if part.model == model), None)
-        if one is None:
-            raise ProseError(f"{sentence.id}: no rows for `{name}` of {model}")
-        found[name] = claims.number(one.value, spec["digits"])
+        found[name] = claims.number(value, spec["digits"])
     return found
+
+
+def _measured(spec: Mapping, tables: claims.Tables) -> float:
+    """The value of a measure for its model."""
+    then = spec.get("then")
+    ours = ("model", "digits", *(("then",) if then in SCALES else ()))
+    parts = claims.measure({key: value for key, value in spec.items() if key not in ours}, tables, tables.settings)
+    model = spec.get("model", claims.PRINTED)  # of tables whose rows are not told apart by model (`by: null`)
+    one = next((part for part in parts if part.model == model), None)
+    if one is None:
+        raise ProseError(f"no rows of {model}")
+    return SCALES[then](one.value) if then in SCALES else one.value
+
+
+def _in_file(spec: Mapping) -> float:
+    """The number at a place of a JSON file, divided by another one and scaled if the spec says so.
+
+    Raises ProseError for a key that nothing reads, a file or place that is not there, and what is no number.
+    """
+    file, then = spec["file"], spec.get("then", "none")
+    unknown = sorted(set(spec) - FILE_KEYS)
+    if unknown:
+        raise ProseError(f"unknown key `{unknown[0]}` of a number of a file; there are {', '.join(sorted(FILE_KEYS))}")
+    absent = sorted({"at", "digits"} - set(spec))
+    if absent:
+        raise ProseError(f"a number of a file needs `{absent[0]}`")
+    scales = {**claims.TRANSFORMS, **SCALES}
+    if then not in scales:
+        raise ProseError(f"there is no then {then!r}; there are {', '.join(scales)}")
+    try:
+        content = json.loads(at_root(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProseError(f"{file} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ProseError(f"{file} is no JSON: {error}") from error
+    value = _at(content, spec["at"], file)
+    if "over" in spec:
+        divisor = _at(content, spec["over"], file)
+        if divisor == 0:
+            raise ProseError(f"{file}: {_way(spec['over'])} is zero and divides nothing")
+        value = value / divisor
+    return float(scales[then](value))
+
+
+def _at(content: object, steps: Sequence[str | int | Mapping], file: str) -> float:
+    """The number that a path of keys, places and chosen elements leads to."""
+    here = content
+    for depth, step in enumerate(steps, start=1):
+        way = _way(steps[:depth])
+        if isinstance(step, Mapping):
+            elements = here if isinstance(here, list) else []
+            fits = [one for one in elements if isinstance(one, Mapping) and all(_same(one, *pair) for pair in step.items())]
+            if len(fits) != 1:
+                raise ProseError(f"{file} has {len(fits) or 'no'} elements at {way}, where one is to be")
+            here = fits[0]
+            continue
+        try:
+            if isinstance(here, list) != (isinstance(step, int) and not isinstance(step, bool)):
+                raise KeyError(step)
+            here = here[step]
+        except (KeyError, IndexError, TypeError) as error:
+            known = f"; there are {', '.join(map(str, here))}" if isinstance(here, Mapping) else ""
+            raise ProseError(f"{file} has no {way}{known}") from error
+    if isinstance(here, bool) or not isinstance(here, int | float):
+        raise ProseError(f"{file}: {_way(steps)} is no number")
+    return float(here)
+
+
+def _same(element: Mapping, key: str, value: object) -> bool:
+    return key in element and element[key] == value
+
+
+def _way(steps: Sequence[str | int | Mapping]) -> str:
+    """A path in words: `variants / {variant: naive} / seconds`."""
+    parts = [f"{{{', '.join(f'{k}: {v}' for k, v in step.items())}}}" if isinstance(step, Mapping) else step for step in steps]
+    return "«" + " / ".join(map(str, parts)) + "»"
 
 
 def _pattern(text: str, numbers: Mapping[str, str] | None = None) -> re.Pattern:
@@ -253,7 +343,9 @@ def _masked(pattern: re.Pattern, text: str) -> str:
 
 
 def _sources(spec: Mapping) -> Iterator[str]:
-    """Names of the tables that a measure reads."""
+    """The file that a number is read from, or the names of the tables that its measure reads."""
+    if "file" in spec:
+        return iter((spec["file"],))
     other = [spec["x"]] if isinstance(spec.get("x"), Mapping) else []
     parts = [spec, *spec.get("terms", ()), *spec.get("over", ()), *other]
     return iter(dict.fromkeys(part["table"] for part in parts if "table" in part))
@@ -302,7 +394,7 @@ def main(arguments: Sequence[str]) -> int:
             lost = [one.around for text in cells(document) for one in numbers(text, sentences, stated) if one.kind == UNTRACED]
         else:
             sentences, stated = read()
-            write_text(document, corrected(before, sentences, claims.of_profile()))
+            write_text(document, corrected(before, sentences, tables()))
             lost = untraced(before, sentences, stated)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

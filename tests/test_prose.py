@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def tables(tmp_path):
-    rows = [{"run": f"r/{k}", "model": "m/a", "k": k, "value": value} for k, value in ((1, 0.31), (2, 0.44))]
+    rows = [{"run": f"r/{k}", "code": "c", "model": "m/a", "k": k, "value": value} for k, value in ((1, 0.31), (2, 0.44))]
     pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
     return claims.Tables({"t": str(tmp_path / "t.csv")})
 
@@ -41,7 +41,7 @@ def test_a_sentence_that_cannot_be_made_is_named(tables, sentence):
         with pytest.raises(prose.ProseError, match=f"s-1: the document holds .* {times} times, not once"):
             prose.corrected(document, [sentence], tables)
     numbers = {"low": {**sentence.numbers["low"], "model": "b"}}
-    with pytest.raises(prose.ProseError, match="s-1: no rows for `low` of b"):
+    with pytest.raises(prose.ProseError, match="s-1: low: no rows of b"):
         prose.values(prose.Sentence("s-1", "{low}", numbers), tables)
     numbers = {"low": {"model": "a", "digits": 1, "table": "u"}}
     with pytest.raises(prose.ProseError, match="s-1: low: there is no table 'u'"):
@@ -69,6 +69,108 @@ it costs 1 to 2 nats. It takes 17 min. Also 3.5 times as much.
     assert len(prose.untraced(document, [], [])) == 4
 
 
+# ------------------------------------------------------------------------------------------------------- numbers of files
+
+TIMES = {
+    "steps": [
+        {"step": "figures", "cores": 2, "seconds": 2520.0, "peak_mib": 2344},
+        {"step": "figures", "cores": 4, "seconds": 1260.0},
+        {"step": "verify", "seconds": 300.0, "passed": True, "by": "hand"},
+    ],
+    "tokens": [16, 2048],
+    "none": 0,
+}
+
+
+@pytest.fixture
+def held(tmp_path):
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(TIMES))
+
+    def value(at, digits=0, **more):
+        spec = {"file": str(path), "at": at, "digits": digits, **more}
+        return prose.values(prose.Sentence("s-2", "{n}", {"n": spec}), claims.Tables({}))["n"]
+
+    return value
+
+
+def test_numbers_of_a_file(held):
+    two, four = ({"step": "figures", "cores": cores} for cores in (2, 4))
+    assert held(["steps", two, "seconds"]) == "2,520"
+    assert held(["steps", two, "seconds"], then="minutes") == "42"
+    assert held(["steps", two, "peak_mib"], 1, then="gib") == "2.3"
+    assert held(["steps", two, "seconds"], 1, over=["steps", four, "seconds"]) == "2.0"
+    assert held(["steps", {"step": "verify"}, "seconds"], over=["steps", two, "seconds"], then="percent") == "12"
+    assert held(["steps", 2, "seconds"], 1) == "300.0"
+    assert held(["tokens", 1]) == "2,048"
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (["stages"], r"times.json has no «stages»; there are steps, tokens, none$"),
+        (
+            ["steps", {"step": "verify"}, "minutes"],
+            r"has no «steps / {step: verify} / minutes»; there are step, seconds",
+        ),
+        (["steps", {"step": "figures"}, "seconds"], r"has 2 elements at «steps / {step: figures}», where one is to be$"),
+        (["steps", {"step": "test"}, "seconds"], r"has no elements at «steps / {step: test}», where one is to be$"),
+        (["steps", {"cores": None}, "seconds"], r"has no elements at «steps / {cores: None}»"),
+        (["steps", 3], r"has no «steps / 3»$"),
+        (["tokens", "1"], r"has no «tokens / 1»$"),
+        (["none", "x"], r"has no «none / x»$"),
+        (["steps"], r"«steps» is no number$"),
+        (["steps", 2, "passed"], r"«steps / 2 / passed» is no number$"),
+        (["steps", 2, "by"], r"«steps / 2 / by» is no number$"),
+    ],
+)
+def test_what_a_file_does_not_hold_is_named(held, at, message):
+    with pytest.raises(prose.ProseError, match="^s-2: n: .*" + message.removeprefix("^")):
+        held(at)
+    with pytest.raises(prose.ProseError, match=message):
+        held(["tokens", 0], over=at)
+
+
+def test_a_number_of_a_file_says_what_is_read(held, tmp_path):
+    for more, message in (
+        ({"weight": 2}, "unknown key `weight` of a number of a file; there are at, digits, file, over, then"),
+        ({"then": "hours"}, "there is no then 'hours'; there are none, percent, .*minutes, gib"),
+        ({"over": ["none"]}, "times.json: «none» is zero and divides nothing"),
+    ):
+        with pytest.raises(prose.ProseError, match=f"^s-2: n: .*{message}"):
+            held(["tokens", 0], **more)
+    (tmp_path / "cut.json").write_text('{"a": ')
+    for spec, message in (
+        ({"file": str(tmp_path / "away.json"), "at": ["a"], "digits": 0}, "away.json cannot be read: No such file"),
+        ({"file": str(tmp_path / "cut.json"), "at": ["a"], "digits": 0}, "cut.json is no JSON"),
+        ({"file": str(tmp_path / "times.json"), "digits": 0}, "a number of a file needs `at`"),
+        ({"file": str(tmp_path / "times.json"), "at": ["none"]}, "a number of a file needs `digits`"),
+    ):
+        with pytest.raises(prose.ProseError, match=f"^s-2: n: .*{message}"):
+            prose.values(prose.Sentence("s-2", "{n}", {"n": spec}), claims.Tables({}))
+
+
+def test_numbers_of_a_file_are_written_and_traced(tmp_path):
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(TIMES))
+    spec = {"file": str(path), "at": ["steps", {"step": "verify"}, "seconds"], "then": "minutes", "digits": 0}
+    one = prose.Sentence("s-2", "it takes {minutes} min.", {"minutes": spec})
+    document = "Here it takes 17\nmin. There 18."
+    tables = claims.Tables({})
+    assert prose.wrong("it takes 6 min.", [one], tables) == ["s-2: it takes 5 min."]
+    assert prose.corrected("Here it takes 17 min. There 18.", [one], tables) == "Here it takes 5 min. There 18."
+    assert prose.untraced(document, [one], []) == ["18 in «Here There 18.»"]
+    first, second = prose.numbers(document, [one], [], {"t": "data/t.csv"})
+    assert (first.kind, first.source, first.id) == (prose.COMPUTED, str(path), "s-2-minutes")
+    assert second.kind == prose.UNTRACED
+
+
+def test_units_of_a_table(tables):
+    spec = {"model": "a", "digits": 2, "table": "t", "statistic": "greatest"}
+    shown = {"m": {**spec, "column": "k", "then": "minutes"}, "g": {**spec, "then": "gib", "digits": 5}}
+    assert prose.values(prose.Sentence("s-3", "{m} {g}", shown), tables) == {"m": "0.03", "g": "0.00043"}
+
+
 # ------------------------------------------------------------------------------------------------------- the README
 
 
@@ -79,12 +181,30 @@ def committed():
 
 def test_computed_numbers_of_the_readme(committed):
     document = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert prose.wrong(document, committed[0], claims.of_profile()) == [], "run: python -m prunelib.prose README.md"
+    assert prose.wrong(document, committed[0], prose.tables()) == [], "run: python -m prunelib.prose README.md"
 
 
 def test_every_number_of_the_readme_has_an_origin(committed):
     document = (ROOT / "README.md").read_text(encoding="utf-8")
     assert prose.untraced(document, *committed) == [], "say in data/numbers.yaml how it is computed, or what made it"
+
+
+def test_every_computed_number_has_an_id_and_what_is_committed(committed):
+    """One id leads to one number, and from there to a file that data/SHA256SUMS or figures/ holds."""
+    listed = yaml.safe_load((ROOT / prose.CHAPTER_NUMBERS).read_text(encoding="utf-8"))
+    hashed = {line.split("  ", 1)[1] for line in (ROOT / "data/SHA256SUMS").read_text(encoding="utf-8").splitlines()}
+    places = prose.tables().places
+    for sentences in (committed[0], *(prose.read(prose.CHAPTER_NUMBERS, part)[0] for part in listed)):
+        names = [f"{one.id}-{name}" for one in sentences for name in one.numbers]
+        assert sorted(names) == sorted(set(names)), "an id is there twice"
+        for one in sentences:
+            for name, spec in one.numbers.items():
+                files = [places.get(source) or f"data/published/{source}.csv" for source in prose._sources(spec)]
+                files = [spec["file"]] if "file" in spec else files
+                assert files, f"{one.id}-{name} is computed from nothing"
+                for file in files:
+                    known = file in hashed or any(other.startswith(f"{file}/") for other in hashed)
+                    assert known or (file.startswith("figures/") and (ROOT / file).is_file()), f"{one.id}-{name}: {file}"
 
 
 def test_stated_numbers_are_in_the_readme_and_their_origins_are_there(committed):
@@ -137,5 +257,5 @@ def test_sentences_of_a_notebook_are_corrected_in_their_cell(tables, sentence):
 def test_a_table_without_models_needs_no_model(tables):
     spec = {"digits": 2, "table": "t", "by": None, "where": {"k": 1}}
     assert prose.values(prose.Sentence("s-1", "{n}", {"n": spec}), tables) == {"n": "0.31"}
-    with pytest.raises(prose.ProseError, match="s-1: no rows for `n` of as printed"):
+    with pytest.raises(prose.ProseError, match="s-1: n: no rows of as printed"):
         prose.values(prose.Sentence("s-1", "{n}", {"n": {**spec, "where": {"k": 9}}}), tables)
