@@ -1,7 +1,7 @@
 # make figures   every figure and table of the reference profile (resumes what was interrupted)
 # make test      style and tests
 # make optimum   the yardstick in data/optimum anew: every set of layers; for a GPU
-# make gpu       speed and memory at full size, in data/speed and data/benchmarks; for a GPU
+# make gpu       speed and memory at full size, in data/speed and data/benchmarks; for a GPU (one benchmark: two)
 # make verify    check models and corpora, rerun the smoke profile, compare with the committed values
 # make hashes    the committed hashes of data/ anew, after a table was drawn again: commit data/SHA256SUMS with it
 # make audit     known weaknesses of the locked packages (pip-audit; needs PyPI itself), nothing pickled, hashes, licences
@@ -38,9 +38,9 @@ healing: $(READY)
 
 gpu: $(READY)
 	@$(BIN)/python -m prunelib.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
-	@mkdir -p data/benchmarks
 	@$(BIN)/python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 16 \
 	  --seq-len 2048 --batch-size 8 --output data/benchmarks/statistics_8b.json
+	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --output data/benchmarks/slicing_7b.json
 	@$(BIN)/python benchmarks/streaming_cost.py --make build/llama-3-8b --shape llama-3-8b --device cuda
 	@$(BIN)/python benchmarks/streaming_cost.py build/llama-3-8b --device cuda --dtype bfloat16 --batch-size 4 \
 	  --device-limit 4 --windows-at-once 32 --output data/benchmarks/streaming_8b.json
@@ -49,6 +49,9 @@ gpu: $(READY)
 	@$(BIN)/python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 8 --seq-len 128 \
 	  --batch-size 2 --together 16 --only naive "shared, together" "shared, together, stopped" "kl: shared, together" \
 	  "kl: shared, together, stopped" --output data/benchmarks/search_8b_short.json
+	@if [ "$$(nvidia-smi -L | wc -l)" -lt 2 ]; then echo "healing_scaling.json wants two GPUs: left as it was"; else \
+	  $(BIN)/python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \
+	  --micro-batch 8 --steps 10 40 --output data/benchmarks/healing_scaling.json; fi
 
 # One file at a time in each process: what the tests of a file share is made once. Those that use all cores themselves come last.
 test: $(READY)

@@ -16,7 +16,6 @@ model: give one. On a machine that is busy with other work compare the counts.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -24,13 +23,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int64
+from report import write_report
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prunelib import corpora, models
 from prunelib.ablations import LayerSetLoss
 from prunelib.evaluation import perplexity
-from prunelib.provenance import record
 from prunelib.search import LayerSet, greedy
 
 SHAPES = {
@@ -167,10 +166,7 @@ def main() -> None:
             f"{one['variant']:32s} {one['seconds']:8.2f} {one['cpu_seconds']:8.2f} {baseline['seconds'] / one['seconds']:8.2f} "
             f"{one['layer_forwards']:9d} {one['layer_forwards'] / baseline['layer_forwards']:6.3f}  {one['removed']}"
         )
-    if args.output:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        report = {"settings": settings, "variants": found, "provenance": record(device=args.device)}
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.output, args, {"variants": found})
 
 
 def _wait(device: str) -> None:

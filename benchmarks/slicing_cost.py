@@ -12,8 +12,10 @@ import argparse
 import json
 import resource
 import time
+from pathlib import Path
 
 import torch
+from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prunelib.schedules import constant
@@ -30,14 +32,14 @@ SHAPES = {
 }
 
 
-def random_model(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
+def random_model(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, layers: int) -> PreTrainedModel:
     """A random Llama, made on `device`, where random numbers come fast, and handed over on the CPU."""
-    hidden_size, mlp, n_layers, heads, key_value_heads, vocabulary, *_ = shape
+    hidden_size, mlp, _, heads, key_value_heads, vocabulary, *_ = shape
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden_size,
         intermediate_size=mlp,
-        num_hidden_layers=layers or n_layers,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         max_position_embeddings=4096,
@@ -105,29 +107,21 @@ def main() -> None:
     parser.add_argument("--shortcuts", choices=SHORTCUTS, default="absorbed")
     parser.add_argument("--activations-on-cpu", action="store_true")
     parser.add_argument("--no-floor", action="store_true", help="for models that do not fit on the device")
+    parser.add_argument("--output", type=Path, help="JSON file of the numbers")
     settings = parser.parse_args()
     shape = SHAPES[settings.shape]
-    samples, tokens, batch = (
-        given or usual for given, usual in zip((settings.samples, settings.tokens, settings.batch), shape[-3:], strict=True)
-    )
     device = settings.device
-    dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    usual = dict(zip(("samples", "tokens", "batch"), shape[-3:], strict=True))
+    usual |= {"layers": shape[2], "dtype": "float32" if device.type == "cpu" else "bfloat16"}
+    for name, value in usual.items():  # the file of the numbers holds what was run, not what was left out
+        setattr(settings, name, getattr(settings, name) or value)
 
-    model = random_model(shape, device, dtype, settings.layers)
-    windows = torch.randint(0, shape[5], (samples, tokens))
+    model = random_model(shape, device, getattr(torch, settings.dtype), settings.layers)
+    windows = torch.randint(0, shape[5], (settings.samples, settings.tokens))
     plan = constant(model.config.num_hidden_layers, shape[0], settings.slice, multiple=8 if shape[0] % 8 == 0 else 1)
-    report = {
-        "shape": settings.shape,
-        "layers": model.config.num_hidden_layers,
-        "samples": samples,
-        "tokens": tokens,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "shortcuts": settings.shortcuts,
-        "removed": round(account(model.config, plan, shortcuts=settings.shortcuts).removed, 4),
-    }
+    report = {"removed": round(account(model.config, plan, shortcuts=settings.shortcuts).removed, 4)}
     if not settings.no_floor:
-        report |= floor(model, windows, batch, device, 2 * model.config.num_hidden_layers)
+        report |= floor(model, windows, settings.batch, device, 2 * model.config.num_hidden_layers)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     with Clock(device) as slicing:
@@ -135,13 +129,14 @@ def main() -> None:
             model,
             plan,
             windows,
-            batch_size=batch,
+            batch_size=settings.batch,
             device=device,
             activation_device="cpu" if settings.activations_on_cpu else None,
             shortcuts=settings.shortcuts,
         )
     report |= {"slicing_s": slicing.seconds, "peak_gib": slicing.gib}
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=1))
+    write_report(settings.output, settings, report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ count as busy ones.
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,12 +22,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from report import write_report
 from slicing_cost import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prunelib.statistics
 from prunelib.models import decoder_layers, load
-from prunelib.provenance import record
 from prunelib.statistics import LayerStats, collect
 
 
@@ -169,21 +168,8 @@ def main() -> None:
                 print(f"{name:24s} / {base:24s} median ratio {ratio:.3f}  of fastest {fastest:.3f}  of cpu {cpu:.3f}")
     if differences is not None:
         print("largest relative difference with and without the kernel:", differences)
-    if args.output is not None:
-        report = {
-            "shape": args.model or args.shape,
-            "dtype": args.dtype,
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "samples": args.samples,
-            "seq_len": args.seq_len,
-            "batch_size": args.batch_size,
-            "repeats": args.repeats,
-            "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-            "ratios": ratios,
-            "relative_differences": differences,
-            "provenance": record(device=args.device),
-        }
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    write_report(args.output, args, {"seconds": medians, "ratios": ratios, "relative_differences": differences})
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import write_report
 from slicing_cost import SHAPES
 from statistics_cost import largest_differences, random_model
 
 from prunelib import evaluation, models, statistics, streaming
-from prunelib.provenance import record
 
 GIB = 2**30
 
@@ -74,15 +74,7 @@ def main() -> None:
     vocabulary = json.loads((args.folder / "config.json").read_text())["vocab_size"]
     windows = torch.randint(0, vocabulary, (max(args.samples, args.perplexity_windows), args.seq_len))
     calibration, scored = windows[: args.samples], windows[: args.perplexity_windows]
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "dtype": args.dtype,
-        "samples": args.samples,
-        "perplexity_windows": args.perplexity_windows,
-        "seq_len": args.seq_len,
-        "batch_size": args.batch_size,
-        "resident_batch_size": args.resident_batch_size,
-    }
+    report: dict[str, Any] = {}
     results: dict[str, list[Any]] = {"statistics": [], "perplexity": []}
 
     if args.only != "streamed":
@@ -143,10 +135,8 @@ def main() -> None:
                 report["largest_relative_differences"] = largest_differences(streamed_, resident)
             else:
                 report["nats_resident"], report["nats_streamed"] = resident.nats, streamed_.nats
-    report["provenance"] = record(device=str(device))
     print(json.dumps(report, indent=1))
-    if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.output, args, report, without=("make", "shape"))  # the shape is that of the checkpoint
 
 
 if __name__ == "__main__":
