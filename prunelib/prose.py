@@ -11,7 +11,7 @@
           times:                                              a number of a JSON file
             file: data/benchmarks/search_8b_long.json
             at: [variants, {variant: naive}, seconds]         the way to it: keys, places in a list, or what one element holds
-            over: [variants, {variant: shared}, seconds]      the way to what divides it, if anything does
+            over: [variants, {variant: shared}, seconds]      the way to what divides it, if anything does (`times`: multiplies)
             digits: 1
           minutes: {file: …, at: […], then: minutes, digits: 0}    `then`: as in a measure, or one of `SCALES`
     stated:
@@ -42,7 +42,7 @@ NUMBERS = "data/numbers.yaml"
 CHAPTER_NUMBERS = "data/chapter_numbers.yaml"
 PLACE = re.compile(r"\{(\w+)\}")
 BY = ("timed by hand", "arithmetic", "the paper")
-FILE_KEYS = {"file", "at", "over", "then", "digits"}
+FILE_KEYS = {"file", "at", "times", "over", "then", "digits"}
 FIGURE = r"[−-]?\d(?:[\d,]*\d)?(?:\.\d+)?"
 
 GENERATED = (  # code, and what a command or another test writes
@@ -186,7 +186,7 @@ def _measured(spec: Mapping, tables: claims.Tables) -> float:
 
 
 def _in_file(spec: Mapping) -> float:
-    """The number at a place of a JSON file, divided by another one and scaled if the spec says so.
+    """The number at a place of a JSON file, multiplied and divided by others there and scaled, as far as the spec says so.
 
     Raises ProseError for a key that nothing reads, a file or place that is not there, and what is no number.
     """
@@ -207,6 +207,8 @@ def _in_file(spec: Mapping) -> float:
     except json.JSONDecodeError as error:
         raise ProseError(f"{file} is no JSON: {error}") from error
     value = _at(content, spec["at"], file)
+    if "times" in spec:
+        value = value * _at(content, spec["times"], file)
     if "over" in spec:
         divisor = _at(content, spec["over"], file)
         if divisor == 0:

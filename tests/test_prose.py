@@ -103,6 +103,8 @@ def test_numbers_of_a_file(held):
     assert held(["steps", {"step": "verify"}, "seconds"], over=["steps", two, "seconds"], then="percent") == "12"
     assert held(["steps", 2, "seconds"], 1) == "300.0"
     assert held(["tokens", 1]) == "2,048"
+    assert held(["tokens", 1], times=["tokens", 0]) == "32,768"
+    assert held(["tokens", 1], times=["tokens", 1], over=["tokens", 0]) == "262,144"
 
 
 @pytest.mark.parametrize(
@@ -129,11 +131,13 @@ def test_what_a_file_does_not_hold_is_named(held, at, message):
         held(at)
     with pytest.raises(prose.ProseError, match=message):
         held(["tokens", 0], over=at)
+    with pytest.raises(prose.ProseError, match=message):
+        held(["tokens", 0], times=at)
 
 
 def test_a_number_of_a_file_says_what_is_read(held, tmp_path):
     for more, message in (
-        ({"weight": 2}, "unknown key `weight` of a number of a file; there are at, digits, file, over, then"),
+        ({"weight": 2}, "unknown key `weight` of a number of a file; there are at, digits, file, over, then, times"),
         ({"then": "hours"}, "there is no then 'hours'; there are none, percent, .*minutes, gib"),
         ({"over": ["none"]}, "times.json: «none» is zero and divides nothing"),
     ):
