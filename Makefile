@@ -9,9 +9,10 @@
 # make report    one page of everything, build/report/report.html, and the same as PDF where a browser is installed
 # make lab       the notebooks in JupyterLab (as root, in a container: ARGS=--allow-root)
 # make lock      resolve the dependencies anew
+# make walkthrough  how long all this takes from a fresh clone: data/benchmarks/walkthrough.json (an idle machine, 70 minutes)
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
 #
-# Each target makes and reuses .venv. Variables: PYTHON=python3.12, CORES=8, PROFILE=profiles/paper.yaml, ARGS="--resources gpu=1"
+# Each target makes and reuses .venv (walkthrough: that of its clone). Variables: PYTHON=python3.12, CORES=8, PROFILE=profiles/paper.yaml, ARGS="--resources gpu=1"
 
 PYTHON ?= python3
 CORES ?= 2
@@ -24,7 +25,7 @@ READY := .venv/installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum healing gpu test verify hashes audit sbom report lab lock clean
+.PHONY: figures optimum healing gpu test verify hashes audit sbom report lab lock walkthrough clean
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
@@ -85,6 +86,9 @@ lock: $(READY)
 	@$(COMPILE) --extra dev --extra cluster --constraint constraints.txt -o requirements.lock pyproject.toml
 	@sed -i.old 's/+cpu$$//' requirements.lock && rm requirements.lock.old
 	@printf '%s\n' pip-audit 'cyclonedx-python-lib[json-validation]' | $(COMPILE) -o requirements-audit.lock -
+
+walkthrough:
+	@$(PYTHON) benchmarks/walkthrough.py --cores $(CORES) $(ARGS)
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info

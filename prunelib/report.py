@@ -1,9 +1,9 @@
 """Everything on one page: chapters, figures, tables, claims and how each was made, in one file without a network.
 
-`python -m prunelib.report [OUT.html]` reads what is committed (chapters, figures/, data/claims.yaml, data/costs.csv, the list
-of published errors) and computes nothing but sums of times; a clone without any run file is enough. Chapters are their Markdown
-cells: the heading of a figure and the words below it are its caption. Beside the page lies the same as PDF where a browser is
-installed (Chromium or Chrome).
+`python -m prunelib.report [--no-pdf] [OUT.html]` reads what is committed (chapters, figures/, data/claims.yaml, data/costs.csv,
+the list of published errors) and computes nothing but sums of times; a clone without any run file is enough. Chapters are their
+Markdown cells: the heading of a figure and the words below it are its caption. Beside the page lies the same as PDF where a
+browser is installed (Chromium or Chrome).
 
 The same files give the same bytes. Every number of the page stands in an element that says where it is from: `data-source` is a
 file of the repository, of a table for every cell, of a number in a sentence as `data/chapter_numbers.yaml` traces it
@@ -702,15 +702,18 @@ def pdf(text: str, out: str | os.PathLike, program: str, *, seconds: float | int
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m prunelib.report [OUT.html]`: the page, and the PDF beside it where there is a browser."""
-    if len(arguments) > 1 or any(one.startswith("-") for one in arguments):
-        print("usage: python -m prunelib.report [OUT.html]", file=sys.stderr)
+    """`python -m prunelib.report [--no-pdf] [OUT.html]`: the page, and the PDF beside it where there is a browser."""
+    places = [one for one in arguments if one != "--no-pdf"]
+    if len(places) > 1 or any(one.startswith("-") for one in places):
+        print("usage: python -m prunelib.report [--no-pdf] [OUT.html]", file=sys.stderr)
         return 2
-    out = at_root(arguments[0] if arguments else OUT)
+    out = at_root(places[0] if places else OUT)
     try:
         text = page(out)
         write_text(out, text)
         print(f"{out}: {len(text.encode()) / 2**20:.1f} MiB")
+        if "--no-pdf" in arguments:
+            return 0
         program = browser()
         if program is None:
             print("no PDF: no Chromium or Chrome found on this machine")

@@ -63,10 +63,11 @@ def test_lock_pins_every_dependency_once_and_within_its_range():
 
 def test_makefile_has_the_promised_targets():
     text = (ROOT / "Makefile").read_text()
-    for target in ("figures", "test", "verify", "hashes", "audit", "sbom", "report", "lab", "clean", "lock"):
+    for target in ("figures", "test", "verify", "hashes", "audit", "sbom", "report", "lab", "walkthrough", "clean", "lock"):
         assert re.search(rf"^{target}:", text, re.MULTILINE), target
     for target in ("figures", "test", "verify", "hashes", "audit", "sbom", "report", "lab", "lock"):
         assert re.search(rf"^{target}: \$\(READY\)$", text, re.MULTILINE), f"{target} makes and reuses the environment"
+    assert re.search("^walkthrough:$", text, re.MULTILINE), "it times how the environment is made"
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 

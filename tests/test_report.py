@@ -392,6 +392,7 @@ def test_the_command_writes_a_page_and_says_when_there_is_no_browser(tmp_path, m
     assert report.main(["--help"]) == 2
     monkeypatch.setattr(report, "browser", lambda: str(tmp_path / "none"))
     monkeypatch.setattr(report, "page", lambda out: "<p>")
+    assert report.main(["--no-pdf", str(tmp_path / "r.html")]) == 0
     assert report.main([str(tmp_path / "r.html")]) == 1
     assert "did not print the page" in capsys.readouterr().err
 
