@@ -18,10 +18,11 @@
       - text: "{times} times a plain forward pass"            numbers that no run of a profile makes, any in their places,
         from: benchmarks/statistics_cost.py                   and what made them: a file, or a few words (`BY`)
 
-`python -m prunelib.prose README.md` writes the computed numbers into the sentences. A number of the document that is in neither
-list is untraced (`untraced`), and a test says so. `data/chapter_numbers.yaml` does the same for the Markdown of the chapters,
-with such a pair of lists below the name of each; there `from` may be the csv of a figure, in which a test then looks for the
-number (`missing`). Nothing here imports torch.
+`python -m prunelib.prose README.md` writes the computed numbers into the sentences; with `--trace` it prints instead where
+every number comes from: its place, kind, id and file. A number of the document that is in neither list is untraced
+(`untraced`), and a test says so; so is one in words that measures something (`IN_WORDS`; a stated text needs no place for it).
+`data/chapter_numbers.yaml` does the same for the Markdown of the chapters, with such a pair of lists below the name of each;
+there `from` may be the csv of a figure, in which a test then looks for the number (`missing`). Nothing here imports torch.
 """
 
 import csv
@@ -35,13 +36,13 @@ from pathlib import Path
 
 import yaml
 
-from prunelib import claims, costs
+from prunelib import claims, costs, results
 from prunelib.provenance import at_root, write_text
 
 NUMBERS = "data/numbers.yaml"
 CHAPTER_NUMBERS = "data/chapter_numbers.yaml"
 PLACE = re.compile(r"\{(\w+)\}")
-BY = ("timed by hand", "arithmetic", "the paper")
+BY = ("timed by hand", "arithmetic", "the paper", "chosen")
 FILE_KEYS = {"file", "at", "times", "over", "then", "digits"}
 FIGURE = r"[−-]?\d(?:[\d,]*\d)?(?:\.\d+)?"
 
@@ -71,6 +72,17 @@ SETTINGS = (  # of chapters: what was set or names a place, not what came out
     re.compile(r"\bin 20\d\d\b|\b\d+ billion\b"),
     re.compile(r"\[0, 1\]|\b0–1\b"),
     re.compile(r"\b95 % (?:bootstrap )?intervals?"),
+)
+
+COUNT = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|hundred|thousand"
+PART = "half|third|quarter|fifth|sixth|seventh|eighth|ninth|tenth|twelfth|twentieth|hundredth|thousandth"
+UNIT = "times|seconds|minutes|hours|days|nats|points|percent|per cent|tokens|parameters|GiB"
+IN_WORDS = (
+    re.compile(  # what measures: twice, half a minute, a hundredth of, eight times, an hour; not: two models, a second call
+        rf"\b(?:twice|double[ds]?|half (?:an?|of|the|as)|(?:an?|one|its) (?:\w+ )?(?:{PART})|(?:{COUNT}) (?:{PART})s"
+        rf"|(?:an?|one|the) (?:minute|hour)|(?<!per )(?:{COUNT}) (?:{UNIT}))\b",
+        re.IGNORECASE,
+    )
 )
 
 COMPUTED, FOUND, STATED, UNTRACED = "computed", "found", "stated", "untraced"
@@ -299,13 +311,23 @@ def corrected_notebook(content: str, sentences: Sequence[Sentence], tables: clai
 
 def untraced(document: str, sentences: Sequence[Sentence], stated: Sequence[Stated]) -> list[str]:
     """Numbers of the document, each with the words around it, that no sentence computes and no list states."""
+    return _left(re.compile(FIGURE), document, sentences, stated)
+
+
+def untraced_words(document: str, sentences: Sequence[Sentence], stated: Sequence[Stated]) -> list[str]:
+    """The same for measured numbers that are written in words (`IN_WORDS`)."""
+    return _left(IN_WORDS, document, sentences, stated)
+
+
+def _left(wanted: re.Pattern, document: str, sentences: Sequence[Sentence], stated: Sequence[Stated]) -> list[str]:
     known = [_pattern(one.text) for one in (*sentences, *stated)]
     for pattern in (*GENERATED, *known, *NAMES):
         document = pattern.sub(" ", document)
+    document = " ".join(document.split())
     lines = []
-    for match in re.finditer(FIGURE, document):
+    for match in wanted.finditer(document):
         around = document[max(0, match.start() - 30) : match.end() + 30]
-        lines.append(f"{match[0]} in «{' '.join(around.split())}»")
+        lines.append(f"{match[0]} in «{around.strip()}»")
     return lines
 
 
@@ -371,23 +393,49 @@ def missing(document: str, stated: Sequence[Stated]) -> list[str]:
 
 
 def _held(path: str | os.PathLike) -> set[float]:
-    """The numbers of a csv."""
+    """The numbers of a csv, and of the table of its runs where one lies beside it."""
     held = set()
-    with open(at_root(path), encoding="utf-8", newline="") as file:
-        for line in csv.reader(file):
-            for cell in line:
-                for text in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", cell):
-                    held.add(float(text))
+    beside = at_root(results.runs_table(path))
+    for place in (at_root(path), *([beside] if beside.is_file() else [])):
+        with open(place, encoding="utf-8", newline="") as file:
+            texts = [cell for line in csv.reader(file) for cell in line]
+        held |= {float(text) for cell in texts for text in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", cell)}
     return held
 
 
+def trace(document: str | os.PathLike) -> list[str]:
+    """A line for every number in the sentences of a document: place, number, kind, id and what it is computed from or made by.
+
+    The place is a line of a text, a cell (from 0) of a notebook.
+    """
+    path = at_root(document)
+    if path.suffix == ".ipynb":
+        listed = ledger(path)
+        found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        parts = [(place, "".join(cell["source"])) for place, cell in enumerate(found) if cell["cell_type"] == "markdown"]
+    else:
+        listed = Ledger(*read())
+        parts = [(None, path.read_text(encoding="utf-8"))]
+    files = {**{one.stem: f"data/published/{one.name}" for one in at_root("data/published").glob("*.csv")}, **tables().places}
+    lines = []
+    for place, text in parts:
+        for one in numbers(text, listed.sentences, listed.stated, files):
+            at = text.count("\n", 0, one.start) + 1 if place is None else f"cell {place}"
+            lines.append(f"{document}:{at}: {text[one.start : one.end]}  {one.kind}  {one.id or '–'}  {one.source}")
+    return lines
+
+
 def main(arguments: Sequence[str]) -> int:
-    """`python -m prunelib.prose DOCUMENT`: the numbers of the reference profile in its sentences."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m prunelib.prose DOCUMENT", file=sys.stderr)
+    """`python -m prunelib.prose [--trace] DOCUMENT`: its sentences get the numbers of the reference profile, or are traced."""
+    names = [one for one in arguments if one != "--trace"]
+    if len(names) != 1 or names[0].startswith("-"):
+        print("usage: python -m prunelib.prose [--trace] DOCUMENT", file=sys.stderr)
         return 2
-    document = at_root(arguments[0])
+    document = at_root(names[0])
     try:
+        if "--trace" in arguments:
+            print("\n".join(trace(names[0])))
+            return 0
         before = document.read_text(encoding="utf-8")
         if document.suffix == ".ipynb":
             found = ledger(document)
@@ -397,13 +445,13 @@ def main(arguments: Sequence[str]) -> int:
         else:
             sentences, stated = read()
             write_text(document, corrected(before, sentences, tables()))
-            lost = untraced(before, sentences, stated)
+            lost = [*untraced(before, sentences, stated), *untraced_words(before, sentences, stated)]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for line in lost:
         print(f"untraced: {line}")
-    print(f"{arguments[0]}: {sum(len(one.numbers) for one in sentences)} numbers of {len(sentences)} sentences")
+    print(f"{names[0]}: {sum(len(one.numbers) for one in sentences)} numbers of {len(sentences)} sentences")
     return 0
 
 

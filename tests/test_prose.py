@@ -1,6 +1,7 @@
 """Numbers in running text: computed, corrected, and none of them untraced."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -65,8 +66,22 @@ In chapter 01 and Figures 1, 2 and 4a the 32-layer Llama-2-7B on H200 with `n=3`
 it costs 1 to 2 nats. It takes 17 min. Also 3.5 times as much.
 """
     stated = [prose.Stated("It takes {minutes} min", "timed by hand")]
-    assert prose.untraced(document, [sentence], stated) == ["3.5 in «ith [costs] . . Also 3.5 times as much.»"]
+    assert prose.untraced(document, [sentence], stated) == ["3.5 in «the on with [costs] . . Also 3.5 times as much.»"]
     assert len(prose.untraced(document, [], [])) == 4
+
+
+def test_numbers_in_words_that_measure_are_found():
+    found = {
+        "it takes half a minute": ["half a"],
+        "in about a minute or within the hour": ["a minute", "the hour"],
+        "a third of it, its first third, two thirds": ["a third", "its first third", "two thirds"],
+        "costs a hundredth of a nat and Twice that, eight times as many": ["a hundredth", "Twice", "eight times"],
+        "With thirty minutes": ["thirty minutes"],
+        "two models, three papers, the sixth digit, a second call, one of four, at once, per thousand tokens": [],
+    }
+    for document, expected in found.items():
+        assert [line.split(" in «")[0] for line in prose.untraced_words(document, [], [])] == expected
+        assert prose.untraced_words(document, [], [prose.Stated(document, "arithmetic")]) == []
 
 
 # ------------------------------------------------------------------------------------------------------- numbers of files
@@ -190,7 +205,31 @@ def test_computed_numbers_of_the_readme(committed):
 
 def test_every_number_of_the_readme_has_an_origin(committed):
     document = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert prose.untraced(document, *committed) == [], "say in data/numbers.yaml how it is computed, or what made it"
+    lost = prose.untraced(document, *committed) + prose.untraced_words(document, *committed)
+    assert lost == [], "say in data/numbers.yaml how it is computed, or what made it"
+
+
+def test_every_number_is_traced_to_its_line_and_file(committed, capsys):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    found = prose.trace("README.md")
+    for line in found:
+        place, shown, kind, name, source = re.fullmatch(r"README\.md:(\d+): (\S+)  (\w+)  (\S+)  (.+)", line).groups()
+        assert shown in lines[int(place) - 1]
+        assert kind in (prose.COMPUTED, prose.FOUND, prose.STATED), line
+        assert (name == "–") == (kind != prose.COMPUTED)
+        assert source in prose.BY or all((ROOT / one).exists() for one in source.split(", ")), line
+    computed = {f"{one.id}-{name}" for one in committed[0] for name in one.numbers}
+    assert computed == {line.split("  ")[2] for line in found} - {"–"}
+    before = (ROOT / "README.md").read_bytes()
+    assert prose.main(["--trace", "README.md"]) == 0
+    assert capsys.readouterr().out.splitlines() == found
+    assert (ROOT / "README.md").read_bytes() == before, "only the other command writes"
+    chapter = "notebooks/07_speed_and_memory.ipynb"
+    assert any(
+        re.fullmatch(rf"{chapter}:cell \d+: 2,048  computed  setting-new  data/speed/.*\.json", line)
+        for line in prose.trace(chapter)
+    )
+    assert prose.main(["--trace"]) == prose.main(["--other", "README.md"]) == 2
 
 
 def test_every_computed_number_has_an_id_and_what_is_committed(committed):
@@ -237,11 +276,13 @@ def test_numbers_of_a_text_have_a_kind_and_a_place(sentence):
 def test_numbers_that_are_said_to_be_in_a_csv_are_looked_for(tmp_path):
     path = tmp_path / "box.csv"
     path.write_text("name,value\nllama32,0.5528\nx,-1234.56\n")
+    (tmp_path / "box.runs.csv").write_text("run,n_samples\nr/1,128\n")
     stated = [prose.Stated("wins {share} % of {all} and {other}.", str(path))]
     assert prose.missing("It wins 55 % of 1,235 and 0.553.", stated) == []
     assert prose.missing("It wins 56 % of −1,234.6 and 0.55.", stated) == [
         f"56 of «wins {{share}} % of {{all}} and {{other}}.» is not in {path}"
     ]
+    assert prose.missing("of 128 samples", [prose.Stated("of {n} samples", str(path))]) == []
     assert prose.missing("It wins 1 % of 2 and 3.", [prose.Stated("wins {a} % of {b}", "timed by hand")]) == []
 
 
