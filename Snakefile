@@ -60,7 +60,7 @@ localrules: all
 
 # The runs too, although the tables are made of them: a clone has the tables and would make nothing again.
 rule all:
-    input: [run for runs in TABLES.values() for run in runs], TABLES, map(runs_table, TABLES), [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
+    input: [run for runs in TABLES.values() for run in runs], TABLES, [runs_table(table) for table in TABLES], [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
 
 
 # Functions that make functions: one that used the loop's variable would see its last value.
