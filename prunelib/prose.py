@@ -55,7 +55,7 @@ NAMES = (  # digits that are no measurement: links, Figure 5a, chapter 01, Llama
     re.compile(r"`[^`]*`"),
     re.compile(r"(?<=\])\([^)]*\)"),
     re.compile(r"\b(?:[Cc]hapters?|Figures?|Tables?|Python)\s\d+\w*(?:\.\d+)*(?:(?:, | and )\d+\w?)*"),
-    re.compile(r"[\w.+-]*[A-Za-z][\w.+-]*\d[\w.]*"),
+    re.compile(r"(?!\d+(?:\.\d+)?e[+-]?\d)[\w.+-]*[A-Za-z][\w.+-]*\d[\w.]*"),  # 4e-7 is none: its 4 is a number
     re.compile(r"\b\d+(?:[A-Z]\b|-layer)"),
 )
 
