@@ -12,9 +12,10 @@ git is needed to start it. The time of the installation is as much one of the ne
 
 A step's `seconds` are wall time, `cpu_seconds` its user and system time with that of all processes below it that were waited
 for, `peak_mib` the largest of these processes. `load_before` is the load of the last minute, to which the step before it still
-counts; `others_cpu_seconds` (Linux) is what the machine computed meanwhile beyond the step: near zero, or it was not idle.
-`figures` names what came out different from what is committed. Before it, all but the environment becomes as cloned: a step
-that is repeated is measured anew, not continued. Without --only, a walk-through that was stopped goes on with what it lacks.
+counts; `others_cpu_seconds` (Linux) is what the machine computed meanwhile beyond the step: near zero, or it was not idle (but
+for `report_pdf`: nobody waits for some processes of a browser). `figures` names what came out different from what is committed.
+Before it, all but the environment becomes as cloned: a step that is repeated is measured anew, not continued. Without --only, a
+walk-through that was stopped goes on with what it lacks.
 
 The result is written after every step. README.md's table of times («Measured on …») follows from it: data/numbers.yaml says
 which step and which key each number is (`python -m prunelib.prose README.md` writes them).
