@@ -41,10 +41,11 @@ gpu: $(READY)
 	@$(BIN)/python -m prunelib.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
 	@$(BIN)/python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 16 \
 	  --seq-len 2048 --batch-size 8 --output data/benchmarks/statistics_8b.json
-	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --output data/benchmarks/slicing_7b.json
+	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --threads 8 \
+	  --output data/benchmarks/slicing_7b.json
 	@$(BIN)/python benchmarks/streaming_cost.py --make build/llama-3-8b --shape llama-3-8b --device cuda
-	@$(BIN)/python benchmarks/streaming_cost.py build/llama-3-8b --device cuda --dtype bfloat16 --batch-size 4 \
-	  --device-limit 4 --windows-at-once 32 --output data/benchmarks/streaming_8b.json
+	@$(BIN)/python benchmarks/streaming_cost.py build/llama-3-8b --device cuda --threads 8 --dtype bfloat16 \
+	  --batch-size 4 --device-limit 4 --windows-at-once 32 --output data/benchmarks/streaming_8b.json
 	@$(BIN)/python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512 \
 	  --batch-size 4 --together 4 --only naive shared "shared, together" --output data/benchmarks/search_8b_long.json
 	@$(BIN)/python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 8 --seq-len 128 \

@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="so many layers instead of the shape's own")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the work is done")
     parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 elsewhere, unless given")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, which feeds a GPU")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--batch", type=int)
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--no-floor", action="store_true", help="for models that do not fit on the device")
     parser.add_argument("--output", type=Path, help="JSON file of the numbers")
     settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
     shape = SHAPES[settings.shape]
     device = settings.device
     usual = dict(zip(("samples", "tokens", "batch"), shape[-3:], strict=True))

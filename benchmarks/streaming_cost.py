@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, which feeds a GPU")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--perplexity-windows", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("resident", "streamed"))
     parser.add_argument("--output", type=Path, help="JSON file of the report")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     if args.make is not None:
         random_model(args.shape, str(args.device), getattr(torch, args.dtype)).save_pretrained(args.make, max_shard_size="4GB")
         return
