@@ -434,7 +434,8 @@ def main(arguments: Sequence[str]) -> int:
     document = at_root(names[0])
     try:
         if "--trace" in arguments:
-            print("\n".join(trace(names[0])))
+            for line in trace(names[0]):
+                print(line)
             return 0
         before = document.read_text(encoding="utf-8")
         if document.suffix == ".ipynb":

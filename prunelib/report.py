@@ -640,8 +640,9 @@ files of the profile are made by <code>make figures</code> and are not in git.</
 <section id="numbers">
 <h2>Numbers in sentences</h2>
 <p>How the numbers in the sentences above are traced ({here.file(prose.CHAPTER_NUMBERS)}). Computed: a test computes it from the
-tables, or reads it from the result file that its origin names, and compares. Found: a test finds it, rounded as printed, in the csv that its origin names. Stated: what made it is
-named, no test computes it. Settings and coordinates (K, alpha, an arXiv number) are no results and are not counted.</p>
+tables, or reads it from the result file that its origin names, and compares. Found: a test finds it, rounded as printed, in the
+csv that its origin names. Stated: what made it is named, no test computes it. Settings and coordinates (K, alpha, an arXiv
+number) are no results and are not counted.</p>
 {traced(found)}
 </section>
 </main>
