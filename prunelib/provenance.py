@@ -167,7 +167,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         try:
             yield temporary
             flush(temporary)
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600, which would hide results on a shared machine
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -191,9 +190,13 @@ REMEDIES = {
 
 
 def flush(path: str | os.PathLike) -> None:
-    """Bring a file, or every file in a folder, to the disk: a rename may get there before what it renames."""
-    path = Path(path)
+    """Bring a finished file, or all in a folder, to the disk (a rename may get there before what it renames), readable.
+
+    Temporary files, and those of safetensors, have the mode 0600, which would hide results on a shared machine.
+    """
+    path, mode = Path(path), 0o666 & ~_umask()
     for file in filter(Path.is_file, path.rglob("*")) if path.is_dir() else [path]:
+        os.chmod(file, mode)
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 

@@ -1,6 +1,7 @@
 """Layer surgery on tiny random models of many families: what is kept computes, caches, saves and reloads as it should."""
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -456,6 +457,17 @@ def test_save_uses_an_empty_folder_and_makes_parents(tiny_llama, tmp_path):
     save(tiny_llama, None, tmp_path / "empty")
     save(tiny_llama, None, tmp_path / "a" / "b")
     assert models.parameter_count(load(tmp_path / "a" / "b")) == models.parameter_count(load(tmp_path / "empty"))
+
+
+def test_a_saved_model_is_for_all_to_read_as_the_umask_says(tiny_llama, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        save(tiny_llama, None, tmp_path / "shared")
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "shared").iterdir()}
+    assert modes["model.safetensors"] == 0o640
+    assert set(modes.values()) == {0o640}
 
 
 @pytest.mark.parametrize("existing", [False, True])
