@@ -173,6 +173,7 @@ def test_loss_is_the_recorded_one(name, held_out):
 def test_readme_lists_the_folders_of_data():
     readme = (DATA / "README.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([\w.]+)/?` \|", readme, re.MULTILINE))
+    assert "| `*.runs.csv` |" in readme
     present = {path.name for path in DATA.iterdir() if not path.name.startswith(".")}
     present -= {path.name for path in (results.runs_table(DATA / table) for table in listed) if path.is_file()}
     assert present <= listed, "say in data/README.md what it is, who makes it, and its licence"

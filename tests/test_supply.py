@@ -34,8 +34,8 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def covered(path: str, name: str) -> bool:
-    """A row speaks of a file by its name, or of all that is in a folder."""
-    return path == name or (name.endswith("/") and path.startswith(name))
+    """A row speaks of a file by its name, of all that is in a folder, or of all whose names end so."""
+    return path == name or (name.endswith("/") and path.startswith(name)) or (name[0] == "*" and path.endswith(name[1:]))
 
 
 def test_every_file_of_data_has_its_source_and_licence():
