@@ -53,7 +53,7 @@ gpu: $(READY)
 	  "kl: shared, together, stopped" --output data/benchmarks/search_8b_short.json
 	@if [ "$$(nvidia-smi -L | wc -l)" -lt 2 ]; then echo "healing_scaling.json wants two GPUs: left as it was"; else \
 	  $(BIN)/python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \
-	  --micro-batch 8 --steps 10 40 --output data/benchmarks/healing_scaling.json; fi
+	  --micro-batch 8 --steps 10 100 --output data/benchmarks/healing_scaling.json; fi
 
 # One file at a time in each process: what the tests of a file share is made once. Those that use all cores themselves come last.
 test: $(READY)

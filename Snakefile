@@ -36,6 +36,7 @@ except ValueError as error:
 
 PYTHON = PROFILE.python or sys.executable
 CHAPTERS = {chapter: PROFILE.figure_files(chapter) for chapter in PROFILE.chapters}
+CHAPTER_RUNS = [PROFILE.chapter_run(chapter) for chapter in CHAPTERS]
 TABLES = PROFILE.tables
 FIGURES = [file for files in CHAPTERS.values() for file in files]
 
@@ -60,7 +61,7 @@ localrules: all
 
 # The runs too, although the tables are made of them: a clone has the tables and would make nothing again.
 rule all:
-    input: [run for runs in TABLES.values() for run in runs], TABLES, [runs_table(table) for table in TABLES], [PROFILE.chapter_run(chapter) for chapter in CHAPTERS], FIGURES
+    input: [run for runs in TABLES.values() for run in runs], TABLES, [runs_table(table) for table in TABLES], CHAPTER_RUNS, FIGURES, PROFILE.costs or []
 
 
 # Functions that make functions: one that used the loop's variable would see its last value.
@@ -121,3 +122,14 @@ for chapter, files in CHAPTERS.items():
         retries: PROFILE.retries or None  # else as --retries says
         resources: **PROFILE.resources_without_gpu
         shell: RUN
+
+
+if PROFILE.costs:
+
+    rule costs:
+        input: [run for runs in TABLES.values() for run in runs], CHAPTER_RUNS
+        output: PROFILE.costs
+        localrule: True
+        params:
+            runs=PROFILE.runs,
+        shell: "{PYTHON:q} -m prunelib.costs {params.runs:q}"

@@ -2,7 +2,7 @@
 
     python benchmarks/healing_scaling.py                                        # two processes on CPU cores, a small shape
     python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 --micro-batch 8 \\
-        --steps 10 40                                                           # two GPUs, through NCCL
+        --steps 10 100                                                          # two GPUs, through NCCL
 
 A random model of the shape is saved and healed by `python -m prunelib.healing`, once by one process and once by several, as
 `torchrun` starts them (`accelerate launch` does the same), on the same tokens in the same batches. Each is run twice, for a

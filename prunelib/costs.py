@@ -1,10 +1,10 @@
 """What every run took: run files → data/costs.csv, which stays when the run files of a batch are gone.
 
     python -m prunelib.costs          of the committed runs and those of the reference profile that are here
-    python -m prunelib.costs RUNS…    of other run files and folders
+    python -m prunelib.costs RUNS…    of other run files and folders instead of the reference profile's
 
-Lines of runs that are not among them are kept as long as a committed table or figure still names the run and the code that made
-it. Times differ from one time to the next, which nothing else in data/ does. Nothing here imports torch.
+The last step of `make figures`. Lines of runs that are not among them are kept as long as a committed table or figure still
+names the run and the code that made it. Nothing here imports torch.
 """
 
 import json
@@ -19,7 +19,8 @@ from prunelib import results
 from prunelib.provenance import at_root, from_root
 
 COSTS = "data/costs.csv"
-SOURCES = ("data/runs/reference", "data/optimum", "data/healing/healing", "data/speed")
+REFERENCE = "data/runs/reference"
+COMMITTED = ("data/optimum", "data/healing/healing", "data/speed")
 
 
 def costs(sources: Iterable[str | os.PathLike]) -> pd.DataFrame:
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
     if any(one.startswith("-") for one in arguments):
         print("usage: python -m prunelib.costs [RUNS…]", file=sys.stderr)
         return 2
-    places = [Path(one).absolute() for one in arguments] or [one for one in SOURCES if at_root(one).exists()]
+    others = [one for one in (*([] if arguments else [REFERENCE]), *COMMITTED) if at_root(one).exists()]
+    places = [*(Path(one).absolute() for one in arguments), *others]
     try:
         names = named()
         now = costs(places)

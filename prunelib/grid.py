@@ -76,6 +76,7 @@ class Profile:
         every model, in selection also for every calibration seed. In those that go on from choices, `choices` is a name below
         `selection` (its first seed) or `blocks`. Each has a table of its own beside `results`, such as selection.csv.
     chapters: notebook stem → its parameters besides `results`, `figures` and `output`.
+    costs: data/costs.csv in the profile whose runs it holds (`prunelib.costs`), made when all of them are; else empty.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them; chapters take no GPU).
     """
 
@@ -98,6 +99,7 @@ class Profile:
     duplicates: dict = field(default_factory=dict)
     speed: dict = field(default_factory=dict)
     combining: dict = field(default_factory=dict)
+    costs: str = ""
     threads: int = 1
     retries: int = 0
     resources: dict = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Linear layers of float32 models on a processor, multiplied by oneDNN instead of MKL.
 
 MKL, which PyTorch calls for float32 matrix products, leaves the wide vector units of AMD's processors idle: there oneDNN takes
-less than half of the time for the shapes of small models (`benchmarks/linear_cost.py`), forwards and backwards. The sums are
+half of the time or less for most shapes of small models (`benchmarks/linear_cost.py`), forwards and backwards. The sums are
 added in another order, so results agree to float32 rounding, as they do between two processors.
 """
 

@@ -90,6 +90,8 @@ def test_faults_resume_and_reruns(tmp_path):
     assert table.count("\n") == 6
     assert str(tmp_path) not in table
     assert str(tmp_path) not in (runs / "depth/tiny__k2.json").read_text()
+    costs = [line.split(",")[0] for line in (tmp_path / "data/costs.csv").read_text().splitlines()[1:]]
+    assert costs == ["chapters/01_chapter", "depth/tiny__k2", "statistics/tiny__pydocs__s0", "statistics/tiny__pydocs__s1"]
 
     # A second call, a notebook saved with outputs, an edit of the library: nothing to do.
     edit(statistics, lambda content: content["cells"][1].update(outputs=[{"output_type": "stream"}], execution_count=3))
@@ -102,7 +104,7 @@ def test_faults_resume_and_reruns(tmp_path):
     axes = {"calibration_seeds": [0, 1], "layers_removed": [2]}
     weights, profile = tmp_path / "data/tiny/model.safetensors", tmp_path / "profile.yaml"
     before = {path: path.read_bytes() for path in (statistics, weights, profile)}
-    chapter = {"table_results": 1, "chapter_01_chapter": 1}
+    chapter = {"table_results": 1, "chapter_01_chapter": 1, "costs": 1}
 
     def code(content):
         content["cells"][1]["source"] = "import os\n" + content["cells"][1]["source"]

@@ -189,7 +189,7 @@ def test_every_figure_of_the_readme_is_drawn_by_a_chapter():
     assert shown <= {stem for path in CHAPTERS for stem in grid.figure_stems(str(path))}
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_committed_table():
+def test_the_numbers_of_the_readme_are_those_of_the_committed_table(tables_as_committed):
     table = figures.markdown(pandas.read_csv(ROOT / "figures/own_table_what_held.csv"))
     assert table in README, f"replace the table under «In numbers» by:\n{table}"
 

@@ -201,7 +201,7 @@ def committed():
     return prose.read()
 
 
-def test_computed_numbers_of_the_readme(committed):
+def test_computed_numbers_of_the_readme(committed, tables_as_committed):
     document = (ROOT / "README.md").read_text(encoding="utf-8")
     assert prose.wrong(document, committed[0], prose.tables()) == [], "run: python -m prunelib.prose README.md"
 

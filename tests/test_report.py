@@ -324,17 +324,22 @@ def tables():
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_numbers_in_the_sentences_of_a_chapter(path, tables):
-    """Computed ones are those of the tables, found ones are in their csv, stated ones have an origin, and none has none."""
+def test_numbers_in_the_sentences_of_a_chapter(path, tables, tables_as_committed):
+    """Computed ones are those of the tables, found ones are in their csv."""
+    ledger = prose.ledger(path)
+    whole = "\n\n".join(prose.cells(path))
+    assert prose.wrong(whole, ledger.sentences, tables) == [], f"run: python -m prunelib.prose notebooks/{path.name}"
+    assert prose.missing(whole, ledger.stated) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_number_in_the_sentences_of_a_chapter_has_an_origin(path):
     ledger = prose.ledger(path)
     cells = prose.cells(path)
-    whole = "\n\n".join(cells)
-    assert prose.wrong(whole, ledger.sentences, tables) == [], f"run: python -m prunelib.prose notebooks/{path.name}"
     for one in (*ledger.sentences, *ledger.stated):
         assert sum(bool(prose._pattern(one.text).search(cell)) for cell in cells) >= 1, f"the chapter does not say: {one.text}"
     for one in ledger.stated:
         assert one.source in prose.BY or (ROOT / one.source).exists(), one.source
-    assert prose.missing(whole, ledger.stated) == []
     untraced = [
         one.around
         for cell in cells

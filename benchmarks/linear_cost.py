@@ -1,0 +1,87 @@
+"""What `prunelib.onednn` saves: matrix products of linear layers, and a forward pass, with it and without.
+
+    python benchmarks/linear_cost.py --output data/benchmarks/linear_cpu.json
+
+Float32 on a processor. The shapes are the linear layers of both reference models, the rows those of a batch of the reference
+profile (8 windows of 256 tokens); then one forward pass of such a batch by each model. With and without are timed in turn, so
+that a slow moment of the machine meets both; the ratio is the median over the rounds of `nn.Linear` over `OneDnnLinear`.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from report import write_report
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prunelib import onednn
+from prunelib.provenance import at_root
+
+MODELS = ("data/reference/llama32", "data/reference/neox24")
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, list[float]]:
+    """Seconds of every run in every round, `each` times in a row; the first round, which warms up, is left out."""
+    seconds = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            for _ in range(each):
+                run()
+            if number:
+                seconds[name].append((time.perf_counter() - started) / each)
+    return seconds
+
+
+def compared(usual: Callable[[], object], ours: Callable[[], object], rounds: int, each: int = 1) -> dict[str, float]:
+    seconds = in_turn({"usual": usual, "onednn": ours}, rounds, each)
+    ratios = [one / other for one, other in zip(seconds["usual"], seconds["onednn"], strict=True)]
+    return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()} | {
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "greatest": max(ratios),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file of the medians and ratios")
+    args = parser.parse_args()
+    args.device = "cpu"
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    products, passes = [], []
+    for name in MODELS:
+        config = AutoConfig.from_pretrained(at_root(name))
+        usual = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        ours = onednn.adopt(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+        shapes = {tuple(one.weight.shape) for one in usual.modules() if type(one) is nn.Linear}
+        for outputs, inputs in sorted(shapes):
+            plain = nn.Linear(inputs, outputs, bias=False)
+            fast = onednn.adopt(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))[0]
+            rows = torch.randn(args.windows * args.seq_len, inputs)
+            found = compared(lambda: plain(rows), lambda: fast(rows), args.rounds, each=20)  # noqa: B023
+            products.append({"model": Path(name).name, "inputs": inputs, "outputs": outputs, **found})
+        ids = torch.randint(0, config.vocab_size, (args.windows, args.seq_len))
+        found = compared(lambda: usual(ids, use_cache=False), lambda: ours(ids, use_cache=False), args.rounds)  # noqa: B023
+        passes.append({"model": Path(name).name, **found})
+    for one in [*products, *passes]:
+        what = f"{one['inputs']} x {one['outputs']}" if "inputs" in one else "forward pass"
+        usual, ours = (f"{one[name] * 1e3:8.2f} ms" for name in ("usual_seconds", "onednn_seconds"))
+        spread = f"{one['ratio']:.2f} ({one['least']:.2f} to {one['greatest']:.2f})"
+        print(f"{one['model']:8s} {what:14s} {usual}, oneDNN {ours}: {spread}")
+    write_report(args.output, args, {"products": products, "forward_passes": passes})
+
+
+if __name__ == "__main__":
+    main()
