@@ -393,7 +393,7 @@ def _look_up() -> int:
         some = ", ".join(unseen[:3])
         print(
             f"unknown  {len(unseen)} of {len(locked())} packages could not be looked up ({some}, …): the index at hand says "
-            "nothing about weaknesses. Run `make audit` where https://pypi.org can be reached",
+            "nothing about weaknesses. Run `make audit` where PyPI itself can be reached",
             file=sys.stderr,
         )
         return UNKNOWN
