@@ -46,11 +46,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import write_report
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from prunelib import corpora
 from prunelib.evaluation import perplexity
 from prunelib.models import load, load_tokenizer
+from prunelib.provenance import file_sha256
 from prunelib.schedules import SlicePlan
 from prunelib.sliced_model import SHORTCUTS, wiring_of
 from prunelib.slicing import slice_model
@@ -85,6 +87,11 @@ class Reference:
 
     def __getattr__(self, name: str) -> types.ModuleType:
         return importlib.import_module(f"slicegpt.{name}")
+
+    def files(self) -> list[Path]:
+        """The clone's files that were imported."""
+        modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("slicegpt.")]
+        return [Path(module.__file__) for module in modules if getattr(module, "__file__", None)]
 
     def sliced(
         self, model: PreTrainedModel, windows: torch.Tensor, width: int, batch_size: int, device: torch.device
@@ -210,6 +217,7 @@ def main() -> None:
     parser.add_argument("--shortcuts", choices=[kind for kind in SHORTCUTS if kind != "none"], default="absorbed")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="of the process instead of the wall, on a busy machine")
+    parser.add_argument("--output", type=Path, help="JSON file of the report")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     clock = time.process_time if settings.cpu_time else time.perf_counter
@@ -249,6 +257,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return result, clock() - start
 
+    cases = []
     for share in settings.slices:
         width = int((1 - share) * dense.config.hidden_size)
         width -= width % settings.multiple
@@ -262,9 +271,8 @@ def main() -> None:
             sliced, taken = timed(lambda: ours(alike, plan, True))  # noqa: B023
             seconds["ours"].append(taken)
         found = {"reference": ppl(theirs), "ours": ppl(sliced), "ours_as_is": ppl(ours(dense, plan, False))}
-        report = {
-            "model": settings.model,
-            "dtype": settings.dtype,
+        case = {
+            "slice": share,
             "width": f"{width} of {dense.config.hidden_size}",
             "dense_ppl": ppl(dense),
             "reference_ppl": found["reference"],
@@ -276,7 +284,10 @@ def main() -> None:
             "speed": statistics.median(a / b for a, b in zip(seconds["reference"], seconds["ours"], strict=True)),
             "speed_without_cleanup": statistics.median((a - b) / c for a, b, c in zip(*seconds.values(), strict=True)),
         }
-        print(json.dumps(report, indent=2))
+        cases.append(case)
+        print(json.dumps(case, indent=2), flush=True)
+    files = {f"reference {path.name}": file_sha256(path) for path in reference.files()}
+    write_report(settings.output, settings, {"cases": cases}, without=("reference",), data=files)
 
 
 if __name__ == "__main__":
