@@ -15,19 +15,12 @@ of every model (`subtract_mean`), and its norms have an epsilon of 1e-5 whatever
 Every repetition times one after the other; printed are the medians and the median ratio. The clone collects garbage several
 times a layer, which small models feel most: `speed_without_cleanup` leaves that time out.
 
-Measured (float32, one thread, 16 windows of 256 tokens, CPU time, three repetitions; transformers 5.23, torch 2.13), with the
-clone's rotate.py of 09bc68d, layernorm_fusion.py of 8eabdd3, model_utils.py of de4209a, model_adapter.py of 75f7dd0 and
-llama_adapter.py of 3aad8ff:
+Measured, in data/benchmarks/slicing_vs_reference_*.json, on a processor and on one H200:
 
-    model          slice   reference ppl     ours ppl   difference   speed   without cleanup
-    llama32         20 %        21.80511     21.80511         1e-7    15.7               1.7
-    llama32         30 %        45.65079     45.65081         4e-7    16.3               1.7
-    random-opt      25 %        10936.06     10936.06         3e-8    16.9               1.6
-    random-llama    25 %        15178.48     15178.48         4e-7     2.1               1.6
-
-On one H200 (wall time; four layers of Llama-2-7B's shape, float32, 64 windows of 1024 tokens, one repetition; torch 2.11):
-
-    random-llama-7b 50 %         9241.40      9241.41         3e-7     5.3               4.6
+    --samples 16 --cpu-time --slices 0.2 0.3 --output …_llama32.json
+    --samples 16 --cpu-time --model random-opt --slices 0.25 --output …_opt.json
+    --samples 16 --cpu-time --model random-llama --slices 0.25 --output …_llama.json
+    --device cuda --model random-llama-7b --samples 64 --tokens 1024 --slices 0.5 --repeats 1 --output …_h200.json
 
 Where a layer is left wider than there are different tokens in the calibration windows (2,682 here), the first axes are not
 determined and the two choose differently: at 25 % the perplexities differed by 1e-3, at 5.1 times the speed.

@@ -91,6 +91,7 @@ COMPUTED, FOUND, STATED, UNTRACED = "computed", "found", "stated", "untraced"
 SCALES: dict[str, Callable[[float], float]] = {
     "minutes": lambda seconds: seconds / 60,
     "gib": lambda mebibytes: mebibytes / 1024,
+    "e-7": lambda share: share * 1e7,  # as in "4e-7"
 }
 """What `then` may say of a number besides `claims.TRANSFORMS`: other units, which a statistic commutes with."""
 
