@@ -128,7 +128,7 @@ if PROFILE.costs:
 
     rule costs:
         input: [run for runs in TABLES.values() for run in runs], CHAPTER_RUNS
-        output: PROFILE.costs
+        output: update(PROFILE.costs)  # not deleted first: it keeps lines of runs that are not here
         localrule: True
         params:
             runs=PROFILE.runs,
