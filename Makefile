@@ -29,16 +29,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := figures
 
 figures: $(READY)
-	@$(BIN)/python -m prunelib.batch $(PROFILE) --cores $(CORES) $(ARGS)
+	@$(BIN)/python -m prunelib.lab.batch $(PROFILE) --cores $(CORES) $(ARGS)
 
 optimum: $(READY)
-	@$(BIN)/python -m prunelib.batch profiles/optimum.yaml --cores $(CORES) $(ARGS)
+	@$(BIN)/python -m prunelib.lab.batch profiles/optimum.yaml --cores $(CORES) $(ARGS)
 
 healing: $(READY)
-	@$(BIN)/python -m prunelib.batch profiles/healing.yaml --cores $(CORES) $(ARGS)
+	@$(BIN)/python -m prunelib.lab.batch profiles/healing.yaml --cores $(CORES) $(ARGS)
 
 gpu: $(READY)
-	@$(BIN)/python -m prunelib.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
+	@$(BIN)/python -m prunelib.lab.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
 	@$(BIN)/python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 16 \
 	  --seq-len 2048 --batch-size 8 --output data/benchmarks/statistics_8b.json
 	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --threads 8 \
@@ -61,19 +61,19 @@ test: $(READY)
 	  $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --durations 15 $(ARGS)
 
 verify: $(READY)
-	@$(BIN)/python -m prunelib.verify $(ARGS)
+	@$(BIN)/python -m prunelib.lab.verify $(ARGS)
 
 hashes: $(READY)
-	@$(BIN)/python -m prunelib.checksums --update
+	@$(BIN)/python -m prunelib.lab.checksums --update
 
 audit: $(READY)
-	@$(BIN)/python -m prunelib.supply $(ARGS)
+	@$(BIN)/python -m prunelib.lab.supply $(ARGS)
 
 sbom: $(READY)
-	@$(BIN)/python -m prunelib.supply --update
+	@$(BIN)/python -m prunelib.lab.supply --update
 
 report: $(READY)
-	@$(BIN)/python -m prunelib.report $(ARGS)
+	@$(BIN)/python -m prunelib.apps.report $(ARGS)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)

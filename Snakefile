@@ -22,9 +22,9 @@ workdir: workflow.basedir
 
 sys.path.insert(0, workflow.basedir)
 
-from prunelib import grid
-from prunelib.provenance import model_fingerprint, notebook_source_sha
-from prunelib.results import runs_table
+from prunelib.lab import profile as grid
+from prunelib.lab.provenance import model_fingerprint, notebook_source_sha
+from prunelib.lab.runs import runs_table
 
 if "models" not in config:  # no --configfile; as a plain directive it would be merged into every other profile
     configfile: "profiles/reference.yaml"
@@ -43,7 +43,7 @@ FIGURES = [file for files in CHAPTERS.values() for file in files]
 # `source` in the params below is a plain value: a function of the input would be no reason to run again (Snakemake 9).
 # `exec`: Snakemake is then the parent of the runner itself, which ends when that parent is killed.
 RUN = (
-    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.notebook --quiet --follow=$PPID"
+    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.lab.run_notebook --quiet --follow=$PPID"
     " {input.notebook:q} {output.run:q} {params.arguments}"
 )
 
@@ -99,7 +99,7 @@ for table, runs in TABLES.items():
         input: runs
         output: table=table, runs=runs_table(table)
         localrule: True
-        shell: "{PYTHON:q} -m prunelib.results {input:q} {output.table:q}"
+        shell: "{PYTHON:q} -m prunelib.lab.runs {input:q} {output.table:q}"
 
 
 for chapter, files in CHAPTERS.items():
@@ -132,4 +132,4 @@ if PROFILE.costs:
         localrule: True
         params:
             runs=PROFILE.runs,
-        shell: "{PYTHON:q} -m prunelib.costs {params.runs:q}"
+        shell: "{PYTHON:q} -m prunelib.lab.costs {params.runs:q}"

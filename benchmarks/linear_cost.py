@@ -1,4 +1,4 @@
-"""What `prunelib.onednn` saves: matrix products of linear layers, and a forward pass, with it and without.
+"""What `prunelib.models.onednn` saves: matrix products of linear layers, and a forward pass, with it and without.
 
     python benchmarks/linear_cost.py --output data/benchmarks/linear_cpu.json
 
@@ -18,8 +18,8 @@ from report import write_report
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunelib import onednn
-from prunelib.provenance import at_root
+from prunelib.io import at_root
+from prunelib.models import onednn
 
 MODELS = ("data/reference/llama32", "data/reference/neox24")
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunelib.provenance import record, write_json
+from prunelib.io import write_json
+from prunelib.lab.provenance import record
 
 
 def write_report(

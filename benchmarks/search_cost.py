@@ -1,4 +1,4 @@
-"""What a greedy search costs: the loop that runs every candidate by itself, and `prunelib.search.greedy`, in one run.
+"""What a greedy search costs: the loop that runs every candidate by itself, and `prunelib.depth.search.greedy`, in one run.
 
     python benchmarks/search_cost.py                                  # random weights, the shape of the main reference model
     python benchmarks/search_cost.py --model data/reference/llama32   # those of a model, on windows of its text
@@ -27,10 +27,11 @@ from report import write_report
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from prunelib import corpora, models
-from prunelib.ablations import LayerSetLoss
+from prunelib import models
+from prunelib.criteria.loss_based import LayerSetLoss
+from prunelib.depth.search import LayerSet, greedy
 from prunelib.evaluation import perplexity
-from prunelib.search import LayerSet, greedy
+from prunelib.text import corpora
 
 SHAPES = {
     "reference": {

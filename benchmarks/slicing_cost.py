@@ -1,4 +1,4 @@
-"""What slicing costs: wall time and peak memory of `prunelib.slicing.slice_model`, with the floor beside it.
+"""What slicing costs: wall time and peak memory of `prunelib.slicing.rotate.slice_model`, with the floor beside it.
 
     python benchmarks/slicing_cost.py                                    # the shape of the main reference model, on the CPU
     python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda   # 128 samples of 2048 tokens, model on the CPU
@@ -18,9 +18,9 @@ import torch
 from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from prunelib.schedules import constant
-from prunelib.sliced_model import SHORTCUTS
-from prunelib.slicing import account, slice_model
+from prunelib.slicing.modeling import SHORTCUTS
+from prunelib.slicing.rotate import account, slice_model
+from prunelib.slicing.schedules import constant
 
 # hidden size, MLP size, layers, heads, heads of keys and values, vocabulary; samples, tokens, batch
 SHAPES = {

@@ -42,13 +42,13 @@ import torch
 from report import write_report
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
-from prunelib import corpora
 from prunelib.evaluation import perplexity
+from prunelib.io import file_sha256
 from prunelib.models import load, load_tokenizer
-from prunelib.provenance import file_sha256
-from prunelib.schedules import SlicePlan
-from prunelib.sliced_model import SHORTCUTS, wiring_of
-from prunelib.slicing import slice_model
+from prunelib.slicing.modeling import SHORTCUTS, wiring_of
+from prunelib.slicing.rotate import slice_model
+from prunelib.slicing.schedules import SlicePlan
+from prunelib.text import corpora
 
 ADAPTERS = {
     "llama": ("llama_adapter", "LlamaModelAdapter", "CompressedLlamaDecoderLayer"),
@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the work is done")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--corpus", default="pydocs", help="a corpus of prunelib.corpora, calibration and evaluation splits")
+    parser.add_argument(
+        "--corpus", default="pydocs", help="a corpus of prunelib.text.corpora, calibration and evaluation splits"
+    )
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)

@@ -1,4 +1,4 @@
-"""What the layer statistics cost: `prunelib.statistics.collect` against a plain forward pass, in one run.
+"""What the layer statistics cost: `prunelib.criteria.statistics.collect` against a plain forward pass, in one run.
 
     python benchmarks/statistics_cost.py                          # random weights in the shape of the main reference model
     python benchmarks/statistics_cost.py --model data/reference/<name>
@@ -26,9 +26,9 @@ from report import write_report
 from slicing_cost import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import prunelib.statistics
+import prunelib.criteria.statistics
+from prunelib.criteria.statistics import LayerStats, collect
 from prunelib.models import decoder_layers, load
-from prunelib.statistics import LayerStats, collect
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -121,7 +121,7 @@ def main() -> None:
         return collect(model, windows, batch_size=args.batch_size, progress=False)
 
     def plain() -> LayerStats:
-        with mock.patch.object(prunelib.statistics, "_fused", lambda device: None):
+        with mock.patch.object(prunelib.criteria.statistics, "_fused", lambda device: None):
             return ours()
 
     timed = {

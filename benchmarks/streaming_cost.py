@@ -1,4 +1,4 @@
-"""What streaming costs: statistics and perplexity of `prunelib.streaming` against the resident model, in one run.
+"""What streaming costs: statistics and perplexity of `prunelib.scale.offload` against the resident model, in one run.
 
     python benchmarks/streaming_cost.py --make build/model --shape llama-3-8b --device cuda      # a random checkpoint
     python benchmarks/streaming_cost.py build/model --device cuda --dtype bfloat16 --device-limit 4
@@ -23,7 +23,10 @@ from report import write_report
 from slicing_cost import SHAPES
 from statistics_cost import largest_differences, random_model
 
-from prunelib import evaluation, models, statistics, streaming
+from prunelib import models
+from prunelib.criteria import statistics
+from prunelib.evaluation import perplexity as evaluation
+from prunelib.scale import offload as streaming
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ Before it, all but the environment becomes as cloned: a step that is repeated is
 walk-through that was stopped goes on with what it lacks.
 
 The result is written after every step. README.md's table of times («Measured on …») follows from it: data/numbers.yaml says
-which step and which key each number is (`python -m prunelib.prose README.md` writes them).
+which step and which key each number is (`python -m prunelib.lab.prose README.md` writes them).
 """
 
 import argparse
@@ -64,7 +64,7 @@ STEPS = {
     "report": Step(("make", "report", "ARGS=--no-pdf")),
     "report_pdf": Step(("make", "report"), left_out="no PDF:"),
     "quickstart": Step(
-        (".venv/bin/python", "-m", "prunelib.notebook", "notebooks/00_quickstart.ipynb", "build/quickstart.json")
+        (".venv/bin/python", "-m", "prunelib.lab.run_notebook", "notebooks/00_quickstart.ipynb", "build/quickstart.json")
     ),
     "test": Step(("make", "test", "CORES={cores}")),
 }

@@ -1,5 +1,5 @@
 """A laboratory for making language models shallower and thinner without retraining them."""
 
-from prunelib.registration import register_model_type
+from prunelib.slicing.registration import register_model_type
 
 register_model_type()

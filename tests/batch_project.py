@@ -24,7 +24,8 @@ output = "build/statistics.json"  # result
     "compute": """
 import os, signal, time
 from pathlib import Path
-from prunelib import provenance, results
+from prunelib.lab import provenance
+from prunelib.lab import runs as results
 with open(os.environ["BATCH_LOG"], "a") as log:
     log.write(f"statistics {model} {corpus} {split} {data_dir} {n_samples} {dtype} {seed}\\n")
 if seed in crash:
@@ -49,7 +50,8 @@ output = "build/depth.json"  # result
 """,
     "compute": """
 import os
-from prunelib import provenance, results
+from prunelib.lab import provenance
+from prunelib.lab import runs as results
 with open(os.environ["BATCH_LOG"], "a") as log:
     log.write(f"depth {model} {dtype} {layers_removed}\\n")
 total = sum(provenance.at_root(path).with_suffix(".safetensors").read_bytes()[0] for path in statistics)
@@ -69,7 +71,8 @@ output = "build/chapter.json"  # result
     "## Figure 1: perplexity against `layers_removed` (`simdiff_fig1_perplexity`)": None,
     "compute": """
 import csv, os
-from prunelib import provenance, results as runs
+from prunelib.lab import provenance
+from prunelib.lab import runs
 with open(os.environ["BATCH_LOG"], "a") as log:
     log.write("chapter\\n")
 rows = list(csv.DictReader(open(provenance.at_root(results))))

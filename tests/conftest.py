@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunelib import checksums
+from prunelib.lab import checksums
 
 torch.set_num_threads(1)
 

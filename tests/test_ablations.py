@@ -7,12 +7,12 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.ablations import ABLATIONS, LayerSetLoss, ablation, knn_entropy
-from prunelib.criteria import CRITERIA
-from prunelib.evaluation import layer_set_divergence, perplexity, shared_layer_forwards
+from prunelib.criteria.loss_based import ABLATIONS, LayerSetLoss, ablation, knn_entropy
+from prunelib.criteria.similarity import CRITERIA
+from prunelib.criteria.statistics import collect
+from prunelib.depth.search import exhaustive, greedy, lowest
+from prunelib.evaluation.perplexity import layer_set_divergence, perplexity, shared_layer_forwards
 from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
-from prunelib.search import exhaustive, greedy, lowest
-from prunelib.statistics import collect
 
 FAMILIES = ("llama", "gpt_neox", "gemma2", "opt", "qwen2", "mixtral")
 SMALL_ENTROPY = {"entropy_gain": {"neighbours": 5}, "entropy_gain_attention": {"neighbours": 5}}

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from batch_project import CHAPTER, DEPTH, PROFILE, STATISTICS, Project, write_notebook
 
-from prunelib import batch, grid
+from prunelib.lab import batch
+from prunelib.lab import profile as grid
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = "data/runs/test"
@@ -137,7 +138,7 @@ def test_kill_9_and_resume(tmp_path):
     project.profile(calibration_seeds=[0, 1], layers_removed=[2])
     assert project.run(f"{RUNS}/statistics/tiny__pydocs__s0.json").returncode == 0
     project.started()
-    command = [sys.executable, "-m", "prunelib.batch", "profile.yaml"]
+    command = [sys.executable, "-m", "prunelib.lab.batch", "profile.yaml"]
 
     environment = project.environment(BATCH_SLEEP="100")
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from prunelib import checksums
-from prunelib.provenance import at_root, file_sha256, project_root
+from prunelib.io import at_root, file_sha256, project_root
+from prunelib.lab import checksums
 
 
 def git(*arguments: str) -> str:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from prunelib import choices, results
+from prunelib.lab import choices
+from prunelib.lab import runs as results
 
 
 def _row(method, size, layers, metric="nats", role="choice", **more):

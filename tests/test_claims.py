@@ -7,7 +7,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from prunelib import claims, figures, grid, results
+from prunelib.claims import claims
+from prunelib.figures import style as figures
+from prunelib.lab import profile as grid
+from prunelib.lab import runs as results
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
@@ -388,7 +391,7 @@ def test_arithmetic_of_the_papers(found):
 def test_the_readme_holds_the_computed_table(found, tables_as_committed):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = text.split(claims.BEGIN)[1].split(claims.END)[0].strip()
-    assert block == claims.markdown(found, figures.PAPERS), "run: python -m prunelib.claims README.md"
+    assert block == claims.markdown(found, figures.PAPERS), "run: python -m prunelib.claims.claims README.md"
 
 
 def test_the_committed_figure_is_of_the_committed_tables(found, tables):

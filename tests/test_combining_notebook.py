@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from word_model import drawn_words, write_project
 
-from prunelib import models, results
-from prunelib.corpora import load
-from prunelib.evaluation import PerplexityProtocol, perplexity
-from prunelib.notebook import NotebookError, run_notebook
-from prunelib.quantisation import to_format, weight_bytes
-from prunelib.speculative import acceptance, best_drafted, expected_speedup
+from prunelib import models
+from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, run_notebook
+from prunelib.models.quantization import to_format, weight_bytes
+from prunelib.speed.speculative import acceptance, best_drafted, expected_speedup
+from prunelib.text.corpora import load
 
 NOTEBOOK = "notebooks/experiments/combining.ipynb"
 SETS = {2: (1, 2), 3: (1, 2, 4)}

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from prunelib import corpora
-from prunelib.corpora import Corpus, consecutive_windows, load, sample_windows, token_stream, windows_sha256
+from prunelib.text import corpora
+from prunelib.text.corpora import Corpus, consecutive_windows, load, sample_windows, token_stream, windows_sha256
 
 WORDS = [f"w{number}" for number in range(500)]
 
@@ -145,7 +145,7 @@ def test_hash_sees_document_borders():
 
 
 def test_embedded_corpora_are_registered_and_read_lazily(monkeypatch):
-    pydocs = pytest.importorskip("prunelib.pydocs")
+    pydocs = pytest.importorskip("prunelib.text.embedded")
     assert set(pydocs.EMBEDDED) <= set(corpora.LOADERS)
     checked = []
     monkeypatch.setattr(pydocs, "check", lambda name, split: checked.append((name, split)))

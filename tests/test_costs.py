@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from prunelib import costs, results
+from prunelib.lab import costs
+from prunelib.lab import runs as results
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunelib.criteria import (
+from prunelib.criteria.similarity import (
     BLOCK_CRITERIA,
     CRITERIA,
     angular,
@@ -17,9 +17,9 @@ from prunelib.criteria import (
     layer_difference,
     similarity_term,
 )
+from prunelib.criteria.statistics import LayerStats, collect, from_states
+from prunelib.depth.search import lowest, lowest_block
 from prunelib.models import remove_layers
-from prunelib.search import lowest, lowest_block
-from prunelib.statistics import LayerStats, collect, from_states
 
 MEASURED = ("block_influence", "simdiff_mssd", "simdiff_masd", "relative_magnitude")
 

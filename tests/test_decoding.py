@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM as Auto
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MistralConfig
 
-from prunelib.decoding import STATIC_ATTENTION, CacheShape, Decoder, reads_filled_part
 from prunelib.models import UnsupportedModel, remove_layers
-from prunelib.schedules import constant
-from prunelib.slicing import slice_model
-from prunelib.speed import random_sliced
+from prunelib.slicing.rotate import slice_model
+from prunelib.slicing.schedules import constant
+from prunelib.speed.decoding import STATIC_ATTENTION, CacheShape, Decoder, reads_filled_part
+from prunelib.speed.timing import random_sliced
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -147,7 +147,7 @@ def test_graphs_give_the_tokens_of_plain_steps(family):
 
 @needs_cuda
 def test_graphs_without_triton_give_the_same_tokens(monkeypatch):
-    monkeypatch.setattr("prunelib.decoding._triton_is_there", lambda: False)
+    monkeypatch.setattr("prunelib.speed.decoding._triton_is_there", lambda: False)
     model = llama().cuda()
     assert not reads_filled_part(model, static=True)
     prompts = prompts_for(model)
@@ -188,7 +188,7 @@ def test_a_sliced_model_is_captured():
 @pytest.mark.parametrize("position", [0, 63, 64, 700, 1999])
 def test_attention_reads_the_filled_part_and_nothing_else(heads, key_heads, size, dtype, position):
     pytest.importorskip("triton")
-    from prunelib.decode_attention import attend
+    from prunelib.speed.decode_attention import attend
 
     query = torch.randn(2, 1, heads, size, device="cuda", dtype=dtype).transpose(1, 2)
     keys, values = (torch.randn(2, key_heads, 2000, size, device="cuda", dtype=dtype) for _ in range(2))

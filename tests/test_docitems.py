@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 
-from prunelib import docitems, pydocs
+from prunelib.evaluation import embedded_tasks as docitems
+from prunelib.io import project_root
 from prunelib.models import load_tokenizer
-from prunelib.provenance import project_root
+from prunelib.text import embedded as pydocs
 
 TASKS = tuple(docitems.BUILDERS)
 

@@ -13,7 +13,9 @@ import yaml
 from architectures import ARCHITECTURES
 from batch_project import CHAPTER, write_notebook
 
-from prunelib import figures, grid, notebook
+from prunelib.figures import style as figures
+from prunelib.lab import profile as grid
+from prunelib.lab import run_notebook as notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.ipynb"))
@@ -125,7 +127,7 @@ def test_notebook_is_clean(path):
 
 @pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem not in COMPUTING], ids=lambda path: path.stem)
 def test_chapters_read_results_and_do_not_compute(path):
-    light = {"prunelib.results", "prunelib.figures", "prunelib.provenance", "prunelib.claims"}
+    light = {"prunelib.lab.runs", "prunelib.figures.style", "prunelib.lab.provenance", "prunelib.claims.claims"}
     used = imports(path)
     heavy = {name for name in used if name.split(".")[0] in ("torch", "transformers")}
     ours = {name for name in used if name.startswith("prunelib.")}

@@ -8,8 +8,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from prunelib import corpora, duplicates
-from prunelib.duplicates import Settings, clusters, deduplicate, document_nats, heuristics, overlap, signatures, size_bins
+from prunelib.text import corpora
+from prunelib.text import near_duplicates as duplicates
+from prunelib.text.near_duplicates import (
+    Settings,
+    clusters,
+    deduplicate,
+    document_nats,
+    heuristics,
+    overlap,
+    signatures,
+    size_bins,
+)
 
 THRESHOLD = 0.85
 
@@ -289,7 +299,7 @@ def test_bins_of_sizes_double_and_hold_every_size_once():
 
 
 def test_the_raw_corpus_holds_what_the_others_leave_out():
-    from prunelib import pydocs
+    from prunelib.text import embedded as pydocs
 
     raw = {document.name: document.text for document in pydocs.records("pyraw", "train")}
     clean = {document.name for document in pydocs.records("pydocs", "evaluation")}
@@ -320,8 +330,9 @@ def test_the_notebook_and_its_chapter_run_on_another_model_and_text(tmp_path):
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from prunelib import models, results
-    from prunelib.notebook import run_notebook
+    from prunelib import models
+    from prunelib.lab import runs as results
+    from prunelib.lab.run_notebook import run_notebook
 
     vocabulary = {f"w{i}": i for i in range(1, 60)} | {"<|endoftext|>": 0}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<|endoftext|>"))

@@ -11,8 +11,7 @@ import torch
 from architectures import build
 from torch.nn import functional
 
-from prunelib.corpora import load
-from prunelib.evaluation import (
+from prunelib.evaluation.perplexity import (
     NotFinite,
     Perplexity,
     PerplexityProtocol,
@@ -23,6 +22,7 @@ from prunelib.evaluation import (
 )
 from prunelib.models import decoder_layers, load_tokenizer, remove_layers
 from prunelib.models import load as load_model
+from prunelib.text.corpora import load
 
 NLL = 1e-4  # nats, over about a hundred tokens in float32
 # Llama, parallel attention, sandwich norms with sliding windows and soft-capping, post-norms, learned positions (twice).

@@ -5,11 +5,12 @@ import json
 import pytest
 from word_model import drawn_words, write_project
 
-from prunelib import models, results
-from prunelib.notebook import NotebookError, run_notebook
-from prunelib.provenance import at_root
-from prunelib.search import alpha_path
-from prunelib.statistics import LayerStats
+from prunelib import models
+from prunelib.criteria.statistics import LayerStats
+from prunelib.depth.search import alpha_path
+from prunelib.io import at_root
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, run_notebook
 
 STATISTICS = "notebooks/experiments/statistics.ipynb"
 DEPTH = "notebooks/experiments/depth.ipynb"
@@ -52,7 +53,7 @@ def depth(place, output, statistics, layers_removed, **changes):
 def test_statistics_writes_the_scores_of_its_own_sums(statistics):
     run = results.read_run(statistics[0])
     stats = LayerStats.load(at_root(statistics[0]).with_suffix(".safetensors"))
-    from prunelib.criteria import block_influence, layer_difference
+    from prunelib.criteria.similarity import block_influence, layer_difference
 
     for metric, expected in (("block_influence", block_influence(stats)), ("mssd", layer_difference(stats, "mssd"))):
         written = [row["value"] for row in run["rows"] if row["metric"] == metric and row["tokens"] == "all"]
@@ -70,7 +71,7 @@ def test_streamed_statistics_are_the_same(place, statistics):
 
 
 def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, statistics):
-    from prunelib.criteria import difference_term, similarity_term
+    from prunelib.criteria.similarity import difference_term, similarity_term
 
     run = results.read_run(depth(place, "k2.json", statistics, 2))
     choices = [row for row in run["rows"] if row["role"] == "choice"]
@@ -100,8 +101,8 @@ def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, st
 def test_depth_measures_a_set_as_the_saved_model_without_those_layers(place, statistics):
     import torch
 
-    from prunelib import corpora
     from prunelib.evaluation import perplexity
+    from prunelib.text import corpora
 
     run = results.read_run(depth(place, "k3.json", statistics[:1], 3))
     row = next(row for row in run["rows"] if row.get("method") == "deepest" and row["metric"] == "nats")
@@ -177,8 +178,8 @@ def test_the_optimum_is_that_of_all_sets_one_by_one(place, truth):
 
     from safetensors.numpy import load_file
 
-    from prunelib import corpora
     from prunelib.evaluation import perplexity
+    from prunelib.text import corpora
 
     run, arrays = results.read_run(truth), load_file(at_root(truth).with_suffix(".safetensors"))
     dense = models.load(place / "model")
@@ -256,7 +257,7 @@ def test_blocks_are_contiguous_and_every_block_is_one_of_the_exhaustive_sets(pla
 
 
 def test_tasks_are_those_of_the_pruned_model_alone(place):
-    from prunelib import tasks
+    from prunelib.evaluation import tasks
 
     model, choices = "data/reference/neox24", "data/optimum/selection/neox24__s0__searches.json"
     values = {"model": model, "choices": choices, "methods": ["block_influence", "greedy"], "sizes": [8], "limit": 10}

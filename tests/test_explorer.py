@@ -10,14 +10,18 @@ import torch
 from matplotlib import pyplot as plt
 from word_model import drawn_words, write_project
 
-from prunelib import corpora, explorer, figures, models, results
-from prunelib.ablations import LayerSetLoss
-from prunelib.criteria import CRITERIA, criterion
+from prunelib import models
+from prunelib.apps import explorer
+from prunelib.criteria.loss_based import LayerSetLoss
+from prunelib.criteria.similarity import CRITERIA, criterion
+from prunelib.criteria.statistics import collect
+from prunelib.depth.search import lowest
 from prunelib.evaluation import perplexity
-from prunelib.notebook import run_notebook
-from prunelib.search import lowest
-from prunelib.slicing import account
-from prunelib.statistics import collect
+from prunelib.figures import style as figures
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import run_notebook
+from prunelib.slicing.rotate import account
+from prunelib.text import corpora
 
 
 @pytest.fixture(autouse=True)

@@ -25,21 +25,17 @@ from batch_project import Project, write_notebook
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
-from prunelib import (
-    batch,
-    corpora,
-    evaluation,
-    hub,
-    models,
-    notebook,
-    provenance,
-    pydocs,
-    results,
-    search,
-    statistics,
-    streaming,
-)
-from prunelib.memory import OutOfMemory
+from prunelib import io, models
+from prunelib.criteria import statistics
+from prunelib.depth import search
+from prunelib.evaluation import perplexity as evaluation
+from prunelib.lab import batch, provenance
+from prunelib.lab import run_notebook as notebook
+from prunelib.lab import runs as results
+from prunelib.models.memory import OutOfMemory
+from prunelib.scale import offload as streaming
+from prunelib.text import corpora
+from prunelib.text import embedded as pydocs
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = (
@@ -123,7 +119,7 @@ if mode == "fill":
 """
 
 WRITE = """
-from prunelib.results import write_run
+from prunelib.lab.runs import write_run
 rows = [{"metric": "one", "value": 1.0}]
 _ = write_run(output, experiment="test", parameters={}, rows=rows, provenance={}, seconds=0.1)
 """
@@ -199,7 +195,7 @@ def test_a_killed_kernel_says_what_takes_less(nb, older, capfd):
 
 KILLED = """
 import os, signal, sys
-from prunelib import results
+from prunelib.lab import runs as results
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 rows = [{"metric": "new", "value": 2.0}]
 results.write_run(sys.argv[1], experiment="test", parameters={}, rows=rows, provenance={}, seconds=1.0)
@@ -491,7 +487,7 @@ def test_a_model_with_unknown_layers(saved):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from prunelib import batch
+from prunelib.lab import batch
 with batch._only_here(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
@@ -545,7 +541,7 @@ def _interruptible() -> None:
 
 
 def test_ctrl_c_in_a_run(nb, older):
-    command = [sys.executable, "-m", "prunelib.notebook", str(nb), str(older), "mode=sleep"]
+    command = [sys.executable, "-m", "prunelib.lab.run_notebook", str(nb), str(older), "mode=sleep"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible) as process:
         assert process.stderr.readline() == "8 False\n", "the kernel works"
         kernels = psutil.Process(process.pid).children(recursive=True)
@@ -563,7 +559,7 @@ def test_ctrl_c_in_a_batch(tmp_path):
     project = Project(tmp_path)
     project.profile(calibration_seeds=[0], layers_removed=[2], chapters={})
     wanted = "data/runs/test/statistics/tiny__pydocs__s0.json"
-    command = [sys.executable, "-m", "prunelib.batch", "profile.yaml", wanted]
+    command = [sys.executable, "-m", "prunelib.lab.batch", "profile.yaml", wanted]
     environment = project.environment(BATCH_SLEEP="100")
     process = subprocess.Popen(
         command,
@@ -597,7 +593,7 @@ def test_no_network(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
-    assert hub.unreachable()
+    assert io.hub_unreachable()
     for number, load in enumerate((models.load, models.load_tokenizer)):
         with pytest.raises(models.CheckpointError) as caught:
             load("nobody/model")

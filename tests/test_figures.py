@@ -19,8 +19,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 
-from prunelib import figures, grid
-from prunelib.figures import METHODS, FigureError
+from prunelib.figures import style as figures
+from prunelib.figures.style import METHODS, FigureError
+from prunelib.lab import profile as grid
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARED = ("block_influence", "simdiff_mssd", "simdiff_masd", "deepest", "angular", "relative_magnitude", "random")
@@ -81,12 +82,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_importing_needs_no_torch():
-    code = "import sys, prunelib.figures; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, prunelib.figures.style; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_every_criterion_has_its_look():
-    from prunelib.criteria import CRITERIA
+    from prunelib.criteria.similarity import CRITERIA
 
     assert set(CRITERIA) <= set(METHODS)
     assert all(name == method.name for name, method in METHODS.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prunelib.footprint import _FIELDS, GIB, SHAPES, planned, sizes, what_fits_where, windows_that_fit
+from prunelib.scale.footprint import _FIELDS, GIB, SHAPES, planned, sizes, what_fits_where, windows_that_fit
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA = sizes(dict(zip(_FIELDS, SHAPES["Llama-3.1-8B"], strict=True)))
@@ -61,11 +61,15 @@ def test_the_windows_that_fit_fit_and_one_batch_more_does_not(host, accelerator)
 
 
 def test_the_committed_table_is_what_the_command_writes():
-    done = subprocess.run([sys.executable, "-m", "prunelib.footprint"], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "prunelib.scale.footprint"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout == (ROOT / "data/footprint.csv").read_text()
     assert [row["model"] for row in csv.DictReader(done.stdout.splitlines())] == [row["model"] for row in what_fits_where()]
 
 
 def test_the_table_needs_no_torch():
-    script = "import sys; import prunelib.footprint; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    script = (
+        "import sys; import prunelib.scale.footprint; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib import statistics
-from prunelib.statistics import collect, from_states
+from prunelib.criteria import statistics
+from prunelib.criteria.statistics import collect, from_states
 
 ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
 
@@ -41,8 +41,8 @@ def test_interpreted_kernel_gives_the_plain_sums():
     """In a process of its own, as the interpreter is chosen on import."""
     script = """
         import torch
-        from prunelib import fused
-        from prunelib.statistics import _Plain, _subset_weights, token_sums
+        from prunelib.criteria import fused
+        from prunelib.criteria.statistics import _Plain, _subset_weights, token_sums
 
         torch.manual_seed(0)
         for tokens, n_states, width in ((9, 7, 160), (4, 7, 50), (5, 33, 200), (3, 2, 64), (1, 70, 40)):
@@ -89,10 +89,10 @@ def test_states_may_lie_state_by_state(moved):
 
 
 def test_a_kernel_that_does_not_work_is_reported_and_not_used(monkeypatch):
-    broken = type(sys)("prunelib.fused")
+    broken = type(sys)("prunelib.criteria.fused")
     broken.problem = lambda device: "RuntimeError: no compiler"
-    monkeypatch.setitem(sys.modules, "prunelib.fused", broken)
-    monkeypatch.setattr("prunelib.fused", broken, raising=False)
+    monkeypatch.setitem(sys.modules, "prunelib.criteria.fused", broken)
+    monkeypatch.setattr("prunelib.criteria.fused", broken, raising=False)
     statistics._fused.cache_clear()
     with pytest.warns(UserWarning, match=r"without the Triton kernel, more slowly: RuntimeError: no compiler"):
         assert statistics._fused(torch.device("cuda", 0)) is None

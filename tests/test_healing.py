@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from prunelib import healing, models
-from prunelib.healing import HealingError, heal, kl_divergence, linear_names, load_adapter
+from prunelib import models
+from prunelib.healing import train as healing
+from prunelib.healing.recipes import RECIPES, WORDS, Recipe
+from prunelib.healing.train import HealingError, heal, kl_divergence, linear_names, load_adapter
 from prunelib.models import UnsupportedModel
-from prunelib.nf4 import NF4Linear
-from prunelib.recipes import RECIPES, WORDS, Recipe
-from prunelib.schedules import constant
-from prunelib.slicing import slice_model
-from prunelib.training_rows import IGNORED, TrainingRows
+from prunelib.models.nf4 import NF4Linear
+from prunelib.slicing.rotate import slice_model
+from prunelib.slicing.schedules import constant
+from prunelib.text.sequences import IGNORED, TrainingRows
 
 FAMILIES = ["llama", "llama_tied", "gpt_neox", "qwen2", "phi"]
 SIZE = {"batch": 4, "seq_len": 16, "steps": 6, "warmup_steps": 1}

@@ -5,10 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from word_model import write_project
 
-from prunelib import choices, models, results
-from prunelib.corpora import load
-from prunelib.evaluation import PerplexityProtocol, perplexity
-from prunelib.notebook import NotebookError, run_notebook
+from prunelib import models
+from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
+from prunelib.lab import choices
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, run_notebook
+from prunelib.text.corpora import load
 
 NOTEBOOK = "notebooks/experiments/healing.ipynb"
 REMOVED = (1, 2)

@@ -13,11 +13,13 @@ import torch
 from architectures import build
 from transformers import AutoTokenizer
 
-from prunelib import corpora, healing, models
-from prunelib.healing import heal, load_file
-from prunelib.pretraining import train_tokenizer
-from prunelib.recipes import RECIPES
-from prunelib.training_rows import document_rows
+from prunelib import models
+from prunelib.apps.pretraining import train_tokenizer
+from prunelib.healing import train as healing
+from prunelib.healing.recipes import RECIPES
+from prunelib.healing.train import heal, load_file
+from prunelib.text import corpora
+from prunelib.text.sequences import document_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"batch": 4, "seq_len": 16, "steps": 8, "warmup_steps": 1, "dropout": 0.0}
@@ -59,7 +61,16 @@ def rows_of(project, recipe):
 
 def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model(project, tmp_path, capsys):
     # What `accelerate launch` runs too; it starts several processes on GPUs alone.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "prunelib.healing"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "prunelib.healing.train",
+    ]
     two = subprocess.run(
         [*launch, *arguments(project, tmp_path / "two")],
         env=environment(),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prunelib.provenance import project_root
+from prunelib.io import project_root
 
 pytest.importorskip("jupyterlab", reason="the environment of the lock has it")
 

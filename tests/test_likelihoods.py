@@ -7,9 +7,9 @@ import torch
 from architectures import build
 
 from prunelib import models
-from prunelib.likelihoods import Request, layer_set_likelihoods
-from prunelib.plans import SublayerPlan
-from prunelib.sublayers import remove_sublayers
+from prunelib.evaluation.likelihoods import Request, layer_set_likelihoods
+from prunelib.models.plans import SublayerPlan
+from prunelib.models.sublayers import remove_sublayers
 
 SETS = [(), (1,), (0, 4), (0, 5)]
 

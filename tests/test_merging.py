@@ -5,7 +5,7 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.merging import RULES, collapse, merge
+from prunelib.depth.laco import RULES, collapse, merge
 from prunelib.models import UnsupportedModel, decoder_layers, load, parameter_count, remove_layers, save
 
 FAMILIES = ("llama", "gpt_neox", "qwen2", "opt", "gemma2", "gpt2")

@@ -6,10 +6,12 @@ from dataclasses import asdict
 
 import pytest
 
-from prunelib import model_card, notebook, results
-from prunelib.notebook import check
-from prunelib.provenance import at_root
-from prunelib.recipes import RECIPES
+from prunelib.apps import model_card
+from prunelib.healing.recipes import RECIPES
+from prunelib.io import at_root
+from prunelib.lab import run_notebook as notebook
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import check
 
 
 def gap(state, other, value, text="pydocs:evaluation"):

@@ -8,7 +8,7 @@ from architectures import build
 from torch import nn
 
 from prunelib.models import decoder_layers
-from prunelib.nf4 import NF4Linear, quantise
+from prunelib.models.nf4 import NF4Linear, quantise
 
 # QLoRA (arXiv 2305.14314), appendix E.
 LEVELS = torch.tensor(

@@ -13,8 +13,9 @@ import papermill
 import pytest
 from batch_project import write_notebook
 
-from prunelib import notebook, results
-from prunelib.notebook import NotebookError, Parameter, ParameterError
+from prunelib.lab import run_notebook as notebook
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, Parameter, ParameterError
 
 PARAMETERS = """
 width = 2  # layers
@@ -46,7 +47,7 @@ if mode == "broken":
 """
 
 WRITE = """
-from prunelib.results import write_run
+from prunelib.lab.runs import write_run
 extra = {
     "settings": settings,
     "executable": sys.executable,
@@ -328,7 +329,7 @@ def test_a_result_that_is_not_json_is_a_failure(nb, tmp_path):
 def test_from_a_shell_and_by_plain_papermill(nb, tmp_path):
     """From any folder; the same notebook needs nothing of the runner."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "prunelib.notebook", "nb.ipynb", "a/out.json", "width=5", "mode=ok"]
+    command = [sys.executable, "-m", "prunelib.lab.run_notebook", "nb.ipynb", "a/out.json", "width=5", "mode=ok"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("written by " + str(tmp_path / "nb.ipynb"))

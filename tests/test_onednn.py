@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prunelib import models, onednn
+from prunelib import models
+from prunelib.models import onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
 

@@ -7,14 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from word_model import write_project
 
-from prunelib import corpora, model_card, models, own_model, publishing, results
-from prunelib.ablations import ABLATIONS
-from prunelib.criteria import CRITERIA, criterion
-from prunelib.evaluation import PerplexityProtocol, paired_bootstrap, perplexity
-from prunelib.notebook import NotebookError, ParameterError, run_notebook
-from prunelib.provenance import at_root
-from prunelib.search import lowest
-from prunelib.statistics import collect
+from prunelib import models
+from prunelib.apps import model_card, own_model, publishing
+from prunelib.criteria.loss_based import ABLATIONS
+from prunelib.criteria.similarity import CRITERIA, criterion
+from prunelib.criteria.statistics import collect
+from prunelib.depth.search import lowest
+from prunelib.evaluation.perplexity import PerplexityProtocol, paired_bootstrap, perplexity
+from prunelib.io import at_root
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, ParameterError, run_notebook
+from prunelib.text import corpora
 
 NOTEBOOK = "notebooks/own_model.ipynb"
 
@@ -274,7 +277,7 @@ def online(monkeypatch):
 def test_publishing_is_refused_where_it_would_fail_in_the_end(online):
     import huggingface_hub
 
-    from prunelib import hub
+    from prunelib import io
 
     assert publishing.check("some/model", api=Hub()) == "somebody"
     with pytest.raises(publishing.PublishError, match="exists on the hub: nothing there is replaced"):
@@ -285,7 +288,7 @@ def test_publishing_is_refused_where_it_would_fail_in_the_end(online):
     with pytest.raises(publishing.PublishError, match="there is no token of the hub: run `hf auth login`"):
         publishing.check("some/model")
     online.setattr(huggingface_hub, "get_token", lambda: "a stand-in")
-    online.setattr(hub, "unreachable", lambda: "ConnectError: no route")
+    online.setattr(io, "hub_unreachable", lambda: "ConnectError: no route")
     with pytest.raises(
         publishing.PublishError, match=r"cannot be reached \(ConnectError: no route\): connect, or leave push_to"
     ):

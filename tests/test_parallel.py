@@ -10,9 +10,12 @@ import pytest
 import torch
 from word_model import drawn_words, write_project
 
-from prunelib import models, parallel, results, statistics
-from prunelib.notebook import check
-from prunelib.statistics import LayerStats
+from prunelib import models
+from prunelib.criteria import statistics
+from prunelib.criteria.statistics import LayerStats
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import check
+from prunelib.scale import distributed as parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = "notebooks/experiments/statistics.ipynb"
@@ -34,7 +37,7 @@ def command(place, output, **changes):
         "batch_size": 2,
     } | changes
     check(ROOT / NOTEBOOK, values)
-    return ["-m", "prunelib.notebook", NOTEBOOK, str(output), *(f"{name}={value}" for name, value in values.items())]
+    return ["-m", "prunelib.lab.run_notebook", NOTEBOOK, str(output), *(f"{name}={value}" for name, value in values.items())]
 
 
 def launch(arguments, processes):

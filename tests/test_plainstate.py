@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from prunelib import plainstate
+from prunelib.healing import plainstate
 
 NUMBERS = some.none() | some.booleans() | some.integers() | some.floats(allow_nan=False) | some.text(max_size=5)
 ARRAYS = some.sampled_from(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunelib.plans import DropPlan, SublayerPlan
+from prunelib.models.plans import DropPlan, SublayerPlan
 
 PLAN = DropPlan(8, (2, 5, 6), "simdiff_masd", {"alpha": 0.25, "tokens": "all", "seeds": [1, 2], "note": "×"})
 

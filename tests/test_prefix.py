@@ -6,9 +6,9 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.evaluation import NotFinite, layer_set_divergence, layer_set_perplexity
+from prunelib.evaluation.perplexity import NotFinite, layer_set_divergence, layer_set_perplexity
 from prunelib.models import UnsupportedModel, remove_layers
-from prunelib.prefix import SharedRuns, check_layer_set, shared_layer_forwards
+from prunelib.models.layerwise import SharedRuns, check_layer_set, shared_layer_forwards
 
 
 def random_windows(count: int = 5, length: int = 13) -> torch.Tensor:

@@ -8,8 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunelib import pretraining
-from prunelib.pretraining import WINDOW, Reference, Windows, read_documents, tokenize, train, train_tokenizer, window_starts
+from prunelib.apps import pretraining
+from prunelib.apps.pretraining import (
+    WINDOW,
+    Reference,
+    Windows,
+    read_documents,
+    tokenize,
+    train,
+    train_tokenizer,
+    window_starts,
+)
 
 TINY = {
     "llama": {

@@ -15,10 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from prunelib import grid, results, schedules
-from prunelib.notebook import Parameter, ParameterError
-from prunelib.plans import DropPlan, SublayerPlan
-from prunelib.schedules import CAP, ROUNDINGS, SlicePlan
+from prunelib.lab import profile as grid
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import Parameter, ParameterError
+from prunelib.models.plans import DropPlan, SublayerPlan
+from prunelib.slicing import schedules
+from prunelib.slicing.schedules import CAP, ROUNDINGS, SlicePlan
 
 set_hypothesis_home_dir(tempfile.gettempdir())  # nothing in the tree
 

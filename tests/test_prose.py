@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from prunelib import claims, prose
+from prunelib.claims import claims
+from prunelib.lab import prose
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -203,7 +204,7 @@ def committed():
 
 def test_computed_numbers_of_the_readme(committed, tables_as_committed):
     document = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert prose.wrong(document, committed[0], prose.tables()) == [], "run: python -m prunelib.prose README.md"
+    assert prose.wrong(document, committed[0], prose.tables()) == [], "run: python -m prunelib.lab.prose README.md"
 
 
 def test_every_number_of_the_readme_has_an_origin(committed):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunelib import provenance
+from prunelib.lab import provenance
 
 
 def test_paths_at_root_and_back(tmp_path, monkeypatch):
@@ -130,6 +130,6 @@ def test_peak_memory_is_plausible():
 
 
 def test_light_modules_do_not_import_torch():
-    code = "import prunelib.provenance, prunelib.results, prunelib.notebook, prunelib.grid, sys; print('torch' in sys.modules)"
+    code = "import prunelib.lab.provenance, prunelib.lab.runs, prunelib.lab.run_notebook, prunelib.lab.profile, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from prunelib import results
+from prunelib.lab import runs as results
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "published"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")

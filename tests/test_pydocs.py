@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from prunelib import pydocs
-from prunelib.pydocs import Document, digest, split_of, without_near_duplicates
+from prunelib.text import embedded as pydocs
+from prunelib.text.embedded import Document, digest, split_of, without_near_duplicates
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import torch
 from architectures import build
 from torch import nn
 
-from prunelib.evaluation import layer_set_perplexity, perplexity
+from prunelib.evaluation.perplexity import layer_set_perplexity, perplexity
 from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
-from prunelib.quantisation import FORMATS, Int8Linear, absmax_int8, to_format, weight_bytes
+from prunelib.models.quantization import FORMATS, Int8Linear, absmax_int8, to_format, weight_bytes
 
 
 def random_windows(count: int = 4, length: int = 16) -> torch.Tensor:

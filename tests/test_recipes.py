@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from architectures import build
 
-from prunelib.healing import linear_names
-from prunelib.recipes import RECIPES, gromov
+from prunelib.healing.recipes import RECIPES, gromov
+from prunelib.healing.train import linear_names
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():

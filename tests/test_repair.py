@@ -9,9 +9,9 @@ import torch
 from architectures import build
 from torch import nn
 
+from prunelib.depth.repair import DAMPINGS, METHODS, UNFUSED_METHODS, StreamMap, fit_unfused, hadamard, repair, unfused
 from prunelib.models import UnsupportedModel, decoder_layers, load, remove_layers, save
-from prunelib.repair import DAMPINGS, METHODS, UNFUSED_METHODS, StreamMap, fit_unfused, hadamard, repair, unfused
-from prunelib.sliced_model import WIRING
+from prunelib.slicing.modeling import WIRING
 
 FAMILIES = ("llama", "gpt_neox", "phi", "opt", "gemma")
 PARALLEL = ("gpt_neox", "phi")

@@ -13,7 +13,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from prunelib import claims, costs, grid, prose, report
+from prunelib.apps import report
+from prunelib.claims import claims
+from prunelib.lab import costs, prose
+from prunelib.lab import profile as grid
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / report.OUT
@@ -292,7 +295,7 @@ def test_counts_and_times_are_recomputed(tree):
 
 def test_every_run_of_a_figure_has_a_known_time(tree):
     """Or the report says of how many it is not known: then make data/costs.csv anew."""
-    assert "not known of" not in tree.text, "run: python -m prunelib.costs (where the run files are)"
+    assert "not known of" not in tree.text, "run: python -m prunelib.lab.costs (where the run files are)"
 
 
 def test_every_number_of_the_page_names_its_source(tree):
@@ -328,7 +331,7 @@ def test_numbers_in_the_sentences_of_a_chapter(path, tables, tables_as_committed
     """Computed ones are those of the tables, found ones are in their csv."""
     ledger = prose.ledger(path)
     whole = "\n\n".join(prose.cells(path))
-    assert prose.wrong(whole, ledger.sentences, tables) == [], f"run: python -m prunelib.prose notebooks/{path.name}"
+    assert prose.wrong(whole, ledger.sentences, tables) == [], f"run: python -m prunelib.lab.prose notebooks/{path.name}"
     assert prose.missing(whole, ledger.stated) == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 
-from prunelib import results
+from prunelib.lab import runs as results
 
 
 def write(path, rows=({"metric": "ppl", "value": 9.5, "n": 4},), *, parameters=None, code="a" * 64, **changes):

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunelib import schedules, statistics
-from prunelib.criteria import block_influence, layer_redundancy
-from prunelib.schedules import SlicePlan, constant, dynamic, dynamic_inverted, dynamic_random, final_slices, from_slices
+from prunelib.criteria.similarity import block_influence, layer_redundancy, statistics
+from prunelib.slicing import schedules
+from prunelib.slicing.schedules import SlicePlan, constant, dynamic, dynamic_inverted, dynamic_random, final_slices, from_slices
 
 PLAN = SlicePlan(32, (32, 24, 20), "given", {"slices": [0.0, 0.25, 0.4], "note": "×"})
 TOY = np.array([0.0, 7, 8, 9, 6]) / 9  # 1 - min-max of the importances 10, 3, 2, 1, 4
@@ -186,14 +186,14 @@ def test_layer_redundancy(tiny_llama):
 def test_normalisations_that_one_layer_does_not_rule(tiny_llama, monkeypatch):
     stats = statistics.collect(tiny_llama, torch.randint(0, 97, (2, 16)), progress=False)
     influence = np.array([0.95, 0.12, 0.10, 0.08, 0.08, 0.14])
-    monkeypatch.setattr("prunelib.criteria.block_influence", lambda stats, tokens: influence)
+    monkeypatch.setattr("prunelib.criteria.similarity.block_influence", lambda stats, tokens: influence)
     published = layer_redundancy(stats)
     assert published[1:].min() > 0.9  # layer 0 takes nearly the whole range
     assert layer_redundancy(stats, normalise="rank") == pytest.approx([0, 4 / 9, 6 / 9, 1, 1, 2 / 9])
     clipped = layer_redundancy(stats, normalise="clipped", quantile=0.2)
     assert clipped == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 0])
     assert influence[0] == 0.95  # not changed in place
-    monkeypatch.setattr("prunelib.criteria.block_influence", lambda stats, tokens: np.full(6, 0.3))
+    monkeypatch.setattr("prunelib.criteria.similarity.block_influence", lambda stats, tokens: np.full(6, 0.3))
     for name in ("minmax", "rank", "clipped"):
         assert (layer_redundancy(stats, normalise=name) == 1).all()
     with pytest.raises(ValueError, match="unknown normalise 'softmax'; there are: minmax, rank, clipped"):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.ablations import ABLATIONS, LayerSetLoss
-from prunelib.criteria import angular
+from prunelib.criteria.loss_based import ABLATIONS, LayerSetLoss
+from prunelib.criteria.similarity import angular
+from prunelib.criteria.statistics import from_states
+from prunelib.depth.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
 from prunelib.evaluation import perplexity
 from prunelib.models import Skip, decoder_layers, layers_as, remove_layers
-from prunelib.prefix import shared_layer_forwards
-from prunelib.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
-from prunelib.statistics import from_states
+from prunelib.models.layerwise import shared_layer_forwards
 
 # Llama-2-7B, least important first, as printed by the authors or their repositories.
 SHORTGPT_PAPER = (27, 26, 25, 28, 24, 29, 23, 21, 22)

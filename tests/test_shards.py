@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from prunelib import models
 from prunelib.models import CheckpointError
-from prunelib.schedules import constant
-from prunelib.shards import Shards, slice_checkpoint
-from prunelib.slicing import slice_model
+from prunelib.scale.shards import Shards, slice_checkpoint
+from prunelib.slicing.rotate import slice_model
+from prunelib.slicing.schedules import constant
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "opt", "gpt_neox", "gemma"])

@@ -24,12 +24,12 @@ from transformers import (
     PhiConfig,
 )
 
-from prunelib import corpora, models, slicing
+from prunelib import models
 from prunelib.evaluation import perplexity
 from prunelib.models import UnsupportedModel, parameter_count
-from prunelib.schedules import SlicePlan, constant
-from prunelib.sliced_model import SHORTCUTS, WIRING, Diagonal, Identity, SlicedLayer, positions, shortcut_kinds
-from prunelib.slicing import (
+from prunelib.slicing import rotate as slicing
+from prunelib.slicing.modeling import SHORTCUTS, WIRING, Diagonal, Identity, SlicedLayer, positions, shortcut_kinds
+from prunelib.slicing.rotate import (
     _on,
     _singular_vectors,
     account,
@@ -39,6 +39,8 @@ from prunelib.slicing import (
     random_axes,
     slice_model,
 )
+from prunelib.slicing.schedules import SlicePlan, constant
+from prunelib.text import corpora
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = [
@@ -417,7 +419,7 @@ def test_one_layer_at_a_time_is_on_the_device(tiny_llama, tokens, monkeypatch):
         alive.append(weakref.ref(on_device))
         return on_device
 
-    monkeypatch.setattr("prunelib.slicing._on", copied)
+    monkeypatch.setattr("prunelib.slicing.rotate._on", copied)
     sliced(tiny_llama, CUT, tokens)
     assert len(most) == 6
     assert max(most) == 0  # when a layer comes, none of those before is there
@@ -752,8 +754,8 @@ def run_python(code: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    heavy = ("torch", "transformers", "safetensors", "prunelib.sliced_model")
-    done = run_python(f"import sys, prunelib, prunelib.figures; print([name for name in {heavy} if name in sys.modules])")
+    heavy = ("torch", "transformers", "safetensors", "prunelib.slicing.modeling")
+    done = run_python(f"import sys, prunelib, prunelib.figures.style; print([name for name in {heavy} if name in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -821,7 +823,7 @@ def test_principal_directions_are_the_ones_to_keep(reference, tmp_path):
 
 def test_a_sliced_model_takes_tasks(reference):
     pytest.importorskip("lm_eval")
-    from prunelib.tasks import evaluate_layer_sets, evaluate_tasks
+    from prunelib.evaluation.tasks import evaluate_layer_sets, evaluate_tasks
 
     model, tokenizer, windows, _ = reference
     narrow = slice_model(model, constant(32, 160, 0.3, multiple=8), windows[:4], progress=False)

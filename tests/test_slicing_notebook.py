@@ -4,14 +4,17 @@ import pytest
 import yaml
 from word_model import drawn_words, write_project
 
-from prunelib import corpora, grid, models, results
-from prunelib.criteria import layer_redundancy
+from prunelib import models
+from prunelib.criteria.similarity import layer_redundancy
+from prunelib.criteria.statistics import LayerStats
 from prunelib.evaluation import perplexity
-from prunelib.notebook import NotebookError, run_notebook
-from prunelib.provenance import at_root
-from prunelib.schedules import constant, dynamic
-from prunelib.slicing import account, slice_model
-from prunelib.statistics import LayerStats
+from prunelib.io import at_root
+from prunelib.lab import profile as grid
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, run_notebook
+from prunelib.slicing.rotate import account, slice_model
+from prunelib.slicing.schedules import constant, dynamic
+from prunelib.text import corpora
 
 LENGTH = 16
 
@@ -86,7 +89,7 @@ def test_the_rows_are_those_of_the_sliced_models(place):
 
 def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
     pytest.importorskip("lm_eval")
-    from prunelib.tasks import evaluate_tasks
+    from prunelib.evaluation.tasks import evaluate_tasks
 
     changes = {"random_seeds": [], "normalisations": [], "window_seeds": [], "other_percentages": [], "bare_percentages": []}
     changes |= {"slice_bases": [0.0, 0.125], "latency_repeats": 0, "depth_sizes": []}

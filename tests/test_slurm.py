@@ -20,8 +20,10 @@ import pandas
 import pytest
 from batch_project import STATISTICS, Project, write_notebook
 
-from prunelib import grid, results, verify
-from prunelib.provenance import project_root
+from prunelib.io import project_root
+from prunelib.lab import profile as grid
+from prunelib.lab import runs as results
+from prunelib.lab import verify
 
 ROOT = project_root()
 SETTINGS = Path("/etc/slurm")
@@ -159,8 +161,8 @@ def _running(folder: Path) -> Iterator[None]:
 
 
 def batch(root: Path, profile: str, *arguments: str, limit: float = 500, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m prunelib.batch` on the cluster, which keeps no accounts."""
-    command = [sys.executable, "-m", "prunelib.batch", profile, "--profile", str(ROOT / "profiles/slurm"), *arguments]
+    """`python -m prunelib.lab.batch` on the cluster, which keeps no accounts."""
+    command = [sys.executable, "-m", "prunelib.lab.batch", profile, "--profile", str(ROOT / "profiles/slurm"), *arguments]
     command += ["--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "12"]
     command += ["--default-resources", "mem_mb=1000", "runtime=10"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from prunelib import grid
-from prunelib.provenance import project_root
+from prunelib.io import project_root
+from prunelib.lab import profile as grid
 
 
 def test_verification_runs_the_smoke_profile_and_agrees_with_the_committed_values():
-    command = [sys.executable, "-m", "prunelib.verify"]
+    command = [sys.executable, "-m", "prunelib.lab.verify"]
     done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "numbers of the smoke profile agree with the committed ones" in done.stdout

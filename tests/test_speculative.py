@@ -7,7 +7,7 @@ import torch
 from architectures import build
 
 from prunelib.models import remove_layers
-from prunelib.speculative import acceptance, best_drafted, decode, expected_speedup, expected_tokens
+from prunelib.speed.speculative import acceptance, best_drafted, decode, expected_speedup, expected_tokens
 
 
 def random_windows(count: int = 5, length: int = 16) -> torch.Tensor:

@@ -8,12 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from prunelib import models, results, speed
-from prunelib.decoding import Decoder
-from prunelib.notebook import NotebookError, run_notebook
-from prunelib.schedules import constant
-from prunelib.slicing import account, slice_model
-from prunelib.speed import Ceiling, Setting, Spread, Work
+from prunelib import models
+from prunelib.lab import runs as results
+from prunelib.lab.run_notebook import NotebookError, run_notebook
+from prunelib.slicing.rotate import account, slice_model
+from prunelib.slicing.schedules import constant
+from prunelib.speed import timing as speed
+from prunelib.speed.decoding import Decoder
+from prunelib.speed.timing import Ceiling, Setting, Spread, Work
 
 NOTEBOOK = "notebooks/experiments/speed.ipynb"
 

@@ -10,9 +10,9 @@ from architectures import ARCHITECTURES, build
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prunelib import statistics
+from prunelib.criteria import statistics
+from prunelib.criteria.statistics import SUBSETS, LayerStats, collect, from_states, load_metadata
 from prunelib.models import decoder_layers, final_norm, keep_layers
-from prunelib.statistics import SUBSETS, LayerStats, collect, from_states, load_metadata
 
 ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
 

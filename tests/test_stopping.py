@@ -8,12 +8,12 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.ablations import LayerSetLoss
-from prunelib.evaluation import layer_set_divergence, layer_set_perplexity
+from prunelib.criteria.loss_based import LayerSetLoss
+from prunelib.depth.search import beam, exhaustive, greedy, swap_descent
+from prunelib.depth.stopping import finals
+from prunelib.evaluation.perplexity import layer_set_divergence, layer_set_perplexity
 from prunelib.models import decoder_layers
-from prunelib.prefix import SharedRuns, shared_layer_forwards
-from prunelib.search import beam, exhaustive, greedy, swap_descent
-from prunelib.stopping import finals
+from prunelib.models.layerwise import SharedRuns, shared_layer_forwards
 
 
 def random_windows(count: int = 6, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -15,10 +15,13 @@ from architectures import ARCHITECTURES, build
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunelib import evaluation, models, statistics, streaming
-from prunelib.footprint import GIB, planned
+from prunelib import models
+from prunelib.criteria import statistics
+from prunelib.evaluation import perplexity as evaluation
 from prunelib.models import CheckpointError, UnsupportedModel, keep_layers
-from prunelib.streaming import DoesNotFit, Streamed
+from prunelib.scale import offload as streaming
+from prunelib.scale.footprint import GIB, planned
+from prunelib.scale.offload import DoesNotFit, Streamed
 
 ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
 # Experts that a file holds one by one, and the model in one tensor.
@@ -235,7 +238,7 @@ def test_planned_peak_on_a_processor_bounds_the_measured_one(tmp_path):
     script = f"""
         import json, re
         import torch
-        from prunelib import streaming
+        from prunelib.scale import offload as streaming
         torch.set_num_threads(1)
         def peak_memory():
             return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -9,13 +9,13 @@ import torch
 from architectures import build
 from transformers import AutoModelForCausalLM
 
-from prunelib.ablations import LayerSetLoss
-from prunelib.evaluation import NotFinite, layer_set_divergence, layer_set_perplexity, perplexity
+from prunelib.criteria.loss_based import LayerSetLoss
+from prunelib.depth.search import evolutionary, greedy
+from prunelib.evaluation.perplexity import NotFinite, layer_set_divergence, layer_set_perplexity, perplexity
 from prunelib.models import UnsupportedModel, decoder_layers, parameter_count, remove_layers, removed_fraction, save
-from prunelib.plans import SublayerPlan
-from prunelib.prefix import layer_forwards_alone, shared_layer_forwards
-from prunelib.search import evolutionary, greedy
-from prunelib.sublayers import Account, account, remove_sublayers
+from prunelib.models.layerwise import layer_forwards_alone, shared_layer_forwards
+from prunelib.models.plans import SublayerPlan
+from prunelib.models.sublayers import Account, account, remove_sublayers
 
 # What adds to the residual stream of each family, attention first, as its modelling code reads: behind the norms, if any.
 ADDENDS = {
@@ -157,10 +157,10 @@ def test_other_refusals_name_the_model_and_the_reason():
 
 def test_zeros_that_do_not_silence_are_refused(monkeypatch):
     # As if another family had its output projection under a name that means something else here.
-    monkeypatch.setattr("prunelib.sublayers.OUTPUT_NAMES", ("c_fc",))
+    monkeypatch.setattr("prunelib.models.sublayers.OUTPUT_NAMES", ("c_fc",))
     with pytest.raises(UnsupportedModel, match=r"zeros for mlp\.c_fc\.weight, mlp\.c_fc\.bias do not silence its sublayer"):
         remove_sublayers(build("gpt2"), SublayerPlan(6, (), (3,), "test"))
-    monkeypatch.setattr("prunelib.sublayers.OUTPUT_NAMES", ("out",))
+    monkeypatch.setattr("prunelib.models.sublayers.OUTPUT_NAMES", ("out",))
     with pytest.raises(UnsupportedModel, match=r"'gpt2', layer 3, a GPT2Block: no output projection out in mlp"):
         remove_sublayers(build("gpt2"), SublayerPlan(6, (), (3,), "test"))
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 import yaml
 
-from prunelib import checksums, corpora, healing, models, supply
+from prunelib import models
+from prunelib.healing import train as healing
+from prunelib.lab import checksums, supply
+from prunelib.text import corpora
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -281,8 +284,8 @@ def test_loading_pruning_saving_and_measuring_unpickles_nothing(tiny_llama, tmp_
 import sys
 import torch
 from prunelib import models
-from prunelib.criteria import CRITERIA
-from prunelib.statistics import LayerStats, collect
+from prunelib.criteria.similarity import CRITERIA
+from prunelib.criteria.statistics import LayerStats, collect
 
 seen = []
 sys.addaudithook(lambda event, arguments: seen.append(arguments) if event == "pickle.find_class" else None)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from prunelib import docitems, models, tasks
-from prunelib.provenance import project_root
-from prunelib.tasks import TaskResult, TaskResults, evaluate_layer_sets, evaluate_tasks
+from prunelib import models
+from prunelib.evaluation import embedded_tasks as docitems
+from prunelib.evaluation import tasks
+from prunelib.evaluation.tasks import TaskResult, TaskResults, evaluate_layer_sets, evaluate_tasks
+from prunelib.io import project_root
 
 pytest.importorskip("lm_eval")
 
@@ -211,7 +213,7 @@ def test_examples_are_answered_questions_from_other_documents(scripted):
 
 @pytest.mark.parametrize("name", ["pydocs_letters", "pydocs_parameter"])
 def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path, monkeypatch, name):
-    """As the ``lm_eval`` command runs it, from the files that ``python -m prunelib.docitems`` writes."""
+    """As the ``lm_eval`` command runs it, from the files that ``python -m prunelib.evaluation.embedded_tasks`` writes."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -290,8 +292,8 @@ def test_layer_sets_on_official_tasks_from_local_copies(stories, shared_data):
 
 
 def test_layer_sets_of_sublayers(small, tokenizer):
-    from prunelib.plans import SublayerPlan
-    from prunelib.sublayers import remove_sublayers
+    from prunelib.models.plans import SublayerPlan
+    from prunelib.models.sublayers import remove_sublayers
 
     settings = {"bos": True, "limit": 10, "progress": False}
     found = evaluate_layer_sets(small, tokenizer, "embedded", [(3,)], unit="sublayer", **settings)

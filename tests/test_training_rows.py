@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunelib.corpora import Corpus
-from prunelib.training_rows import IGNORED, TOKENIZED_AT_ONCE, document_rows, packed_rows
+from prunelib.text.corpora import Corpus
+from prunelib.text.sequences import IGNORED, TOKENIZED_AT_ONCE, document_rows, packed_rows
 
 
 class Letters:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from prunelib import checksums, pydocs, verify
-from prunelib.provenance import project_root
+from prunelib.io import project_root
+from prunelib.lab import checksums, verify
+from prunelib.text import embedded as pydocs
 
 
 def flip(path: Path, where: int) -> None:
@@ -36,7 +37,7 @@ def part_of_a_clone(tmp_path) -> Path:
 
 
 def verified(root: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "prunelib.verify"], cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "prunelib.lab.verify"], cwd=root, capture_output=True, text=True, timeout=120)
 
 
 def test_one_flipped_bit_of_a_weight_fails_verification_before_any_run(part_of_a_clone):

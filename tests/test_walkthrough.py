@@ -127,7 +127,7 @@ def test_every_step_is_timed_and_a_failing_one_recorded(toy, tmp_path):
     assert found["figures"]["cpu_seconds"] > found["figures_again"]["cpu_seconds"]
     assert found["figures_again"]["last_line"] == "Nothing to be done on 3 cores"
     assert found["verify"]["last_line"] == "verify: all 7 numbers agree"
-    assert found["quickstart"]["last_line"] == "ran prunelib.notebook"
+    assert found["quickstart"]["last_line"] == "ran prunelib.lab.run_notebook"
     assert found["report"]["last_line"] == "build/report.html: 6.1 MiB"
     assert found["test"]["last_line"] == "see tests/test_a.py and …/b.py"
     assert found["test"]["last_lines"][0] == "2 failed, 5 passed in 0.1s"

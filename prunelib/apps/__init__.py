@@ -1,0 +1,1 @@
+"""What does a user run on a model of their own?"""

@@ -1,0 +1,530 @@
+"""Train the embedded reference models: small, deep decoders that behave like large ones when layers are removed.
+
+Four steps, each a sub-command of ``python -m prunelib.apps.pretraining``:
+
+1. ``tokenizer``: byte-level BPE over the training text, saved with every reference model;
+2. ``tokens``: the training and held-out text as flat arrays of token ids;
+3. ``train``: one model of `REFERENCES` with the Hugging Face Trainer, resumable from its last checkpoint;
+4. ``card``: README.md and loss_curve.png beside the weights, every number from ``training.json`` and the files there.
+
+Sizes, data and steps in `REFERENCES` were fixed before any pruning result was seen, and are not tuned afterwards.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from prunelib.io import at_root, file_sha256, write_json, write_text
+from prunelib.lab.provenance import record
+from prunelib.text.corpora import DOCUMENT_END, read_file, read_records, record_text
+
+VOCABULARY = 4096
+TOKENIZER_CHARACTERS = 60_000_000  # of each file
+WINDOW = 512  # tokens of one training window; also the models' longest context
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference model: its Hugging Face configuration and its training budget.
+
+    Attributes:
+        model_type: the Hugging Face model type.
+        config: fields of its configuration class.
+        tokens: training tokens in all.
+        pydocs_share: fraction of the training windows drawn from docstrings, the rest is general English.
+        batch: windows of `WINDOW` tokens in one optimiser step.
+        learning_rate: peak of the cosine schedule, reached after ``warmup`` steps.
+    """
+
+    model_type: str
+    config: dict
+    tokens: int = 400_000_000
+    pydocs_share: float = 0.25
+    batch: int = 128
+    learning_rate: float = 2e-3
+    warmup: int = 300
+    weight_decay: float = 0.1
+    held_out_windows: int = 256
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.batch * WINDOW))
+
+
+REFERENCES = {
+    "llama32": Reference(
+        "llama",
+        {
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "neox24": Reference(
+        "gpt_neox",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 4,
+            "tie_word_embeddings": False,
+            "use_parallel_residual": True,
+        },
+    ),
+}
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Training texts of a file as `prunelib.text.corpora` reads it; where JSON lines name a split, those of ``train`` alone."""
+    if ".jsonl" in path.suffixes:
+        yield from (record_text(record) for record in read_records(path) if record.get("split", "train") == "train")
+    else:
+        yield from (text.strip("\n") for text in read_file(path) if text.strip())
+
+
+def train_tokenizer(files: list[Path], folder: Path, *, characters: int = TOKENIZER_CHARACTERS) -> None:
+    """Byte-level BPE of `VOCABULARY` entries from at most ``characters`` of each file, saved as a fast tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def texts() -> Iterator[str]:
+        for path in files:
+            left = characters
+            for text in read_documents(path):
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    break
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        # Single digits and runs of spaces as tokens of their own: indented docstrings would otherwise eat the vocabulary.
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[DOCUMENT_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=DOCUMENT_END, eos_token=DOCUMENT_END, model_max_length=WINDOW
+    )
+    fast.save_pretrained(folder)
+
+
+def tokenize(path: Path, tokenizer, *, batch: int = 256) -> np.ndarray:
+    """All documents of a file as one uint16 array, each preceded by the end-of-text token."""
+    pieces: list[np.ndarray] = []
+
+    def flush(texts: list[str]) -> None:
+        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+            pieces.append(np.array([tokenizer.bos_token_id, *encoding.ids], dtype=np.uint16))
+
+    texts: list[str] = []
+    for text in read_documents(path):
+        texts.append(text)
+        if len(texts) == batch:
+            flush(texts)
+            texts = []
+    flush(texts)
+    if not pieces:
+        raise ValueError(f"{path} holds no document")
+    return np.concatenate(pieces)
+
+
+def window_starts(tokens: int, windows: int, rng: np.random.Generator) -> np.ndarray:
+    """Start offsets of ``windows`` training windows: whole passes over the text, each shifted and shuffled anew."""
+    if tokens < 2 * WINDOW:
+        raise ValueError(f"{tokens} tokens of text are too few: at least {2 * WINDOW} are needed")
+    starts: list[np.ndarray] = []
+    found = 0
+    while found < windows:
+        starts.append(rng.permutation(np.arange(rng.integers(WINDOW), tokens - WINDOW, WINDOW)))
+        found += len(starts[-1])
+    return np.concatenate(starts)[:windows]
+
+
+class Windows(Dataset):
+    """Training windows, mixed from several token arrays in the stated shares; item i is a pure function of (seed, i)."""
+
+    def __init__(self, sources: list[np.ndarray], shares: list[float], windows: int, seed: int):
+        rng = np.random.default_rng(seed)
+        counts = [round(windows * share) for share in shares[:-1]]
+        counts.append(windows - sum(counts))
+        pairs = [
+            np.stack([np.full(count, i), window_starts(len(source), count, rng)], axis=1)
+            for i, (source, count) in enumerate(zip(sources, counts, strict=True))
+        ]
+        self.sources = sources
+        self.order = rng.permutation(np.concatenate(pairs))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, start = self.order[index]
+        ids = torch.from_numpy(self.sources[source][start : start + WINDOW].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def build_model(reference: Reference, tokenizer):
+    """A freshly initialised model of one reference configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        reference.model_type,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=WINDOW,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **reference.config,
+    )
+    torch.manual_seed(reference.seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def train(
+    name: str,
+    reference: Reference,
+    tokenizer,
+    arrays: dict[str, np.ndarray],
+    work: Path,
+    folder: Path,
+    *,
+    compiled: bool = True,
+) -> None:
+    """Train one reference model and save it in bfloat16 with its log; resumes from the last checkpoint in ``work``.
+
+    Args:
+        arrays: token arrays ``english`` and ``pydocs`` to train on, ``english_held_out`` and ``pydocs_held_out`` for the loss.
+        work: folder of checkpoints (large; not kept).
+        folder: where the finished model goes.
+    """
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    data = Windows(
+        [arrays["english"], arrays["pydocs"]],
+        [1 - reference.pydocs_share, reference.pydocs_share],
+        reference.steps * reference.batch,
+        reference.seed,
+    )
+    held_out = {
+        key: Windows([arrays[f"{key}_held_out"]], [1.0], reference.held_out_windows, 1) for key in ("english", "pydocs")
+    }
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=reference.steps,
+        per_device_train_batch_size=reference.batch,
+        per_device_eval_batch_size=reference.batch,
+        learning_rate=reference.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=reference.warmup,
+        weight_decay=reference.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=on_gpu,
+        tf32=on_gpu or None,
+        torch_compile=compiled and on_gpu,
+        dataloader_num_workers=4 if on_gpu else 0,
+        dataloader_drop_last=True,
+        eval_strategy="steps",
+        eval_steps=max(1, reference.steps // 12),
+        save_strategy="steps",
+        save_steps=max(1, reference.steps // 6),
+        save_total_limit=1,
+        logging_steps=max(1, reference.steps // 120),
+        seed=reference.seed,
+        report_to="none",
+        disable_tqdm=on_gpu,
+    )
+    checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
+    # The Trainer restores weights by their names in memory, but GPT-NeoX saves its head under another name, so that head
+    # would silently stay at its initial value. `from_pretrained` knows the names on disk.
+    model = (
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+        if checkpoint
+        else build_model(reference, tokenizer)
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(torch.bfloat16)
+    # The losses of the card are those of the saved weights, so they are measured again after rounding to bfloat16.
+    final = {key: mean_loss(model, windows) for key, windows in held_out.items()}
+    model.config.use_cache = True  # the Trainer turns it off
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(
+        folder / "training.json",
+        {
+            "name": name,
+            "reference": asdict(reference)
+            | {"steps": reference.steps, "tokens_seen": reference.steps * reference.batch * WINDOW},
+            "window": WINDOW,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": {key: len(array) for key, array in sorted(arrays.items())},
+            "held_out_nats_per_token": final,
+            "provenance": record(
+                data={key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in sorted(arrays.items())},
+                device="cuda" if on_gpu else "cpu",
+            ),
+            "log": trainer.state.log_history,
+        },
+    )
+
+
+@torch.inference_mode()
+def mean_loss(model, windows: Windows, *, batch: int = 64) -> float:
+    """Mean next-token loss in nats over all windows."""
+    model.eval()
+    total = 0.0
+    for start in range(0, len(windows), batch):
+        ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + batch, len(windows)))]).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return total / (len(windows) * (WINDOW - 1))
+
+
+# What the log of a training cannot say about itself.
+HISTORY = {
+    "llama32": "The training was interrupted once and resumed from its last checkpoint: weights, optimiser, schedule and "
+    "position in the data.",
+    "neox24": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output head, "
+    "whose name in memory differs from its name on disk; `prunelib.apps.pretraining` now reads checkpoints by their names on disk, "
+    "and a test holds it to that. The weights here come from a second, uninterrupted training with identical settings.",
+}
+
+CARD = """---
+license: mit
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+<!-- Written by `python -m prunelib.apps.pretraining card {name}` from training.json; edit prunelib/apps/pretraining.py instead. -->
+
+# {name}
+
+A decoder-only language model of {layers} layers and {parameters:,} parameters (`{model_type}`), deep and narrow so that studies
+of depth pruning run on a laptop. Trained on general English and technical documentation alone: no instructions, no chat, no other
+language, no safety training.
+
+## Architecture
+
+{architecture}
+
+Tokenizer: byte-level BPE, {vocabulary:,} entries, single digits as tokens, `{end}` before every document. It was trained on the
+training text below, at most {characters:,} characters of each file, and is the same for all reference models.
+
+## Data
+
+| text | training tokens available | share of the training windows | passes |
+|---|---:|---:|---:|
+| general English: 7,486 Wikipedia articles of 2015 and 238 cuts of public-domain books | {english:,} | {english_share:.0%} | {english_passes:.1f} |
+| `pydocs` train: docstrings of {packages} | {pydocs:,} | {pydocs_share:.0%} | {pydocs_passes:.1f} |
+
+Articles that share three or more 13-grams with WikiText-2 valid or test were left out. Held out: other Wikipedia articles
+({english_held_out:,} tokens) and the evaluation split of `pydocs` ({pydocs_held_out:,} tokens). The sha256 of all four arrays of token
+ids is in `training.json`.
+
+## Training
+
+| | |
+|---|---|
+| steps × batch × window | {steps:,} × {batch} × {window} = {tokens_seen:,} tokens |
+| schedule | AdamW (betas 0.9, 0.95; weight decay {weight_decay}), gradient norm at most 1; cosine from {learning_rate:g} to 5 % of it, {warmup} steps of warm-up |
+| precision | bfloat16 autocast on float32 weights, saved as bfloat16 |
+| hardware | {hardware} |
+| software | Python {python}, torch {torch}, transformers {transformers} |
+| seed | {seed} |
+
+Size, data and steps were fixed before any pruning result was seen, and no pruning result was looked at while choosing them: the
+model is not tuned to favour a method. {history}
+
+## Loss
+
+Mean next-token loss of the saved bfloat16 weights on {held_out_windows} held-out windows of {window} tokens:
+
+| text | nats per token | perplexity per token |
+|---|---:|---:|
+| English | {english_nats:.4f} | {english_ppl:.2f} |
+| `pydocs` evaluation | {pydocs_nats:.4f} | {pydocs_ppl:.2f} |
+
+![Training and held-out loss against tokens seen](loss_curve.png)
+
+Perplexities of different tokenizers are not comparable.
+
+## Use and limits
+
+For studying what happens inside a transformer when layers are removed, sliced or repaired, and for tests of such code. The model
+is tiny: its sentences go astray after a few words and its facts are invented. What holds for it need not hold for models a thousand
+times larger.
+
+## Licence
+
+The weights, like the code, are under the MIT licence of this repository. The text they were trained on is not part of it:
+Wikipedia is CC BY-SA 3.0 (attribution, share alike), the books are in the public domain in the USA, and the docstrings are under
+the licences of their packages (BSD, MIT, Apache 2.0, PSF). Whether share-alike terms of a text extend to weights
+trained on it is unsettled; who passes the weights on should know where they come from.
+
+## Train it again
+
+```
+python -m prunelib.text.embedded
+python -c "import json; from prunelib import corpora; print(*(json.dumps({{'text': text}}) for text in corpora.load('pydocs', 'evaluation').documents), sep='\\n')" > held_out.jsonl
+python -m prunelib.apps.pretraining tokenizer --files english.txt.xz data/corpora/pydocs.jsonl --out tokenizer
+python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file english.txt.xz --out tokens/english.npy
+python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file data/corpora/pydocs.jsonl --out tokens/pydocs.npy
+python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file english_held_out.txt.xz --out tokens/english_held_out.npy
+python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file held_out.jsonl --out tokens/pydocs_held_out.npy
+python -m prunelib.apps.pretraining train --name {name} --tokenizer tokenizer --tokens tokens --work checkpoints --out {name}
+```
+
+The English text is not in the repository: any text file with a line `{end}` between documents serves in its place,
+and gives another model. Other GPUs and versions of torch give other last digits.
+
+## Files
+
+| file | sha256 |
+|---|---|
+{files}
+"""  # noqa: E501 (tables and commands)
+
+
+def card(folder: Path) -> str:
+    """The model card of a trained reference model: every number comes from its files."""
+    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    reference, tokens, losses = log["reference"], log["tokens"], log["held_out_nats_per_token"]
+    shares = {"english": 1 - reference["pydocs_share"], "pydocs": reference["pydocs_share"]}
+    shown = {
+        "layers": config["num_hidden_layers"],
+        "hidden size": config["hidden_size"],
+        "MLP size": config["intermediate_size"],
+        "attention heads": config["num_attention_heads"],
+        "attention and MLP": "side by side (parallel residual)"
+        if config.get("use_parallel_residual")
+        else "one after the other",
+        "norm": "RMSNorm" if "rms_norm_eps" in config else "LayerNorm",
+        "activation": config["hidden_act"],
+        "output head": "the embedding" if config["tie_word_embeddings"] else "weights of its own",
+        "context": f"{config['max_position_embeddings']} tokens",
+        "stored as": f"{config['dtype']} safetensors, {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+    }
+    packages = list(json.loads(at_root("data/corpora/manifest.json").read_text(encoding="utf-8"))["pydocs"]["packages"])
+    evaluations = [entry for entry in log["log"] if "eval_pydocs_loss" in entry]
+    files = ["model.safetensors", "config.json", "tokenizer.json", "training.json"]
+    return CARD.format(
+        name=log["name"],
+        model_type=reference["model_type"],
+        layers=config["num_hidden_layers"],
+        parameters=log["parameters"],
+        architecture="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())]),
+        vocabulary=config["vocab_size"],
+        end=DOCUMENT_END,
+        characters=TOKENIZER_CHARACTERS,
+        packages=", ".join(packages[:-1]) + " and " + packages[-1],
+        **tokens,
+        **{f"{key}_share": share for key, share in shares.items()},
+        **{f"{key}_passes": reference["tokens_seen"] * share / tokens[key] for key, share in shares.items()},
+        **{key: reference[key] for key in ("steps", "batch", "tokens_seen", "weight_decay", "learning_rate", "warmup", "seed")},
+        window=log["window"],
+        hardware=log["provenance"]["device"].partition("(")[2].rstrip(")") or log["provenance"]["cpu"],
+        python=log["provenance"]["python"],
+        torch=log["provenance"]["libraries"]["torch"],
+        transformers=log["provenance"]["libraries"]["transformers"],
+        history=HISTORY.get(log["name"], ""),
+        held_out_windows=round(evaluations[-1]["eval_pydocs_runtime"] * evaluations[-1]["eval_pydocs_samples_per_second"]),
+        **{f"{key}_nats": value for key, value in losses.items()},
+        **{f"{key}_ppl": math.exp(value) for key, value in losses.items()},
+        files="\n".join(f"| `{name}` | `{file_sha256(folder / name)}` |" for name in files),
+    )
+
+
+def draw_losses(folder: Path) -> Path:
+    """``loss_curve.png`` beside the log: training and held-out loss against tokens seen."""
+    from matplotlib import pyplot as plt
+
+    from prunelib.figures import style as figures
+
+    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    millions = log["reference"]["batch"] * log["window"] / 1e6
+    curves = {
+        "training (mixture)": ("loss", "#8c8c8c", "", "-"),
+        "held-out English": ("eval_english_loss", "#0072b2", "o", "-"),
+        "held-out pydocs": ("eval_pydocs_loss", "#d55e00", "s", "-"),
+    }
+    figures.use_style()
+    figure, axes = figures.panels(height=3.2)
+    for label, (key, color, marker, line) in curves.items():
+        points = [(entry["step"] * millions, entry[key]) for entry in log["log"] if key in entry]
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=label)
+    axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"])
+    axes.set_xlim(left=0)
+    axes.legend()
+    path = figures.write_picture(figure, folder / "loss_curve.png")
+    plt.close(figure)
+    return path
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m prunelib.apps.pretraining", description=__doc__.split("\n")[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    one = steps.add_parser("tokenizer", help="train the tokenizer")
+    one.add_argument("--files", nargs="+", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
+    two = steps.add_parser("tokens", help="turn one text file into token ids")
+    two.add_argument("--file", type=Path, required=True)
+    two.add_argument("--tokenizer", type=Path, required=True)
+    two.add_argument("--out", type=Path, required=True)
+    three = steps.add_parser("train", help="train one reference model")
+    three.add_argument("--name", choices=REFERENCES, required=True)
+    three.add_argument("--tokenizer", type=Path, required=True)
+    three.add_argument("--tokens", type=Path, required=True, help="folder of english.npy, pydocs.npy and the held-out arrays")
+    three.add_argument("--work", type=Path, required=True)
+    three.add_argument("--out", type=Path, required=True)
+    four = steps.add_parser("card", help="write the model card and the loss curve of a trained reference model")
+    four.add_argument("name", help="a folder of data/reference, or the path of another one")
+    options = parser.parse_args(argv)
+    if options.step == "tokenizer":
+        train_tokenizer(options.files, options.out)
+        return 0
+    if options.step == "card":
+        folder = at_root("data/reference") / options.name
+        if not (folder / "training.json").is_file():
+            parser.error(f"{folder} holds no training.json: train the model first")
+        draw_losses(folder)
+        write_text(folder / "README.md", card(folder))
+        return 0
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    if options.step == "tokens":
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(options.out, tokenize(options.file, tokenizer))
+    else:
+        keys = ("english", "pydocs", "english_held_out", "pydocs_held_out")
+        arrays = {key: np.load(options.tokens / f"{key}.npy") for key in keys}
+        train(options.name, REFERENCES[options.name], tokenizer, arrays, options.work, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

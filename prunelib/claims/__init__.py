@@ -1,0 +1,1 @@
+"""What does a paper say, and what do the tables say to it?"""

@@ -1,0 +1,83 @@
+"""Named rules for the importance of layers, and the registries that hold them.
+
+A rule is one function of data (statistics, or a model and its calibration windows) and keyword options. Its decorator says what
+it is called in plots, where it was published and which layers its paper never removes.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named rule for importance, called as ``rule(*data, **options)``; importance has one sign, higher = keep.
+
+    kind: what messages call it. title: label in plots. source: where the rule was published. protect_first, protect_last: how
+    many layers at either end the published method never removes; callers pass them on to `prunelib.depth.search`. data: how many
+    leading arguments of `importance` are data, the others are options.
+    """
+
+    kind: str
+    name: str
+    title: str
+    source: str
+    protect_first: int
+    protect_last: int
+    importance: Callable[..., np.ndarray]
+    data: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        parameters = list(inspect.signature(self.importance).parameters.values())[self.data :]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def __call__(self, *data: Any, **options: Any) -> np.ndarray:
+        """Importance in float64, as the docstring of the function behind the rule says.
+
+        Raises ValueError for options the rule does not have, RuntimeError where an importance is NaN or infinite, and what the
+        function itself raises.
+        """
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"{self.kind} {self.name} has no option {', '.join(unknown)}; its options are: {known}")
+        importance = np.asarray(self.importance(*data, **options), dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(importance)).tolist()
+        if bad:
+            raise RuntimeError(f"importance by {self.name} is NaN or infinite at {bad}; check the weights, or use float32")
+        return importance
+
+
+class Rules(dict[str, Rule]):
+    """Rules by name; an unknown name raises ValueError listing the known ones."""
+
+    def __init__(self, kind: str, *, data: int):
+        super().__init__()
+        self.kind = kind
+        self.data = data
+
+    def __missing__(self, name: str) -> Rule:
+        raise ValueError(f"unknown {self.kind} {name!r}; there are: {', '.join(sorted(self))}")
+
+    def register(
+        self, *, title: str, source: str, protect_first: int = 0, protect_last: int = 0
+    ) -> Callable[[Callable[..., np.ndarray]], Rule]:
+        """Decorator that turns a function into a rule under its own name, which must be new.
+
+        A function typed in by hand (of ``__main__``, as in a cell of a notebook) may be defined again: running a cell twice is
+        no mistake.
+        """
+
+        def add(importance: Callable[..., np.ndarray]) -> Rule:
+            name = importance.__name__
+            if name in self and {importance.__module__, self[name].importance.__module__} != {"__main__"}:
+                raise ValueError(f"{self.kind} {name!r} exists already; give the function another name")
+            self[name] = Rule(self.kind, name, title, source, protect_first, protect_last, importance, self.data)
+            return self[name]
+
+        return add

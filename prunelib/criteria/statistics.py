@@ -1,0 +1,468 @@
+"""One streamed forward pass over calibration windows, reduced to sums: everything the layer criteria need.
+
+The L decoder layers of a model have L + 1 hidden states: state i is the input of layer i and state L is the output of the
+last layer *before* the final norm (``output_hidden_states`` reports it after the norm, which distorts every distance to it).
+All sums run over tokens, in float64, for every pair of states at once, so block influence, angular distance of any block,
+MSSD, MASD (with or without division by the width) and relative magnitude all follow from a single pass.
+"""
+
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import safetensors.numpy
+import torch
+from jaxtyping import Bool, Float, Float64, Int, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prunelib.io import replacing
+from prunelib.models import check_vocabulary, decoder_layers, final_norm, memory
+
+SUBSETS = ("all", "without_first", "last")
+"""Axis 0 of every array of `LayerStats`: all real tokens; all but the first real token of each sample (which often carries
+massive activations); only the last real token of each sample (the one Gromov et al. use)."""
+
+# Working memory of the reduction, per device type. On a CPU a chunk must stay in cache: 64 tokens of 33 states of width 160.
+# On a GPU it must be large enough to hide the launches.
+_CHUNK_BYTES = {"cpu": 5 << 19}
+_CHUNK_BYTES_ACCELERATOR = 256 << 20
+_PIECE = 256  # tokens that an accelerator adds up one after the other
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """Sums over tokens of what happens between the L + 1 hidden states of a model; axis 0 of every array is `SUBSETS`.
+
+    hidden_size: width D of the states, so that sums over D can be turned into means.
+    count: number of tokens summed over.
+    cosine: sum of cos(h_i, h_j); symmetric, the diagonal equals `count`. The cosine with a zero vector counts as 0.
+    angle: sum of arccos(cos(h_i, h_j)) / pi, each term in [0, 1]; symmetric, zero diagonal.
+    squared_difference: sum of sum_d (h_{i+1} - h_i)^2, the numerator of SimDiff's MSSD (arXiv 2604.19520, Eq. 3).
+    absolute_difference: sum of sum_d |h_{i+1} - h_i|, the numerator of MASD (Eq. 4).
+    relative_magnitude: sum of |h_{i+1} - h_i| / |h_{i+1}| (the ablation of ShortGPT, arXiv 2403.03853).
+    norm: sum of |h_i| (l2).
+
+    Statistics of disjoint token sets add up: ``a + b``. Raises ValueError when the shapes do not belong together.
+    """
+
+    hidden_size: int
+    count: Float64[np.ndarray, "subset"]
+    cosine: Float64[np.ndarray, "subset state state"]
+    angle: Float64[np.ndarray, "subset state state"]
+    squared_difference: Float64[np.ndarray, "subset layer"]
+    absolute_difference: Float64[np.ndarray, "subset layer"]
+    relative_magnitude: Float64[np.ndarray, "subset layer"]
+    norm: Float64[np.ndarray, "subset state"]
+
+    def __post_init__(self):
+        subsets, layers = len(SUBSETS), self.n_layers
+        expected = {
+            "count": (subsets,),
+            "cosine": (subsets, layers + 1, layers + 1),
+            "angle": (subsets, layers + 1, layers + 1),
+            "squared_difference": (subsets, layers),
+            "absolute_difference": (subsets, layers),
+            "relative_magnitude": (subsets, layers),
+            "norm": (subsets, layers + 1),
+        }
+        for name, shape in expected.items():
+            found = getattr(self, name).shape
+            if found != shape:
+                raise ValueError(f"LayerStats of {layers} layers needs {name} of shape {shape}, got {found}")
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+        return self.squared_difference.shape[-1]
+
+    def __add__(self, other: "LayerStats") -> "LayerStats":
+        """Statistics of the union of two disjoint token sets. Raises ValueError for models of different shape."""
+        if (self.n_layers, self.hidden_size) != (other.n_layers, other.hidden_size):
+            raise ValueError(
+                f"cannot merge statistics of {self.n_layers} layers of width {self.hidden_size} "
+                f"with statistics of {other.n_layers} layers of width {other.hidden_size}"
+            )
+        return LayerStats(self.hidden_size, **{name: getattr(self, name) + getattr(other, name) for name in _ARRAYS})
+
+    def save(self, path: str | os.PathLike, metadata: dict[str, str]) -> None:
+        """Write one safetensors file, atomically: it appears complete or not at all. `metadata` are free strings.
+
+        Equal statistics and metadata give equal bytes; safetensors writes several metadata fields in random order, hence one.
+        """
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays["hidden_size"] = np.array([self.hidden_size])
+        with replacing(path) as temporary:
+            temporary.write_bytes(safetensors.numpy.save(arrays, metadata={"metadata": json.dumps(metadata, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "LayerStats":
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is damaged or something else."""
+        with _opened(path) as file:
+            missing = {*_ARRAYS, "hidden_size"} - set(file.keys())
+            if missing:
+                raise ValueError(f"{path} holds no layer statistics: {', '.join(sorted(missing))} missing; collect them again")
+            return cls(int(file.get_tensor("hidden_size")[0]), **{name: file.get_tensor(name) for name in _ARRAYS})
+
+
+_ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hidden_size")
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings stored beside the statistics by `LayerStats.save`. Raises like `LayerStats.load`."""
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get("metadata", "{}"))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no layer statistics at {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); delete it and collect again") from error
+
+
+@memory.says_what_fits(
+    "batch_size",
+    "shorter windows, a smaller dtype, or stream the model (prunelib.scale.offload; stream=true in the statistics notebook)",
+)
+def collect(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "sample token"],
+    *,
+    mask: Shaped[Tensor, "_ _"] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> LayerStats:
+    """Statistics of a causal LM's hidden states over token windows, in one forward pass without the LM head.
+
+    `mask`, of the shape of the windows, is 1 on real tokens and 0 on padding (either side); padding enters no sum. "First"
+    and "last" are each sample's first and last real token. The hidden states of one batch (L + 1 times batch_size x tokens
+    x D) are held on the model's device; the float64 work on them is done in chunks of tokens of bounded size.
+
+    Raises ValueError for bad windows or masks and for tokens of another model, RuntimeError naming the layer and the batch at
+    the first NaN or infinity, and OutOfMemory with a setting that takes less.
+    """
+    mask = checked_mask(windows, mask)
+    check_vocabulary(model, windows)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    layers = decoder_layers(model)
+    backbone = _backbone(model, layers)
+    device = model.get_input_embeddings().weight.device
+    total = None
+    starts = range(0, len(windows), batch_size)
+    with torch.inference_mode(), _recording(layers) as recorder:
+        for batch, start in enumerate(tqdm(starts, desc="layer statistics", unit="batch", disable=not progress)):
+            rows = slice(start, min(start + batch_size, len(windows)))
+            backbone(**inputs_of(backbone, windows[rows].to(device), mask[rows]))
+            stats = from_states(recorder.take(), mask[rows])
+            check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
+            total = stats if total is None else total + stats
+    return total
+
+
+def influence_through_final_norm(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "sample token"],
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> float:
+    """1 - mean over all tokens of cos(input of the last layer, its output after the final norm).
+
+    `block_influence` of the last layer as the released code of Dynamic LLM Slicing (arXiv 2411.03513) takes it, from
+    ``output_hidden_states``. A norm with unequal weights turns the states, so it is larger than the layer's own.
+    Raises as `collect`, for the last layer.
+    """
+    checked_mask(windows, None)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    layers, norm = decoder_layers(model), final_norm(model)
+    backbone = _backbone(model, layers)
+    device = model.get_input_embeddings().weight.device
+    pair: dict[str, Tensor] = {}
+    handles = (
+        layers[-1].register_forward_pre_hook(
+            lambda _, args, kwargs: pair.update(before=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        ),
+        norm.register_forward_hook(lambda _, args, output: pair.update(after=output)),
+    )
+    total = 0.0
+    try:
+        with torch.inference_mode():
+            starts = range(0, len(windows), batch_size)
+            for start in tqdm(starts, desc="influence through the final norm", unit="batch", disable=not progress):
+                backbone(input_ids=windows[start : start + batch_size].to(device), use_cache=False)
+                cosine = torch.cosine_similarity(pair["before"].double(), pair["after"].double(), dim=-1)
+                total += float(cosine.sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not np.isfinite(total):
+        raise RuntimeError("NaN or infinity around the last layer; check the weights, or use a dtype of wider range")
+    return 1 - total / windows.numel()
+
+
+def from_states(
+    states: Float[Tensor, "sample token state dim"],
+    mask: Bool[Tensor, "sample token"] | None = None,
+    *,
+    device: torch.device | None = None,
+) -> LayerStats:
+    """Statistics of L + 1 given hidden states, reduced in chunks of tokens whose float64 copy stays in cache.
+
+    `mask` is on the CPU, true on real tokens. The work is done where the states are, or on `device`, to which they go chunk by
+    chunk. NaN and infinity pass through into the sums. On a CUDA device one kernel (`prunelib.criteria.fused`) does what is large of it.
+    """
+    mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
+    device, (n_states, width) = device or states.device, states.shape[2:]
+    weights = _subset_weights(mask).to(device)
+    real = mask.flatten().nonzero().flatten()
+    states = states.flatten(0, 1)
+    if len(real) < len(states):
+        states = states.index_select(0, real.to(states.device))
+    products, token_bytes = _products_for(states, device)
+    chunk = max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR) // token_bytes)
+    space = None if states.device == device else states.new_empty((n_states, min(chunk, len(states)), width), device=device)
+    total: dict[str, Tensor] = {}
+    for start in range(0, len(states), chunk):
+        part = states[start : start + chunk]
+        if space is not None:
+            # State by state: each is one contiguous piece of memory where all states of a few tokens are not.
+            for state in range(n_states):
+                space[state, : len(part)].copy_(part[:, state], non_blocking=True)
+            part = space[:, : len(part)].transpose(0, 1)
+        sums = token_sums(*products(part), weights[:, start : start + chunk])
+        total = {name: total[name] + value for name, value in sums.items()} if total else sums
+    return LayerStats(width, **_arrays(total, n_states))
+
+
+_Products = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _products_for(states: Float[Tensor, "token state dim"], device: torch.device) -> tuple[_Products, int]:
+    """What multiplies the states on this device, and the bytes that a chunk takes for each token."""
+    _, n_states, width = states.shape
+    if device.type == "cuda":
+        fused = _fused(device)
+        if fused is not None and fused.usable(states):
+            return fused.products, 16 * n_states**2 + (0 if states.device == device else states.itemsize * n_states * width)
+    return _Plain(), 8 * n_states * width
+
+
+@cache
+def _fused(device: torch.device) -> ModuleType | None:
+    """`prunelib.criteria.fused` where it works, else None, with a warning where it ought to."""
+    try:
+        from prunelib.criteria import fused
+    except ImportError:  # Triton has no build for this platform
+        return None
+    problem = fused.problem(device)
+    if problem is not None:
+        warnings.warn(f"layer statistics without the Triton kernel, more slowly: {problem}", stacklevel=2)
+    return fused if problem is None else None
+
+
+class _Plain:
+    """Gram matrices, lengths and absolute sums of the steps, in float64; its memory serves all chunks.
+
+    Float32 Gram matrices would leave angles of 3e-4 between equal states.
+    """
+
+    def __init__(self):
+        self.work: Tensor | None = None
+
+    def __call__(self, states: Float[Tensor, "token state dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        if self.work is None:  # the first chunk is the largest
+            self.work = torch.empty((2, *states.shape), dtype=torch.float64, device=states.device)
+        wide, difference = self.work[0, : len(states)].copy_(states), self.work[1, : len(states), 1:]
+        gram = torch.bmm(wide, wide.transpose(1, 2))
+        torch.sub(wide[:, 1:], wide[:, :-1], out=difference)
+        return gram, torch.linalg.vector_norm(difference, dim=-1), difference.abs_().sum(dim=-1)
+
+
+def checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample token"]:
+    """The mask that `collect` takes as booleans on the CPU; raises ValueError where it, or the windows, make no sense."""
+    if windows.numel() == 0:
+        raise ValueError(f"no tokens to collect statistics from: windows have shape {tuple(windows.shape)}")
+    if mask is None:
+        return torch.ones(windows.shape, dtype=torch.bool)
+    if mask.shape != windows.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, windows have {tuple(windows.shape)}: they must be equal")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("mask must hold 1 for real tokens and 0 for padding, nothing else")
+    mask = mask.bool().cpu()
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"samples {empty} consist of padding only; remove them")
+    return mask
+
+
+def _backbone(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
+    """The model without its LM head, which the statistics do not need; the model itself where that cannot be told apart."""
+    return model.base_model if any(module is layers for module in model.base_model.modules()) else model
+
+
+def inputs_of(
+    backbone: nn.Module, tokens: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
+) -> dict[str, Tensor | bool]:
+    """What the model without its head is called with: ids, and where something is padded a mask and positions."""
+    inputs = {"input_ids": tokens, "use_cache": False}
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask.long().to(tokens.device)
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            # Left padding must not shift the positions of the real tokens.
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    return inputs
+
+
+class _Recorder:
+    """The hidden states of one batch as the layers see them: the inputs of all layers and the output of the last.
+
+    Each is copied as it appears into one buffer that all batches share. Keeping the tensors themselves costs no copy but
+    makes the forward pass allocate fresh memory for every layer, which measured 10% slower on a CPU; and a later layer that
+    works in place cannot change the copy.
+    """
+
+    def __init__(self, n_states: int):
+        self.n_states = n_states
+        self.seen = 0
+        self.buffer: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def store(self, state: Float[Tensor, "sample token dim"]) -> None:
+        if self.seen == self.n_states:
+            raise RuntimeError(f"the forward pass called more than the model's {self.n_states - 1} decoder layers")
+        shape = (*state.shape[:2], self.n_states, state.shape[2])
+        if self.seen == 0 and (self.buffer is None or self.buffer.shape != shape):
+            if state.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
+                self.buffer = torch.empty(shape, dtype=state.dtype)
+            else:  # each state one piece of memory, which is copied fastest
+                whole = torch.empty((self.n_states, *state.shape), dtype=state.dtype, device=state.device)
+                self.buffer = whole.permute(1, 2, 0, 3)
+        # Some models widen the residual stream on the way.
+        self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, state.dtype))
+        self.buffer[:, :, self.seen].copy_(state)
+        self.seen += 1
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of every layer."""
+        self.store(args[0] if args else kwargs["hidden_states"])
+
+    def after(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        """Forward hook of every layer."""
+        # Decoder layers return a tensor in transformers 5 and a tuple before; [0] of a tensor would be the first sample.
+        self.output = output[0] if isinstance(output, tuple) else output
+
+    def take(self) -> Float[Tensor, "sample token state dim"]:
+        """The states of the pass that just ended; the next pass overwrites them."""
+        if self.seen != self.n_states - 1:
+            raise RuntimeError(f"the forward pass called {self.seen} decoder layers where the model has {self.n_states - 1}")
+        self.store(self.output)
+        self.seen, self.output = 0, None
+        return self.buffer
+
+
+@contextmanager
+def _recording(layers: nn.ModuleList) -> Iterator[_Recorder]:
+    recorder = _Recorder(len(layers) + 1)
+    handles = []
+    try:
+        # A module may stand in two slots of a view of the model; it must not be hooked twice.
+        for layer in dict.fromkeys(layers):
+            handles.append(layer.register_forward_pre_hook(recorder.before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(recorder.after))
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset real"]:
+    """1 where a real token belongs to the subset, else 0; rows as in `SUBSETS`."""
+    samples = torch.arange(len(mask))
+    without_first, last = mask.clone(), torch.zeros_like(mask)
+    without_first[samples, mask.int().argmax(dim=1)] = False
+    last[samples, mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)] = True
+    return torch.stack([mask, without_first, last])[:, mask].double()
+
+
+def token_sums(
+    gram: Float64[Tensor, "token state state"],
+    step: Float64[Tensor, "token layer"],
+    absolute: Float64[Tensor, "token layer"],
+    weights: Float64[Tensor, "subset token"],
+) -> dict[str, Float64[Tensor, "subset _"]]:
+    """Weighted sums over tokens of all quantities of `LayerStats`; pairs of states i < j as one axis, row by row.
+
+    Taken are the Gram matrix of the raw states and, of each layer's step h_{i+1} - h_i, the length and the absolute sum.
+    |h_i|^2 = G_ii, and for equal states G_ij = G_ii, so an identity layer has cosine 1 exactly.
+    """
+    n_states = gram.shape[1]
+    tiny = torch.finfo(torch.float64).tiny
+    first, second = torch.triu_indices(n_states, n_states, offset=1, device=gram.device)
+    gram = gram.flatten(1)
+    squared_norm = gram[:, :: n_states + 1].contiguous()
+    norm = squared_norm.sqrt()
+    # sqrt(a * a) is a again, while norm_i * norm_j would not give back G_ii. The clamp keeps zero vectors at cosine 0.
+    scale = (squared_norm[:, first] * squared_norm[:, second]).sqrt_().clamp_(min=tiny)
+    cosine = gram[:, first * n_states + second].div_(scale).clamp_(-1, 1)
+    return {
+        "count": weights.sum(dim=1, keepdim=True),
+        "cosine": _weighted(weights, cosine),
+        "angle": _weighted(weights, cosine.acos_().div_(torch.pi)),
+        "squared_difference": _weighted(weights, step.square()),
+        "absolute_difference": _weighted(weights, absolute),
+        "relative_magnitude": _weighted(weights, step / norm[:, 1:].clamp(min=tiny)),
+        "norm": _weighted(weights, norm),
+    }
+
+
+def _weighted(weights: Float64[Tensor, "subset token"], values: Float64[Tensor, "token _"]) -> Float64[Tensor, "subset _"]:
+    """Weighted sums over the tokens; on an accelerator in pieces side by side, as one long sum keeps few of its units busy."""
+    whole = values.shape[0] // _PIECE * _PIECE if values.device.type != "cpu" else 0
+    if whole == 0:
+        return weights @ values
+    pieces = torch.bmm(
+        weights[:, :whole].unflatten(1, (-1, _PIECE)).transpose(0, 1), values[:whole].unflatten(0, (-1, _PIECE))
+    ).sum(dim=0)
+    return pieces + weights[:, whole:] @ values[whole:]
+
+
+def check_finite(stats: LayerStats, where: str) -> None:
+    """Raise RuntimeError naming the first state that is not finite, and `where`.
+
+    Float64 squares of finite float32 numbers cannot overflow: a norm is finite exactly when its state is.
+    """
+    bad = np.flatnonzero(~np.isfinite(stats.norm[0]))
+    if len(bad):
+        state = "input of layer 0 (the embedding)" if bad[0] == 0 else f"output of layer {bad[0] - 1}"
+        raise RuntimeError(f"NaN or infinity in the {state}, {where}; check the weights, or use a dtype of wider range")
+
+
+def _arrays(total: dict[str, Tensor], n_states: int) -> dict[str, np.ndarray]:
+    """Tensors of sums to arrays of `LayerStats`: unfold the pairs i < j to symmetric matrices."""
+    arrays = {name: value.cpu().numpy() for name, value in total.items()}
+    arrays["count"] = arrays["count"][:, 0]
+    upper = np.triu_indices(n_states, 1)
+    for name, diagonal in (("cosine", arrays["count"]), ("angle", np.zeros(len(SUBSETS)))):
+        matrix = np.zeros((len(SUBSETS), n_states, n_states))
+        matrix[:, *upper] = arrays[name]
+        matrix += matrix.transpose(0, 2, 1)
+        matrix += diagonal[:, None, None] * np.eye(n_states)
+        arrays[name] = matrix
+    return arrays

@@ -1,0 +1,1 @@
+"""How is a pruned model trained back?"""

@@ -1,0 +1,187 @@
+"""What to remove, as data: small JSON files that stand between choosing layers and pruning a model."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_origin
+
+from prunelib.io import write_text
+
+P = TypeVar("P", bound="_JsonPlan")
+
+# What EvoPress writes for a layer that loses its attention and its MLP, or not.
+_EVOPRESS = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (True, True): "attn+mlp"}
+
+
+class _JsonPlan:
+    """A frozen dataclass of numbers, tuples of numbers, texts and plain settings as a JSON object, one field per line."""
+
+    _name: ClassVar[str]
+
+    def to_json(self) -> str:
+        """The plan as a JSON object, one field per line."""
+        lines = (f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in asdict(self).items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls: type[P], text: str) -> P:
+        """Inverse of `to_json`. Raises ValueError for anything that is not a plan."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not a {cls._name}, because not JSON: {error}") from error
+        declared = {part.name: get_origin(part.type) or part.type for part in fields(cls)}
+        if not isinstance(record, dict) or set(record) != set(declared):
+            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"a {cls._name} has the fields {', '.join(declared)}; found {found}")
+        for name, declared_kind in declared.items():
+            kind = list if declared_kind is tuple else declared_kind  # JSON has no tuples
+            if not isinstance(record[name], kind) or isinstance(record[name], bool):
+                raise ValueError(f"{name} of a {cls._name} must be {kind.__name__}, got {record[name]!r}")
+            if kind is list:
+                if not all(type(index) is int for index in record[name]):
+                    raise ValueError(f"{name} of a {cls._name}: layers must be whole numbers, got {record[name]}")
+                record[name] = tuple(record[name])
+        return cls(**record)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, atomically: the file appears complete or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def read(cls: type[P], path: str | os.PathLike) -> P:
+        """Inverse of `write`. Raises ValueError naming the file when it holds no plan."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class DropPlan(_JsonPlan):
+    """Decoder layers to take out of a model.
+
+    n_layers: decoder layers of the dense model. removed: indices of the layers that go, ascending. method: what chose them
+    (a criterion's name, a paper's list). settings: whatever else is needed to choose them again; plain JSON values.
+
+    Raises ValueError when `removed` is not ascending, unique and in range, when no layer would stay, or when `settings`
+    cannot be written as JSON.
+    """
+
+    _name: ClassVar[str] = "drop plan"
+
+    n_layers: int
+    removed: tuple[int, ...]
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_n_layers(self.n_layers)
+        _check_layers(self.n_layers, self.removed, "removed layers")
+        if len(self.removed) == self.n_layers:
+            raise ValueError(f"cannot remove {len(self.removed)} of {self.n_layers} layers: at least one must stay")
+        _check_settings(self.settings)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indices of the layers that stay, ascending."""
+        return tuple(index for index in range(self.n_layers) if index not in self.removed)
+
+
+@dataclass(frozen=True)
+class SublayerPlan(_JsonPlan):
+    """Attention and MLP sublayers to take out of a model, each alone (BlockPruner, arXiv 2406.10594; EvoPress, 2410.14649).
+
+    n_layers: decoder layers of the dense model. attention, mlp: indices of the layers whose attention, whose MLP goes,
+    ascending; a layer in both goes as a whole. method, settings: as in `DropPlan`.
+
+    Searches speak of units: unit 2 l is the attention of layer l, unit 2 l + 1 its MLP (`removed`, `from_units`).
+
+    Raises ValueError when `attention` or `mlp` is not ascending, unique and in range, when no sublayer would stay, or when
+    `settings` cannot be written as JSON.
+    """
+
+    _name: ClassVar[str] = "sublayer plan"
+
+    n_layers: int
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_n_layers(self.n_layers)
+        _check_layers(self.n_layers, self.attention, "layers without attention")
+        _check_layers(self.n_layers, self.mlp, "layers without MLP")
+        if len(self.layers) == self.n_layers:
+            raise ValueError(f"cannot remove {2 * self.n_layers} of {2 * self.n_layers} sublayers: at least one must stay")
+        _check_settings(self.settings)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that lose both sublayers, ascending: they go as a whole."""
+        return tuple(index for index in self.attention if index in self.mlp)
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """Layers that lose one of their sublayers only, ascending."""
+        return tuple(sorted(set(self.attention) ^ set(self.mlp)))
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The units that go, ascending: 2 l is the attention of layer l, 2 l + 1 its MLP."""
+        return tuple(sorted([*(2 * index for index in self.attention), *(2 * index + 1 for index in self.mlp)]))
+
+    @classmethod
+    def from_units(
+        cls, n_layers: int, removed: Sequence[int], method: str, settings: dict[str, Any] | None = None
+    ) -> "SublayerPlan":
+        """Inverse of `removed`; `removed` in any order. Raises ValueError for units that do not exist or come twice."""
+        wrong = [unit for unit in removed if not 0 <= unit < 2 * n_layers]
+        if wrong:
+            raise ValueError(f"units {wrong} do not exist in a model of {n_layers} layers (0 to {2 * n_layers - 1})")
+        attention, mlp = (tuple(unit // 2 for unit in sorted(removed) if unit % 2 == part) for part in (0, 1))
+        return cls(n_layers, attention, mlp, method, settings or {})
+
+    def to_evopress(self) -> str:
+        """The plan as a drop list of EvoPress: one line for each layer, "none", "attn", "mlp" or "attn+mlp"."""
+        lines = (_EVOPRESS[index in self.attention, index in self.mlp] for index in range(self.n_layers))
+        return "".join(f"{line}\n" for line in lines)
+
+    @classmethod
+    def from_evopress(cls, text: str, method: str = "evopress", settings: dict[str, Any] | None = None) -> "SublayerPlan":
+        """The plan of a drop list (a text of EvoPress's ``drop_configs/``); inverse of `to_evopress`.
+
+        Raises ValueError naming the line for anything but the four words, an empty line before the end included.
+        """
+        words = {word: lost for lost, word in _EVOPRESS.items()}
+        lines = [line.strip() for line in text.rstrip().splitlines()]
+        for number, line in enumerate(lines, start=1):
+            if line not in words:
+                raise ValueError(f"line {number} of a drop list must be one of {', '.join(words)}; it is {line!r}")
+        if not lines:
+            raise ValueError("an empty drop list: it has one line for each layer of the model")
+        attention, mlp = (tuple(index for index, line in enumerate(lines) if words[line][part]) for part in (0, 1))
+        return cls(len(lines), attention, mlp, method, settings or {})
+
+
+def _check_n_layers(n_layers: int) -> None:
+    if n_layers < 1:
+        raise ValueError(f"a model has at least one layer, got n_layers={n_layers}")
+
+
+def _check_layers(n_layers: int, layers: tuple[int, ...], what: str) -> None:
+    wrong = [index for index in layers if not 0 <= index < n_layers]
+    if wrong:
+        raise ValueError(f"layers {wrong} do not exist in a model of {n_layers} layers (0 to {n_layers - 1})")
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"{what} must be ascending and unique, got {list(layers)}")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings of a plan must be plain JSON values: {error}; got {settings}") from error

@@ -1,0 +1,1 @@
+"""What is larger than memory, or runs in more than one process?"""

@@ -1,0 +1,274 @@
+"""How much of each layer's width is cut, as data: slice plans, and the schedules that make them. Numpy only, no model.
+
+A slice is the fraction of the residual stream's width D that a layer loses. `slice_percentage` (S_P) is the mean slice over the
+L layers, `slice_base` (S_B) the slice of the least redundant layer, both fractions of 1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from prunelib.models.plans import _check_settings, _JsonPlan
+
+CAP = 0.9
+"""No layer loses more than this unless a schedule is told otherwise; what would go beyond is taken from the other layers."""
+
+
+@dataclass(frozen=True)
+class SlicePlan(_JsonPlan):
+    """Width of the residual stream at every decoder layer.
+
+    hidden_size: width D of the dense model. widths: of each layer, 1 to D; the input of its attention and of its MLP are that
+    wide, the embeddings as wide as layer 0, the input of the head D. method: what chose them. settings: whatever else is
+    needed to choose them again; plain JSON values.
+
+    Raises ValueError when a width is out of range, there is none, or `settings` cannot be written as JSON.
+    """
+
+    _name: ClassVar[str] = "slice plan"
+
+    hidden_size: int
+    widths: tuple[int, ...]
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.widths:
+            raise ValueError("a slice plan needs the width of at least one layer")
+        wrong = [(layer, width) for layer, width in enumerate(self.widths) if not 1 <= width <= self.hidden_size]
+        if wrong:
+            raise ValueError(f"widths must lie between 1 and {self.hidden_size}; (layer, width) that do not: {wrong}")
+        _check_settings(self.settings)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+        return len(self.widths)
+
+    @property
+    def slices(self) -> tuple[float, ...]:
+        """Fraction of the width that each layer really loses."""
+        return tuple(1 - width / self.hidden_size for width in self.widths)
+
+    @property
+    def mean_slice(self) -> float:
+        """Mean of `slices`: the slice percentage really reached. It is not the fraction of parameters removed."""
+        return 1 - sum(self.widths) / (self.hidden_size * self.n_layers)
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+def constant(
+    n_layers: int,
+    hidden_size: int,
+    slice_percentage: float | int,
+    *,
+    spare: Sequence[int] = (),
+    multiple: int = 1,
+    rounding: str = "remainder",
+) -> SlicePlan:
+    """Every layer loses the same (SliceGPT, arXiv 2401.15024), except that layers `spare` lose nothing and the others more.
+
+    The mean slice is `slice_percentage` either way: ``spare=(0,)`` is the control for schedules that mostly spare layer 0.
+    Raises ValueError for layers that do not exist, for a slice that the others cannot take, and as `from_slices`.
+    """
+    _check_percentage(slice_percentage)
+    wrong = [layer for layer in spare if not 0 <= layer < n_layers]
+    if wrong or len(set(spare)) < len(spare):
+        raise ValueError(f"spare={list(spare)}: give distinct layers from 0 to {n_layers - 1}")
+    others = n_layers - len(spare)
+    if slice_percentage * n_layers > CAP * others:
+        raise ValueError(
+            f"a mean slice of {slice_percentage} over {n_layers} layers cannot be taken from {others} of them: "
+            f"none may lose more than {CAP}"
+        )
+    slices = np.full(n_layers, slice_percentage * n_layers / max(others, 1))
+    slices[list(spare)] = 0.0
+    settings = {"slice_percentage": slice_percentage, "spare": list(spare)}
+    return from_slices(slices, hidden_size, multiple=multiple, rounding=rounding, method="constant", settings=settings)
+
+
+def dynamic(
+    redundancy: Float64[np.ndarray, "layer"],
+    hidden_size: int,
+    slice_percentage: float | int,
+    slice_base: float | int,
+    *,
+    cap: float | int = CAP,
+    multiple: int = 1,
+    rounding: str = "remainder",
+    method: str = "layer_redundancy",
+    settings: dict[str, Any] | None = None,
+) -> SlicePlan:
+    """Redundant layers lose more: `final_slices` of a layer redundancy (arXiv 2411.03513), as widths.
+
+    Raises ValueError as `final_slices` and `from_slices`.
+    """
+    slices = final_slices(redundancy, slice_percentage, slice_base, cap=cap)
+    record = {"slice_percentage": slice_percentage, "slice_base": slice_base, "cap": cap, "redundancy": redundancy.tolist()}
+    return from_slices(
+        slices, hidden_size, multiple=multiple, rounding=rounding, method=method, settings=record | (settings or {})
+    )
+
+
+def dynamic_random(
+    redundancy: Float64[np.ndarray, "layer"],
+    hidden_size: int,
+    slice_percentage: float | int,
+    slice_base: float | int,
+    *,
+    seed: int,
+    **options: Any,
+) -> SlicePlan:
+    """Control: the slices of `dynamic`, given to the layers in a random order drawn from `seed`."""
+    shuffled = np.random.default_rng(seed).permutation(redundancy)
+    options |= {"method": "layer_redundancy_random", "settings": {"seed": seed}}
+    return dynamic(shuffled, hidden_size, slice_percentage, slice_base, **options)
+
+
+def dynamic_inverted(
+    redundancy: Float64[np.ndarray, "layer"],
+    hidden_size: int,
+    slice_percentage: float | int,
+    slice_base: float | int,
+    **options: Any,
+) -> SlicePlan:
+    """Control: `dynamic` of 1 - redundancy, so that the least redundant layers lose most."""
+    _check_redundancy(redundancy)
+    return dynamic(
+        1 - redundancy, hidden_size, slice_percentage, slice_base, **options | {"method": "layer_redundancy_inverted"}
+    )
+
+
+def from_slices(
+    slices: Float64[np.ndarray, "layer"],
+    hidden_size: int,
+    *,
+    multiple: int = 1,
+    rounding: str = "remainder",
+    method: str = "given",
+    settings: dict[str, Any] | None = None,
+) -> SlicePlan:
+    """Any vector of slices as widths, each a multiple of `multiple`, rounded by one of `ROUNDINGS`.
+
+    Raises ValueError unless all slices lie in [0, 1), `hidden_size` is a multiple of `multiple`, and every width is at least
+    `multiple`.
+    """
+    slices = np.asarray(slices, dtype=np.float64)
+    if not len(slices) or not bool(((slices >= 0) & (slices < 1)).all()):
+        raise ValueError(f"slices must be fractions of the width, at least 0 and below 1; got {slices.tolist()}")
+    if multiple < 1 or hidden_size < 1 or hidden_size % multiple:
+        raise ValueError(f"a width of {hidden_size} cannot be cut in steps of {multiple}: give a divisor of it")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; there are: {', '.join(ROUNDINGS)}")
+    widths = multiple * ROUNDINGS[rounding]((1 - slices) * hidden_size / multiple)
+    if widths.min() < 1:
+        layers = np.flatnonzero(widths < 1).tolist()
+        raise ValueError(f"layers {layers} would keep no width at slices {slices[layers].tolist()}: slice less")
+    record = {"multiple": multiple, "rounding": rounding} | (settings or {})
+    return SlicePlan(hidden_size, tuple(widths.tolist()), method, record)
+
+
+# ---------------------------------------------------------------------------------------------------- from LR to slices
+
+
+def redundancy_slices(
+    redundancy: Float64[np.ndarray, "layer"], slice_percentage: float | int, slice_base: float | int
+) -> Float64[np.ndarray, "layer"]:
+    """SLR_l = v_l (S_P - S_B) / mean(v), v the min-max of the redundancy: what a layer loses beyond the slice base.
+
+    Equal redundancies leave nothing to share out by: then every layer's is S_P - S_B, which makes a constant schedule.
+
+    Raises ValueError unless 0 <= S_B <= S_P < 1 and all redundancies lie in [0, 1], 1 = most redundant. (Block influence,
+    which the released code prints where its README asks for redundancies, has the opposite sense and mostly other values.)
+    """
+    _check_percentage(slice_percentage)
+    _check_redundancy(redundancy)
+    if not 0 <= slice_base <= slice_percentage:
+        raise ValueError(
+            f"slice_base={slice_base}: it lies between 0 and slice_percentage={slice_percentage}; "
+            "beyond that, the more redundant layers would lose less"
+        )
+    low, high = float(redundancy.min()), float(redundancy.max())
+    if low == high:
+        return np.full(len(redundancy), float(slice_percentage - slice_base))
+    scaled = (redundancy - low) / (high - low)
+    return scaled * (slice_percentage - slice_base) / scaled.mean()
+
+
+def final_slices(
+    redundancy: Float64[np.ndarray, "layer"],
+    slice_percentage: float | int,
+    slice_base: float | int,
+    *,
+    cap: float | int = CAP,
+) -> Float64[np.ndarray, "layer"]:
+    """FS_l = SLR_l + S_B, the slice of every layer; their mean is S_P.
+
+    Where FS exceeds `cap` (the published formula can exceed 1), the layer gets `cap`, and all others the same addition, such
+    that the mean stays S_P. Raises ValueError as `redundancy_slices`, and when S_P > cap or cap is not below 1.
+    """
+    slices = redundancy_slices(redundancy, slice_percentage, slice_base) + slice_base
+    if not slice_percentage <= cap < 1:
+        raise ValueError(f"cap={cap}: it must be below 1 and at least slice_percentage={slice_percentage}")
+    return slices if slices.max() <= cap else _filled(slices, cap, slice_percentage)
+
+
+def _filled(slices: Float64[np.ndarray, "layer"], cap: float, mean: float) -> Float64[np.ndarray, "layer"]:
+    """min(slices + t, cap) with the t >= 0 that gives the mean, found exactly: capped layers only ever become more."""
+    capped = slices > cap
+    while True:
+        if capped.all():
+            return np.full(len(slices), cap)
+        level = (mean * len(slices) - cap * capped.sum() - slices[~capped].sum()) / (~capped).sum()
+        beyond = ~capped & (slices + level > cap)
+        if not beyond.any():
+            return np.where(capped, cap, slices + level)
+        capped |= beyond
+
+
+def _check_percentage(slice_percentage: float | int) -> None:
+    if not 0 <= slice_percentage < 1:
+        raise ValueError(f"slice_percentage={slice_percentage}: a fraction, at least 0 and below 1")
+
+
+def _check_redundancy(redundancy: Float64[np.ndarray, "layer"]) -> None:
+    if not len(redundancy) or not bool(((redundancy >= 0) & (redundancy <= 1)).all()):
+        raise ValueError(
+            "layer redundancies lie between 0 and 1, 1 = most redundant (prunelib.criteria.similarity.layer_redundancy); "
+            f"raw importances are not redundancies; got {redundancy.tolist()}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- rounding
+
+
+def _remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
+    # Rounded sums: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. Their sum is rounded on its own, since
+    # one of n + 1/2, as bisection meets it, would else go either way with the sums of another processor.
+    exact = np.round(units, 9)
+    whole = np.floor(exact).astype(np.int64)
+    missing = round(round(float(exact.sum()), 6)) - int(whole.sum())
+    whole[np.argsort(whole - exact, kind="stable")[:missing]] += 1
+    return whole
+
+
+def _nearest(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
+    return np.round(units).astype(np.int64)
+
+
+def _down(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
+    return np.floor(np.round(units, 9)).astype(np.int64)
+
+
+ROUNDINGS: dict[str, Callable[[Float64[np.ndarray, "layer"]], Int64[np.ndarray, "layer"]]] = {
+    "remainder": _remainder,
+    "nearest": _nearest,
+    "down": _down,
+}
+"""From wanted to whole widths. "remainder" keeps the sum, giving the units left over to the largest remainders (first layers
+first); "nearest" rounds each layer by itself, half to even, as DynamicSlicing does; "down" as SliceGPT does."""

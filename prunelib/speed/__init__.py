@@ -1,0 +1,1 @@
+"""How fast is a model, beside the limit?"""

@@ -1,0 +1,356 @@
+"""The embedded corpora: human-written English that every installation of the lock already holds.
+
+Three corpora, in three registers, are read from the installed packages (never imported, only parsed):
+
+- ``pydocs``: docstrings of ten scientific packages;
+- ``pycomments``: comment paragraphs from the source of the same packages;
+- ``pyreadmes``: the long descriptions (README files) of the installed distributions.
+
+Short texts and near-copies are left out of these three. A fourth, ``pyraw``, keeps both: all docstrings and comment
+paragraphs as they stand in the packages, with their licence headers and generated texts, to study what near-duplicates do.
+
+The same lock gives the same bytes, whatever the machine. ``data/corpora/manifest.json`` holds the package versions and
+one sha256 per split; `check` compares. Extraction costs about a minute, so `build` writes each corpus once, as a plain
+JSON-lines file under ``data/corpora/``, and `documents` reads it from there.
+"""
+
+import ast
+import fcntl
+import hashlib
+import inspect
+import io
+import json
+import re
+import sys
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+from prunelib.io import project_root, write_json, write_text
+
+SPLITS = ("train", "calibration", "evaluation")
+PACKAGES = ("matplotlib", "networkx", "nltk", "numpy", "pandas", "scikit-learn", "scipy", "seaborn", "sqlalchemy", "sympy")
+SKIPPED_FOLDERS = {"tests", "testing", "_vendor", "vendored", "externals", "_externals", "extern"}
+SHORTEST = 200  # characters; shorter texts ("Return self+value.") are mostly boilerplate
+SHINGLE = 5  # words
+SIMILAR = 0.7  # Jaccard similarity of word 5-grams from which two texts count as near-duplicates
+_IMPORT_NAMES = {"scikit-learn": "sklearn"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it comes from: ``package/module.py:qualified.name``, ``…:line`` or the distribution's name."""
+
+    name: str
+    text: str
+
+
+class ManifestMismatch(RuntimeWarning):
+    """The text on this machine differs from the text behind the committed results."""
+
+
+def _sources(package: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of every module of an installed package, tests and vendored code left out."""
+    spec = find_spec(_IMPORT_NAMES.get(package, package))
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(
+            f"the embedded corpora read the package {package!r}, which is not installed: pip install -r requirements.lock"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    for path in sorted(folder.rglob("*.py")):
+        inside = path.relative_to(folder)
+        if SKIPPED_FOLDERS.isdisjoint(inside.parts[:-1]):
+            yield f"{package}/{inside.as_posix()}", path.read_text(encoding="utf-8", errors="replace")
+
+
+def _docstrings(package: str) -> Iterator[Document]:
+    def walk(node: ast.AST, qualified: str) -> Iterator[tuple[str, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{qualified}.{child.name}".lstrip(".")
+                text = ast.get_docstring(child)
+                if text:
+                    yield name, text
+                yield from walk(child, name)
+            elif isinstance(child, ast.If | ast.Try | ast.With):
+                yield from walk(child, qualified)
+
+    for name, source in _sources(package):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old docstrings
+            try:
+                tree = ast.parse(source)
+            except SyntaxError:  # templates that only look like modules
+                continue
+        module = ast.get_docstring(tree)
+        if module:
+            yield Document(f"{name}:", module)
+        for qualified, text in walk(tree, ""):
+            yield Document(f"{name}:{qualified}", text)
+
+
+def _comments(package: str) -> Iterator[Document]:
+    candidate = re.compile(r"^\s*# .*\n\s*# ", re.MULTILINE)
+    for name, source in _sources(package):
+        if not candidate.search(source):
+            continue
+        block: list[tuple[int, str]] = []
+        try:
+            for token in tokenize.generate_tokens(io.StringIO(source).readline):
+                if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+                    if block and token.start[0] != block[-1][0] + 1:
+                        yield _paragraph(name, block)
+                        block = []
+                    block.append((token.start[0], token.string))
+        except (tokenize.TokenError, SyntaxError):
+            continue
+        if block:
+            yield _paragraph(name, block)
+
+
+def _paragraph(name: str, block: list[tuple[int, str]]) -> Document:
+    text = inspect.cleandoc("\n" + "\n".join(line.lstrip("#:") for _, line in block))
+    return Document(f"{name}:{block[0][0]}", text)
+
+
+def _readmes() -> Iterator[Document]:
+    for name in sorted(_described_packages()):
+        if installed_version(name) is None:
+            raise RuntimeError(
+                f"pyreadmes reads the description of {name!r}, which is not installed: pip install -r requirements.lock"
+            )
+        message = metadata.metadata(name)
+        payload = message.get_payload()
+        # An old METADATA file carries the text as a header with continuation lines.
+        text = payload if isinstance(payload, str) and payload.strip() else message["Description"] or ""
+        yield Document(name, text.replace("\r\n", "\n").strip())
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name).split("+")[0]  # "2.13.0+cpu" and "2.13.0" are the same sources
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def locked_names() -> list[str]:
+    """Distribution names in ``requirements.lock`` (the build tools, whose version pip may change, left out)."""
+    lines = (project_root() / "requirements.lock").read_text().splitlines()
+    names = [line.split("==")[0].strip() for line in lines if "==" in line and not line.startswith("#")]
+    return [name for name in names if name not in {"pip", "setuptools", "wheel"}]
+
+
+def _described_packages() -> list[str]:
+    """Those of the manifest, so that a package which the lock gains later changes no text; the locked ones without it."""
+    if manifest_path().exists():
+        return list(json.loads(manifest_path().read_text())["pyreadmes"]["packages"])
+    return locked_names()
+
+
+def _each(reader: Callable[[str], Iterator[Document]]) -> Callable[[], Iterator[Document]]:
+    return lambda: (document for package in PACKAGES for document in reader(package))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an embedded corpus is read, and the per-mille borders between its splits."""
+
+    read: Callable[[], Iterator[Document]]
+    packages: Callable[[], list[str]]
+    calibration_from: int
+    evaluation_from: int
+    raw: bool = False  # short texts and near-copies stay
+
+
+RECIPES = {
+    # Reference models are trained on the train split of pydocs alone, so the other two need none.
+    "pydocs": Recipe(_each(_docstrings), lambda: list(PACKAGES), 800, 900),
+    "pycomments": Recipe(_each(_comments), lambda: list(PACKAGES), 0, 500),
+    "pyreadmes": Recipe(_readmes, _described_packages, 0, 500),
+    # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-copies apart.
+    "pyraw": Recipe(lambda: chain(_each(_docstrings)(), _each(_comments)()), lambda: list(PACKAGES), 500, 900, raw=True),
+}
+EMBEDDED = tuple(RECIPES)
+
+
+def split_of(corpus: str, name: str) -> str:
+    """The split a document belongs to: a pure function of its qualified name, so that no text ever changes sides."""
+    recipe = RECIPES[corpus]
+    bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
+    if bucket >= recipe.evaluation_from:
+        return "evaluation"
+    return "calibration" if bucket >= recipe.calibration_from else "train"
+
+
+def without_near_duplicates(documents: list[Document]) -> list[Document]:
+    """Keep the first document of every group whose word 5-grams overlap by about 70 % or more (MinHash, LSH).
+
+    Runs over all splits together, so that no near-copy of an evaluation text is left in the training text.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=SIMILAR, num_perm=128)
+    kept: list[Document] = []
+    for document in documents:
+        words = document.text.lower().split()
+        shingles = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
+        signature = MinHash(num_perm=128, seed=1)
+        signature.update_batch(sorted(shingles))
+        if not index.query(signature):
+            index.insert(document.name, signature)
+            kept.append(document)
+    return kept
+
+
+def extract(corpus: str) -> list[Document]:
+    """Read one embedded corpus from the installed packages: long enough, distinct (unless raw), in the order of names."""
+    recipe = _recipe(corpus)
+    shortest = 1 if recipe.raw else SHORTEST
+    found = {document.name: document for document in recipe.read() if len(document.text) >= shortest}
+    documents = [found[name] for name in sorted(found)]
+    return documents if recipe.raw else without_near_duplicates(documents)
+
+
+def _recipe(corpus: str) -> Recipe:
+    if corpus not in RECIPES:
+        raise ValueError(f"unknown embedded corpus {corpus!r}: choose one of {', '.join(EMBEDDED)}")
+    return RECIPES[corpus]
+
+
+def folder() -> Path:
+    return project_root() / "data" / "corpora"
+
+
+def manifest_path() -> Path:
+    return folder() / "manifest.json"
+
+
+def corpus_path(corpus: str) -> Path:
+    return folder() / f"{corpus}.jsonl"
+
+
+def build(corpus: str, *, force: bool = False) -> Path:
+    """Write ``data/corpora/<corpus>.jsonl`` (one ``{"name", "split", "text"}`` a line) unless it is there; return its path."""
+    path = corpus_path(corpus)
+    if path.exists() and not force:
+        return path
+    folder().mkdir(parents=True, exist_ok=True)
+    with (folder() / f".{corpus}.lock").open("w") as lock:
+        # The first runs of a batch start together: one reads the packages, the others wait for it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if force or not path.exists():
+            found = [{"name": d.name, "split": split_of(corpus, d.name), "text": d.text} for d in extract(corpus)]
+            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
+    return path
+
+
+def records(corpus: str, split: str) -> tuple[Document, ...]:
+    """The documents of one split with their names; builds the corpus on first use.
+
+    Raises:
+        ValueError: unknown corpus or split, or a split that this corpus does not have.
+    """
+    _recipe(corpus)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of {corpus}: choose one of {', '.join(SPLITS)}")
+    found = []
+    with build(corpus).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                document, belongs = Document(record["name"], record["text"]), record["split"] == split
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{corpus_path(corpus)}, line {number}: damaged ({type(error).__name__}: {error}); "
+                    "delete the file, it is rebuilt"
+                ) from None
+            if belongs:
+                found.append(document)
+    if not found:
+        raise ValueError(
+            f"{corpus} has no {split} split: only pydocs and pyraw have a train split, take calibration or evaluation"
+        )
+    return tuple(found)
+
+
+def documents(corpus: str, split: str) -> tuple[str, ...]:
+    """The texts of one split of an embedded corpus, in the order of their names."""
+    return tuple(document.text for document in records(corpus, split))
+
+
+def digest(found: tuple[Document, ...]) -> str:
+    """sha256 over names and texts, each preceded by its length in bytes."""
+    state = hashlib.sha256()
+    for document in found:
+        for part in (document.name, document.text):
+            encoded = part.encode()
+            state.update(len(encoded).to_bytes(8, "little") + encoded)
+    return state.hexdigest()
+
+
+def describe(corpus: str) -> dict:
+    """The manifest's entry for one corpus as it is on this machine."""
+    splits = {}
+    for split in SPLITS:
+        try:
+            found = records(corpus, split)
+        except ValueError:
+            if split == "train":
+                continue
+            raise
+        splits[split] = {
+            "documents": len(found),
+            "characters": sum(len(document.text) for document in found),
+            "sha256": digest(found),
+        }
+    return {"packages": {name: installed_version(name) for name in RECIPES[corpus].packages()}, "splits": splits}
+
+
+def check(corpus: str, split: str) -> dict:
+    """Compare one split with the committed manifest.
+
+    Returns ``{"sha256", "expected", "matches"}``; a mismatch also warns (`ManifestMismatch`) with what differs and the remedy.
+    """
+    actual = digest(records(corpus, split))
+    entry = json.loads(manifest_path().read_text())[corpus]
+    expected = entry["splits"][split]["sha256"]
+    if actual != expected:
+        moved = [
+            f"{name} {installed_version(name)} instead of {version}"
+            for name, version in entry["packages"].items()
+            if installed_version(name) != version
+        ]
+        why = (
+            "versions differ: " + ", ".join(moved)
+            if moved
+            else f"the packages are the locked ones, so {corpus_path(corpus)} was altered"
+        )
+        warnings.warn(
+            f"corpus {corpus}/{split} has sha256 {actual[:12]}…, the manifest says {expected[:12]}…: {why}. "
+            f"Numbers will differ from the committed ones; pip install -r requirements.lock and delete {corpus_path(corpus)}.",
+            ManifestMismatch,
+            stacklevel=2,
+        )
+    return {"sha256": actual, "expected": expected, "matches": actual == expected}
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m prunelib.text.embedded``: build every corpus and check it; ``--write-manifest`` records what is here."""
+    if arguments not in ([], ["--write-manifest"]):
+        print(f"usage: python -m prunelib.text.embedded [--write-manifest]; got {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    for corpus in EMBEDDED:
+        build(corpus, force=bool(arguments))
+    if arguments:
+        write_json(manifest_path(), {corpus: describe(corpus) for corpus in EMBEDDED})
+        return 0
+    return 0 if all(check(corpus, split)["matches"] for corpus in EMBEDDED for split in describe(corpus)["splits"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""The rows of tokens that a healing trains on, drawn from a corpus: packed, or one document each."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prunelib.text import corpora
+
+IGNORED = -100  # label of a position that is not trained on
+TOKENIZED_AT_ONCE = 64  # documents
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Rows of tokens to train on, in their order.
+
+    Attributes:
+        labels: the token at each position, or `IGNORED` where it is not to be predicted.
+        mask: False at padding; None where nothing is padded.
+        source: what the rows were made from.
+        passes: how many times the text was gone through; 1 where no text is repeated.
+    """
+
+    input_ids: Int64[Tensor, "row position"] = field(repr=False)
+    labels: Int64[Tensor, "row position"] = field(repr=False)
+    mask: Bool[Tensor, "row position"] | None = field(repr=False)
+    source: str
+    passes: int = 1
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of shapes and contents."""
+        tensors = (self.input_ids, self.labels) + (() if self.mask is None else (self.mask.long(),))
+        return hashlib.sha256("".join(map(corpora.windows_sha256, tensors)).encode()).hexdigest()
+
+    def real_tokens(self, rows: int) -> int:
+        """Tokens that are no padding in the first so many rows."""
+        return self.input_ids[:rows].numel() if self.mask is None else int(self.mask[:rows].sum())
+
+    def targets(self, start: int, stop: int) -> int:
+        """Positions that are predicted in the rows from `start` to before `stop`; the first of a row never is."""
+        return int((self.labels[start:stop, 1:] != IGNORED).sum())
+
+
+def packed_rows(
+    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
+) -> TrainingRows:
+    """`count` rows of exactly `seq_len` tokens, nothing padded, every position trained.
+
+    Documents in random order are joined by the end-of-text token (by a blank line where the tokenizer has none), cut into rows,
+    and the rows are shuffled. No more text is tokenized than is needed; where it is used up, another pass begins in another
+    order (`TrainingRows.passes` counts them). The same seed gives the same rows.
+
+    Args:
+        bos: put the beginning-of-text token at position 0 of every row (`seq_len` counts it).
+
+    Raises ValueError: less text than one row, no bos token, `count` or `seq_len` too small, a negative seed.
+    """
+    _check_draw(count, seq_len, seed)
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    end = tokenizer.eos_token_id
+    between = encode([corpora.BLANK_LINE])[0] if end is None else [end]
+    generator = np.random.default_rng(seed)
+    content = seq_len - int(bos)
+    pieces: list[np.ndarray] = []
+    found = passes = 0
+    with tqdm(total=count * content, desc=f"tokenize {corpus.name}", unit="token", disable=not progress, delay=3) as bar:
+        while found < count * content:
+            if passes and found < content:
+                raise ValueError(f"{corpus.label} has {found} tokens, fewer than one row of {seq_len}: take more text")
+            passes += 1
+            order = generator.permutation(len(corpus.documents))
+            for start in range(0, len(order), TOKENIZED_AT_ONCE):
+                block = encode([corpus.documents[index] for index in order[start : start + TOKENIZED_AT_ONCE]])
+                pieces += [np.asarray([*ids, *between], dtype=np.int64) for ids in block]
+                new = sum(map(len, block)) + len(block) * len(between)
+                found += new
+                bar.update(new)
+                if found >= count * content:
+                    break
+    ids = torch.from_numpy(np.concatenate(pieces)[: count * content].reshape(count, content)[generator.permutation(count)])
+    if bos:
+        ids = torch.cat([torch.full((count, 1), tokenizer.bos_token_id, dtype=torch.int64), ids], dim=1)
+    return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}", passes)
+
+
+def document_rows(
+    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, *, progress: bool = True
+) -> TrainingRows:
+    """`count` rows of one document each, cut at `seq_len` tokens or padded on the right; padding is not trained.
+
+    Documents begin with the special tokens that the tokenizer gives them and get no end-of-text token, and every token of the
+    text is trained: SimDiff's setting for Alpaca (train_on_inputs true, add_eos false; Table 6). The order is random; where
+    the documents are used up, another pass begins. Documents of fewer than two tokens are left out.
+
+    Raises ValueError: no document with two tokens, `count` or `seq_len` too small, a negative seed.
+    """
+    _check_draw(count, seq_len, seed)
+    generator = np.random.default_rng(seed)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    ids = torch.full((count, seq_len), pad, dtype=torch.int64)
+    mask = torch.zeros((count, seq_len), dtype=torch.bool)
+    filled = passes = 0
+    with tqdm(total=count, desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
+        while filled < count:
+            if passes and not filled:
+                raise ValueError(f"{corpus.label} has no document of at least 2 tokens: take more text")
+            passes += 1
+            for index in generator.permutation(len(corpus.documents)):
+                encoded = tokenizer(corpus.documents[index], truncation=True, max_length=seq_len, verbose=False)["input_ids"]
+                if len(encoded) < 2:
+                    continue
+                ids[filled, : len(encoded)] = torch.tensor(encoded)
+                mask[filled, : len(encoded)] = True
+                filled += 1
+                bar.update()
+                if filled == count:
+                    break
+    labels = ids.masked_fill(~mask, IGNORED)
+    return TrainingRows(ids, labels, mask, f"{corpus.label}, one document a row, seed {seed}", passes)
+
+
+def _check_draw(count: int, seq_len: int, seed: int) -> None:
+    if count < 1 or seq_len < 2:
+        raise ValueError(f"count={count}, seq_len={seq_len}: draw at least 1 row of at least 2 tokens")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a seed is 0 or a positive integer")
