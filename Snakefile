@@ -110,7 +110,7 @@ for chapter, files in CHAPTERS.items():
             notebook=ancient(grid.chapter_notebook(chapter)),
             tables=[table for table in TABLES if table in grid.chapter_values(PROFILE, chapter).values()],
             # Yardsticks that the profile makes itself; the committed ones are not remade.
-            truths=PROFILE.runs_of("optimum") if "truths" in grid.chapter_values(PROFILE, chapter) else [],
+            optimum_runs=PROFILE.runs_of("optimum") if "optimum_runs" in grid.chapter_values(PROFILE, chapter) else [],
             published=sorted(glob("data/published/*.csv")),
             claims=[path for name, path in grid.chapter_values(PROFILE, chapter).items() if name == "claims"],
         output: files, run=PROFILE.chapter_run(chapter)

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunelib import models
 
-TOKENIZER = "data/reference/llama32"
+TOKENIZER = "data/reference/ref-llama-32l"
 # hidden size, MLP size, layers, heads, heads of keys and values; the vocabulary is the tokenizer's
 SHAPES = {"small": (160, 432, 6, 5, 5), "1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 24, 32, 32)}
 

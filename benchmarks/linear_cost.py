@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prunelib.io import at_root
 from prunelib.models import onednn
 
-MODELS = ("data/reference/llama32", "data/reference/neox24")
+MODELS = ("data/reference/ref-llama-32l", "data/reference/ref-neox-24l")
 
 
 def in_turn(runs: dict[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, list[float]]:
@@ -64,11 +64,11 @@ def main() -> None:
     for name in MODELS:
         config = AutoConfig.from_pretrained(at_root(name))
         usual = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        ours = onednn.adopt(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+        ours = onednn.use_onednn(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
         shapes = {tuple(one.weight.shape) for one in usual.modules() if type(one) is nn.Linear}
         for outputs, inputs in sorted(shapes):
             plain = nn.Linear(inputs, outputs, bias=False)
-            fast = onednn.adopt(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))[0]
+            fast = onednn.use_onednn(nn.Sequential(nn.Linear(inputs, outputs, bias=False)))[0]
             rows = torch.randn(args.windows * args.seq_len, inputs)
             found = compared(lambda: plain(rows), lambda: fast(rows), args.rounds, each=20)  # noqa: B023
             products.append({"model": Path(name).name, "inputs": inputs, "outputs": outputs, **found})

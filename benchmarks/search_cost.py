@@ -1,7 +1,7 @@
 """What a greedy search costs: the loop that runs every candidate by itself, and `prunelib.depth.search.greedy`, in one run.
 
     python benchmarks/search_cost.py                                  # random weights, the shape of the main reference model
-    python benchmarks/search_cost.py --model data/reference/llama32   # those of a model, on windows of its text
+    python benchmarks/search_cost.py --model data/reference/ref-llama-32l   # those of a model, on windows of its text
     python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512
 
 Both loops run whole, from the dense model to K removed layers (SLEB: 32 layers and K = 8 take 212 evaluations), one variant

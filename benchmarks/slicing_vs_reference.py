@@ -17,7 +17,7 @@ times a layer, which small models feel most: `speed_without_cleanup` leaves that
 
 Measured, in data/benchmarks/slicing_vs_reference_*.json, on a processor and on one H200:
 
-    --samples 16 --cpu-time --slices 0.2 0.3 --output …_llama32.json
+    --samples 16 --cpu-time --slices 0.2 0.3 --output …_ref-llama-32l.json
     --samples 16 --cpu-time --model random-opt --slices 0.25 --output …_opt.json
     --samples 16 --cpu-time --model random-llama --slices 0.25 --output …_llama.json
     --device cuda --model random-llama-7b --samples 64 --tokens 1024 --slices 0.5 --repeats 1 --output …_h200.json
@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 from prunelib.evaluation import perplexity
 from prunelib.io import file_sha256
 from prunelib.models import load, load_tokenizer
-from prunelib.slicing.modeling import SHORTCUTS, wiring_of
+from prunelib.slicing.modeling import SHORTCUTS, architecture_of
 from prunelib.slicing.rotate import slice_model
 from prunelib.slicing.schedules import SlicePlan
 from prunelib.text import corpora
@@ -55,7 +55,7 @@ ADAPTERS = {
     "opt": ("opt_adapter", "OPTModelAdapter", "CompressedOPTDecoderLayer"),
 }
 EPSILON = 1e-5
-EMBEDDED = "data/reference/llama32"
+EMBEDDED = "data/reference/ref-llama-32l"
 
 
 class Reference:
@@ -227,7 +227,7 @@ def main() -> None:
     text = {split: corpora.load(settings.corpus, split, data_dir=settings.data_dir) for split in ("calibration", "evaluation")}
     windows = corpora.sample_windows(text["calibration"], tokenizer, settings.samples, settings.tokens, 0, progress=False)
     held_out = corpora.consecutive_windows(text["evaluation"], tokenizer, settings.tokens, settings.windows, progress=False)
-    n_layers = len(dense.get_submodule(wiring_of(dense.config).layers))
+    n_layers = len(dense.get_submodule(architecture_of(dense.config).layers))
     alike = with_epsilon(dense, EPSILON)
 
     def ours(model: PreTrainedModel, plan: SlicePlan, subtract_mean: bool) -> PreTrainedModel:

@@ -6,7 +6,7 @@
 
 Every repetition times the plain forward pass of the whole model, the forward pass without the LM head (which `collect`
 does not run), `collect` itself, `collect` without the Triton kernel (where there is one) and the usual hooks, which take three
-sums of neighbouring states in float32 and no other pair, in turn, so that a machine that slows down slows all of them. Printed
+sums of neighboring states in float32 and no other pair, in turn, so that a machine that slows down slows all of them. Printed
 are the medians and the medians of the ratios within a repetition. The target is at most 1.03 times the plain forward pass on a
 GPU, 1.10 on a CPU. On a machine that is busy with other work only the CPU time with --threads 1 means anything: waiting threads
 count as busy ones.

@@ -241,7 +241,7 @@ def busy_seconds() -> float | None:
 
 
 def said(log: Path, folder: Path) -> list[str]:
-    """The lines of an output that are not empty, without colours and without the folders of this machine."""
+    """The lines of an output that are not empty, without colors and without the folders of this machine."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log.read_text(encoding="utf-8", errors="replace"))
     for place in (folder / "clone", folder, ROOT, Path.home()):
         for form in {str(place), str(place.resolve())} - {"/"}:

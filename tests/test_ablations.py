@@ -15,7 +15,7 @@ from prunelib.evaluation.perplexity import layer_set_divergence, perplexity, sha
 from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
 
 FAMILIES = ("llama", "gpt_neox", "gemma2", "opt", "qwen2", "mixtral")
-SMALL_ENTROPY = {"entropy_gain": {"neighbours": 5}, "entropy_gain_attention": {"neighbours": 5}}
+SMALL_ENTROPY = {"entropy_gain": {"neighbors": 5}, "entropy_gain_attention": {"neighbors": 5}}
 
 
 def random_windows(count: int = 4, length: int = 16, vocabulary: int = 128) -> torch.Tensor:
@@ -162,12 +162,12 @@ def test_entropy_of_known_distributions():
     assert knn_entropy(4 * points, 5) - knn_entropy(points, 5) == pytest.approx(3 * math.log(4), abs=1e-6)
     assert knn_entropy(points + 100, 5) == pytest.approx(knn_entropy(points, 5), abs=1e-3)
     assert math.isfinite(knn_entropy(torch.ones(30, 4), 5))
-    with pytest.raises(ValueError, match="25 tokens: the distance to neighbour 25 needs more than 25"):
+    with pytest.raises(ValueError, match="25 tokens: the distance to neighbor 25 needs more than 25"):
         knn_entropy(points[:25])
 
 
 def test_entropy_of_a_grid_by_hand():
-    """Four corners of a unit square: the second neighbour of each is at distance 1, so that mean(log r) = 0."""
+    """Four corners of a unit square: the second neighbor of each is at distance 1, so that mean(log r) = 0."""
     corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     assert knn_entropy(corners, 2) == pytest.approx(math.log(math.pi) + math.log(4) - math.log(2), abs=1e-9)
 
@@ -199,8 +199,8 @@ def test_entropy_gains_against_states_taken_by_hooks(family):
     for module in model.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    np.testing.assert_allclose(ABLATIONS["entropy_gain"](model, windows, neighbours=5), expected, atol=1e-3)
-    found = ABLATIONS["entropy_gain_attention"](model, windows, neighbours=5)
+    np.testing.assert_allclose(ABLATIONS["entropy_gain"](model, windows, neighbors=5), expected, atol=1e-3)
+    found = ABLATIONS["entropy_gain_attention"](model, windows, neighbors=5)
     np.testing.assert_allclose(found, expected_attention, atol=1e-3)
     assert np.abs(expected - expected_attention).max() > 0.1
 
@@ -208,8 +208,8 @@ def test_entropy_gains_against_states_taken_by_hooks(family):
 @pytest.mark.parametrize(("family", "message"), [("bloom", "does not add its attention"), ("lfm2", "no sublayer self_attn or")])
 def test_attention_that_cannot_be_told_apart_is_refused(family, message):
     with pytest.raises(UnsupportedModel, match=message):
-        ABLATIONS["entropy_gain_attention"](build(family), random_windows(), neighbours=5)
-    assert np.isfinite(ABLATIONS["entropy_gain"](build(family), random_windows(), neighbours=5)).all()
+        ABLATIONS["entropy_gain_attention"](build(family), random_windows(), neighbors=5)
+    assert np.isfinite(ABLATIONS["entropy_gain"](build(family), random_windows(), neighbors=5)).all()
 
 
 # --- all of them
@@ -230,8 +230,8 @@ def test_all_rules_agree_on_a_layer_that_does_nothing(tiny_llama, planted):
     for name in ("leave_one_out_kl", "taylor", "magnitude", "entropy_gain", "entropy_gain_attention"):
         assert lowest(ABLATIONS[name](tiny_llama, windows, **SMALL_ENTROPY.get(name, {})), 1) == (planted,), name
     assert ABLATIONS["taylor"](tiny_llama, windows)[planted] == 0
-    assert ABLATIONS["entropy_gain"](tiny_llama, windows, neighbours=5)[planted] == 0
-    assert ABLATIONS["entropy_gain_attention"](tiny_llama, windows, neighbours=5)[planted] == 0
+    assert ABLATIONS["entropy_gain"](tiny_llama, windows, neighbors=5)[planted] == 0
+    assert ABLATIONS["entropy_gain_attention"](tiny_llama, windows, neighbors=5)[planted] == 0
     # A random model predicts no better with all its layers: its likelihood may gain from a loss, but not from this one.
     assert ABLATIONS["leave_one_out_nll"](tiny_llama, windows)[planted] == pytest.approx(0, abs=1e-6)
     for search in (greedy, exhaustive):
@@ -259,7 +259,7 @@ def test_registry():
         assert rule.name == name
         assert rule.title
         assert rule.source
-    assert ABLATIONS["entropy_gain"].options == {"neighbours": 25, "batch_size": 1, "progress": False}
+    assert ABLATIONS["entropy_gain"].options == {"neighbors": 25, "batch_size": 1, "progress": False}
     model, windows = build("llama"), random_windows()
     with pytest.raises(ValueError, match="unknown ablation 'hessian'; there are: entropy_gain, entropy_gain_attention"):
         ABLATIONS["hessian"]

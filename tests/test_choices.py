@@ -6,7 +6,7 @@ from prunelib.lab import choices
 from prunelib.lab import runs as results
 
 
-def _row(method, size, layers, metric="nats", role="choice", **more):
+def _row(method, size, layers, metric="nll", role="choice", **more):
     layers = {} if layers is None else {"removed_layers": layers}
     return {"method": method, "size": size, **layers, "metric": metric, "role": role, "value": 1.0, **more}
 

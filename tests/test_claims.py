@@ -284,7 +284,7 @@ def test_table_and_markdown_show_everything(tmp_path):
     untested = entry(id="c-2", claim="A number.", reason="no model")
     del untested["measure"], untested["rule"]
     listed = claims.read(
-        written(tmp_path, entry(measure=spec, published=published, figure="simdiff_fig1_x", unit="nats"), untested)
+        written(tmp_path, entry(measure=spec, published=published, figure="simdiff_fig1_x", unit="nll"), untested)
     )
     found = claims.outcomes(listed, tables)
     frame = claims.table(found, tables)
@@ -368,7 +368,7 @@ def test_two_claims_recomputed_by_other_means(found):
         mine = rows[rows["model"].str.endswith(part.model)].groupby("calibration_seed")["value"].mean()
         assert (part.value, part.low, part.high) == pytest.approx((mine.median(), mine.min(), mine.max()))
     slicing = results.read_table("data/slicing.csv")
-    slicing = slicing[(slicing["metric"] == "nats") & (slicing["part"] == "sweep")]
+    slicing = slicing[(slicing["metric"] == "nll") & (slicing["part"] == "sweep")]
     for part in by_name["dynamic-01"].measured:
         mine = slicing[slicing["model"].str.endswith(part.model)]
         constant = mine[mine["method"] == "constant"].set_index("slice_percentage")["value"]

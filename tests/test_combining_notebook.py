@@ -27,7 +27,7 @@ def place(tmp_path_factory):
         folder / "choices.json",
         experiment="blocks",
         parameters={"model": str(folder / "model")},
-        rows=[{**one, "role": "choice", "metric": "nats", "value": 1.0} for one in chosen],
+        rows=[{**one, "role": "choice", "metric": "nll", "value": 1.0} for one in chosen],
         provenance={},
         seconds=0.0,
     )
@@ -90,17 +90,17 @@ def test_costs_are_differences_of_models_made_one_by_one(place, run):
             if name != "float32":
                 to_format(model, name)
             nats[name, size] = perplexity(model, windows).nats
-            assert _value(run, "nats", role="format", format=name, size=size) == pytest.approx(nats[name, size], abs=1e-5)
+            assert _value(run, "nll", role="format", format=name, size=size) == pytest.approx(nats[name, size], abs=1e-5)
             assert _value(run, "bytes", role="format", format=name, size=size) == weight_bytes(model)
     for size in SETS:
         expected = {
             "cost_of_pruning": nats["float32", size] - nats["float32", 0],
-            "cost_of_quantising": nats["int8", 0] - nats["float32", 0],
+            "cost_of_quantizing": nats["int8", 0] - nats["float32", 0],
             "cost_of_both": nats["int8", size] - nats["float32", 0],
         }
         found = {metric: _value(run, metric, format="int8", size=size) for metric in (*expected, "sum_of_costs", "interaction")}
         assert {metric: found[metric] for metric in expected} == pytest.approx(expected, abs=1e-5)
-        assert found["sum_of_costs"] == pytest.approx(found["cost_of_pruning"] + found["cost_of_quantising"], abs=1e-9)
+        assert found["sum_of_costs"] == pytest.approx(found["cost_of_pruning"] + found["cost_of_quantizing"], abs=1e-9)
         assert found["interaction"] == pytest.approx(found["cost_of_both"] - found["sum_of_costs"], abs=1e-9)
     for row in run["rows"]:
         if row.get("role") == "cost":
@@ -122,7 +122,7 @@ def test_drafts_are_measured_and_leave_the_text_alone(place, run):
         assert 1 <= _value(run, "tokens_per_run", **of) <= 3
         assert _value(run, "speedup", **of) > 0
     assert _value(run, "tokens", recipe="lora") == 2 * 2 * 16
-    assert _value(run, "nats", role="draft", recipe="lora") != _value(run, "nats", role="draft", recipe="none")
+    assert _value(run, "nll", role="draft", recipe="lora") != _value(run, "nll", role="draft", recipe="none")
     assert not list(place.glob("*.work"))
     assert {f"report {place / 'text.txt'}", f"training {place / 'text.txt'}:train"} == set(run["provenance"]["data"])
 

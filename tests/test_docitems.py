@@ -65,7 +65,7 @@ def test_answers_come_from_their_documents(documents, built):
         assert heads[item.label] + item.continuation in texts[item.document]
 
 
-def test_summaries_are_told_from_their_neighbours(documents, built):
+def test_summaries_are_told_from_their_neighbors(documents, built):
     package = {}
     for document in documents:
         package.setdefault(document.text.strip().splitlines()[0], set()).add(document.name.split("/")[0])
@@ -106,7 +106,7 @@ def test_examples_come_from_other_documents(task, documents, built):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_requests_are_short(task, built):
-    tokenizer = load_tokenizer(project_root() / "data" / "reference" / "llama32")
+    tokenizer = load_tokenizer(project_root() / "data" / "reference" / "ref-llama-32l")
     texts = [item.query + "\n" + c + item.continuation for item in built[task] for c in item.choices]
     longest = max(len(ids) for ids in tokenizer(texts).input_ids)
     assert longest <= (200 if task == "pydocs_letters" else 160)  # four summaries in every text
@@ -130,14 +130,14 @@ def test_next_line_on_a_written_example():
 
 def test_a_shared_description_is_no_answer():
     text = (
-        "Mix two colours.\n\nParameters\n----------\na : float\n    Weight of the first colour.\n"
+        "Mix two colors.\n\nParameters\n----------\na : float\n    Weight of the first color.\n"
         "b : float\n    The same for both of them.\nc : float\n    The same for both of them.\n"
-        "d : str\n    Name of the mixed colour.\ne : bool\n    Whether to write down the name.\n\n"
+        "d : str\n    Name of the mixed color.\ne : bool\n    Whether to write down the name.\n\n"
         "Returns\n-------\nf : float\n    What came out of all this mixing.\n"
     )
     # Three descriptions of their own are one choice too few; what is returned is no parameter.
     assert not docitems.build("pydocs_parameter", [pydocs.Document("p/m.py:mix", text)])
-    told = text.replace("c : float\n    The same for both of them.", "c : float\n    Weight of the third of the colours.")
+    told = text.replace("c : float\n    The same for both of them.", "c : float\n    Weight of the third of the colors.")
     items = docitems.build("pydocs_parameter", [pydocs.Document("p/m.py:mix", told)])
     assert len(items) == docitems.PER_DOCUMENT
     assert not any("f : float" in choice for item in items for choice in item.choices)

@@ -33,7 +33,7 @@ def text(generator, count=120):
 
 
 def grams(document):
-    """The definition, word for word: the set of character 25-grams of the normalised text."""
+    """The definition, word for word: the set of character 25-grams of the normalized text."""
     plain = " ".join(document.lower().split())
     return {plain[i : i + 25] for i in range(max(1, len(plain) - 24))}
 
@@ -377,11 +377,11 @@ def test_the_notebook_and_its_chapter_run_on_another_model_and_text(tmp_path):
     assert value("documents", "copied.jsonl") == [37] and value("clusters", "copied.jsonl") == [30]
     assert value("near_duplicates", "copied.jsonl", state="raw") == [7]
     assert value("near_duplicates", "plain.jsonl") == [3]
-    assert value("nats", "copied.jsonl", size_low=5, role="same_length") != []
+    assert value("nll", "copied.jsonl", size_low=5, role="same_length") != []
     results.write_table(table, tmp_path / "duplicates.csv")
 
     start = {"run": "h/a", "experiment": "healing", "model": "m/tiny", "method": "angular", "size": 1, "repair": "none"}
-    start |= {"metric": "nats", "text": "held out", "code": "abc"}
+    start |= {"metric": "nll", "text": "held out", "code": "abc"}
     way = {
         "recipe": "lora",
         "rank": 4,

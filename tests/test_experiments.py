@@ -81,10 +81,10 @@ def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, st
     assert all(len(row["removed_layers"].split()) == 2 for row in choices)
     pairs = 0
     for exact in choices:
-        if exact.get("search") == "exact" and exact["metric"] == "nats":
+        if exact.get("search") == "exact" and exact["metric"] == "nll":
             keys = ("method", "calibration_seed", "alpha_corpus", "metric")
             ternary = next(r for r in choices if r.get("search") == "ternary" and all(r[k] == exact[k] for k in keys))
-            assert exact["alpha_nats"] <= ternary["alpha_nats"]
+            assert exact["alpha_nll"] <= ternary["alpha_nll"]
             pairs += 1
     assert pairs == 4
     stats = LayerStats.load(at_root(statistics[0]).with_suffix(".safetensors"))
@@ -93,7 +93,7 @@ def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, st
         row["removed_layers"]
         for row in run["rows"]
         if row["role"] == "path" and row["method"] == "simdiff_masd" and row["calibration_seed"] == 0 and row.get("corpus")
-        and row["metric"] == "nats"
+        and row["metric"] == "nll"
     ]  # fmt: skip
     assert written == [" ".join(map(str, removed)) for removed in sets]
 
@@ -105,7 +105,7 @@ def test_depth_measures_a_set_as_the_saved_model_without_those_layers(place, sta
     from prunelib.text import corpora
 
     run = results.read_run(depth(place, "k3.json", statistics[:1], 3))
-    row = next(row for row in run["rows"] if row.get("method") == "deepest" and row["metric"] == "nats")
+    row = next(row for row in run["rows"] if row.get("method") == "deepest" and row["metric"] == "nll")
     dense = models.load(place / "model")
     tokenizer = models.load_tokenizer(place / "model")
     windows = corpora.consecutive_windows(corpora.load(place / "text.txt"), tokenizer, 16, 8)
@@ -169,7 +169,7 @@ def losses(run, **coordinates):
     return {
         row["method"]: row["value"]
         for row in run["rows"]
-        if row["metric"] == "nats" and all(row.get(name) == value for name, value in coordinates.items())
+        if row["metric"] == "nll" and all(row.get(name) == value for name, value in coordinates.items())
     }
 
 
@@ -224,7 +224,7 @@ def test_every_rule_has_importance_a_cost_and_a_choice_for_every_size(chosen):
     # PPL+, Taylor+ and Mag+ keep the first four and the last two layers: of six layers nothing is left to choose.
     assert costs - choices == {"taylor", "magnitude", "leave_one_out_nll"}
     assert choices <= costs
-    halves = [row for row in run["rows"] if row["method"] == "evolutionary_sublayers" and row["metric"] == "nats"]
+    halves = [row for row in run["rows"] if row["method"] == "evolutionary_sublayers" and row["metric"] == "nll"]
     assert [len(row["removed_sublayers"].split()) for row in halves] == [4]
     assert {word.split(".")[1] for word in halves[0]["removed_sublayers"].split()} == {"attn", "mlp"}
     shares = {
@@ -249,17 +249,17 @@ def test_blocks_are_contiguous_and_every_block_is_one_of_the_exhaustive_sets(pla
     single = [row["value"] for row in run["rows"] if row.get("role") == "every_block" and row["size"] == 1]
     assert single == pytest.approx(load_file(at_root(truth).with_suffix(".safetensors"))["all_k1"].tolist(), abs=1e-6)
     assert sum(row.get("role") == "every_block" for row in run["rows"]) == sum(range(2, 7))
-    normalised = next(row for row in run["rows"] if row["metric"] == "normalised_loss")
-    nats = next(row for row in run["rows"] if row["metric"] == "nats" and row.get("role") == "choice")
+    normalized = next(row for row in run["rows"] if row["metric"] == "normalized_loss")
+    nats = next(row for row in run["rows"] if row["metric"] == "nll" and row.get("role") == "choice")
     import math
 
-    assert normalised["value"] == pytest.approx(nats["value"] / math.log(60))
+    assert normalized["value"] == pytest.approx(nats["value"] / math.log(60))
 
 
 def test_tasks_are_those_of_the_pruned_model_alone(place):
     from prunelib.evaluation import tasks
 
-    model, choices = "data/reference/neox24", "data/optimum/selection/neox24__s0__searches.json"
+    model, choices = "data/reference/ref-neox-24l", "data/optimum/selection/ref-neox-24l__s0__searches.json"
     values = {"model": model, "choices": choices, "methods": ["block_influence", "greedy"], "sizes": [8], "limit": 10}
     values |= {"tasks": ["pydocs_summary"]}
     first = results.read_run(run_notebook(TASKS, place / "tasks.json", **values))["rows"]

@@ -275,5 +275,5 @@ def test_the_notebook_draws_static_pictures_of_any_model(place):
     dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
     held_out = corpora.consecutive_windows(corpora.load(text), tokenizer, 16, 4)
     value = {(row["method"], row["metric"]): row["value"] for row in run["rows"]}
-    assert value["dense", "nats"] == pytest.approx(perplexity(dense, held_out).nats, abs=1e-6)
+    assert value["dense", "nll"] == pytest.approx(perplexity(dense, held_out).nats, abs=1e-6)
     assert {row["layers_removed"] for row in run["rows"] if row["method"] == "progress"} == {1, 2, 3}

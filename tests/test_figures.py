@@ -91,11 +91,11 @@ def test_every_criterion_has_its_look():
 
     assert set(CRITERIA) <= set(METHODS)
     assert all(name == method.name for name, method in METHODS.items())
-    with pytest.raises(FigureError, match="no colour for method 'cosin'; there are: dense, random, "):
+    with pytest.raises(FigureError, match="no color for method 'cosin'; there are: dense, random, "):
         METHODS["cosin"]
 
 
-def test_methods_in_one_figure_differ_in_colour_marker_and_title():
+def test_methods_in_one_figure_differ_in_color_marker_and_title():
     for kind in ("color", "title"):
         assert len({getattr(METHODS[name], kind) for name in COMPARED}) == len(COMPARED), kind
     drawn = [METHODS[name].marker for name in COMPARED if name != "random"]
@@ -113,7 +113,7 @@ DEFICIENCIES = {
 
 
 def lab(color: str, deficiency: str) -> np.ndarray:
-    """CIE Lab of a colour as seen with a deficiency."""
+    """CIE Lab of a color as seen with a deficiency."""
     channels = np.array(to_rgb(color))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     seen = np.clip(DEFICIENCIES[deficiency] @ linear, 0, 1)
@@ -124,11 +124,11 @@ def lab(color: str, deficiency: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_colours_are_told_apart_by_everyone(deficiency):
+def test_colors_are_told_apart_by_everyone(deficiency):
     """A difference of 2.3 in Lab is just noticeable; ten times that between thin lines."""
     for one, other in itertools.combinations(COMPARED, 2):
         difference = np.linalg.norm(lab(METHODS[one].color, deficiency) - lab(METHODS[other].color, deficiency))
-        # Grey and the palest colour differ in form: a band against a line with markers.
+        # Grey and the palest color differ in form: a band against a line with markers.
         assert difference > (10 if "random" in (one, other) else 20), (one, other, difference)
 
 
@@ -206,7 +206,7 @@ def test_curve_draws_its_rows_and_nothing_else(rows):
 
 def test_published_values_look_published():
     data = pd.DataFrame({"layers_removed": [2, 4], "value": [6.3, 8.9]})
-    _, (left, right) = figures.published_and_ours("Llama-2-7B", "llama32")
+    _, (left, right) = figures.published_and_ours("Llama-2-7B", "ref-llama-32l")
     figures.curve(left, data, "shortgpt", published=True)
     figures.curve(right, data, "block_influence")
     theirs, ours = left.lines[0], right.lines[0]
@@ -214,14 +214,14 @@ def test_published_values_look_published():
     assert (ours.get_linestyle(), to_hex(ours.get_markerfacecolor())) == ("-", METHODS["block_influence"].color)
     assert theirs.get_label().endswith("(published)")
     assert "published" not in ours.get_label()
-    assert (left.get_title("left"), right.get_title("left")) == ("published: Llama-2-7B", "ours: llama32")
+    assert (left.get_title("left"), right.get_title("left")) == ("published: Llama-2-7B", "ours: ref-llama-32l")
     figures.grouped_bars(left, data.assign(method="shortgpt"), ["shortgpt"], published=True)
     assert all(bar.get_hatch() and to_hex(bar.get_facecolor()) == "#ffffff" for bar in left.patches)
 
 
-def test_curve_refuses_seeds_that_were_not_summarised(rows):
+def test_curve_refuses_seeds_that_were_not_summarized(rows):
     _, axes = figures.panels()
-    with pytest.raises(FigureError, match=r"several values of value at layers_removed = \[0, 2, 4, 6\]: summarise"):
+    with pytest.raises(FigureError, match=r"several values of value at layers_removed = \[0, 2, 4, 6\]: summarize"):
         figures.curve(axes, rows[rows["method"] == "random"], "random")
     with pytest.raises(FigureError, match="no column ppl"):
         figures.curve(axes, rows, "random", y="ppl")

@@ -104,7 +104,7 @@ def test_a_kernel_that_does_not_work_is_reported_and_not_used(monkeypatch):
 @pytest.mark.parametrize(("n_states", "width"), [(7, 160), (33, 4096), (81, 1024), (127, 512)])
 def test_cuda_kernel_gives_the_plain_sums(dtype, n_states, width, monkeypatch):
     assert statistics._fused(torch.device("cuda", 0)) is not None
-    # Steps of 2 % of the length: the angles are as small as those of neighbouring layers in a deep model.
+    # Steps of 2 % of the length: the angles are as small as those of neighboring layers in a deep model.
     states = torch.randn(2, 50, 1, width, device="cuda") + 0.02 * torch.randn(2, 50, n_states, width, device="cuda").cumsum(2)
     states[:, :, 1] = states[:, :, 0]
     states = states.to(dtype)

@@ -180,7 +180,7 @@ def test_full_training_is_that_of_a_plain_loop(tmp_path):
     plain = copy.deepcopy(model).train()
     no_decay = [p for name, p in plain.named_parameters() if "norm" in name or name.endswith("bias")]
     decay = [p for p in plain.parameters() if not any(p is q for q in no_decay)]
-    optimiser = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
     losses = []
     for step in range(recipe.steps):
         part = slice(step * 4, step * 4 + 4)
@@ -189,8 +189,8 @@ def test_full_training_is_that_of_a_plain_loop(tmp_path):
         loss = functional.cross_entropy(output, labels[:, 1:].reshape(-1), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     np.testing.assert_allclose(healed.losses, losses, rtol=1e-5)
     for name, weight in plain.named_parameters():
@@ -483,21 +483,21 @@ def test_the_seed_decides(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_gradients_through_four_bit_weights_are_those_through_the_dequantised_ones(family):
+def test_gradients_through_four_bit_weights_are_those_through_the_dequantized_ones(family):
     model = pruned(family)
     torch.manual_seed(0)
-    quantised = healing._working_copy(model, replace(QLORA, modules=("attention", "mlp"), rank=4, alpha=8, dropout=0.0))
-    plain = copy.deepcopy(quantised)
+    quantized = healing._working_copy(model, replace(QLORA, modules=("attention", "mlp"), rank=4, alpha=8, dropout=0.0))
+    plain = copy.deepcopy(quantized)
     count = 0
     for name, module in list(plain.named_modules()):
         if isinstance(module, NF4Linear):
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight, linear.bias = nn.Parameter(module.dequantised(torch.float32), requires_grad=False), module.bias
+            linear.weight, linear.bias = nn.Parameter(module.dequantized(torch.float32), requires_grad=False), module.bias
             plain.set_submodule(name, linear)
             count += 1
     assert count == len(linear_names(model, ("attention", "mlp")))
     ids = random_rows().input_ids[:4]
-    for both in (quantised, plain):
+    for both in (quantized, plain):
         torch.manual_seed(1)
         for name, parameter in both.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide the derivatives of the other factor
@@ -506,7 +506,7 @@ def test_gradients_through_four_bit_weights_are_those_through_the_dequantised_on
             both.eval()(input_ids=ids)  # measuring in between must not spoil what follows
         both.train()(input_ids=ids, labels=ids).loss.backward()
     others = dict(plain.named_parameters())
-    trained = healing._trained(quantised)
+    trained = healing._trained(quantized)
     assert len(trained) == 2 * count
     for name, parameter in trained.items():
         assert parameter.grad.abs().max() > 0
@@ -520,7 +520,7 @@ def test_qlora_is_merged_into_the_full_precision_weights(tmp_path):
     assert torch.equal(healed.model.get_parameter(name), model.get_parameter(name))
     last = healed.log[-1]
     assert last["step"] == 6
-    assert last["measures"]["merged_loss"] != last["measures"]["quantised_loss"]
+    assert last["measures"]["merged_loss"] != last["measures"]["quantized_loss"]
     with torch.no_grad():
         loss = healed.model(input_ids=rows.input_ids[20:24], labels=rows.input_ids[20:24]).loss.item()
     assert last["measures"]["merged_loss"] == pytest.approx(loss, rel=1e-5)
@@ -610,13 +610,13 @@ def sentences(count, seed):
 @pytest.fixture(scope="module")
 def trained():
     model = build("llama").train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(120):
         ids = sentences(32, step)
         model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return model.eval()
 
 

@@ -26,7 +26,7 @@ def place(tmp_path_factory):
         folder / "choices.json",
         experiment="blocks",
         parameters={"model": str(folder / "model")},
-        rows=[{"method": "angular", "size": 2, "removed_layers": "1 2", "role": "choice", "metric": "nats", "value": 1.0}],
+        rows=[{"method": "angular", "size": 2, "removed_layers": "1 2", "role": "choice", "metric": "nll", "value": 1.0}],
         provenance={},
         seconds=0.0,
     )
@@ -60,7 +60,7 @@ def _nats(run, **conditions):
     return {
         row["step"]: row["value"]
         for row in run["rows"]
-        if row["metric"] == "nats" and all(row.get(key) == value for key, value in conditions.items())
+        if row["metric"] == "nll" and all(row.get(key) == value for key, value in conditions.items())
     }
 
 
@@ -97,7 +97,7 @@ def test_repairs_slices_and_random_layers_are_starts_as_well(place):
         assert set(_nats(run, **start, recipe="none")) == {0}
         assert set(_nats(run, **start, recipe="lora")) == {2}
     drawn = _run(place, "random", methods=[], random_draws=[3], recipes=["none"])
-    (row,) = [row for row in drawn["rows"] if row["metric"] == "nats" and row["method"] == "random 3"]
+    (row,) = [row for row in drawn["rows"] if row["metric"] == "nll" and row["method"] == "random 3"]
     assert len(row["removed_layers"].split()) == 2
 
 

@@ -21,7 +21,7 @@ def gap(state, other, value, text="pydocs:evaluation"):
 
 def losses(state, nats, ppl, text="pydocs:evaluation"):
     at = {"state": state, "text": text, "n": 100}
-    return [{**at, "metric": "nats", "value": nats}, {**at, "metric": "ppl", "value": ppl}]
+    return [{**at, "metric": "nll", "value": nats}, {**at, "metric": "ppl", "value": ppl}]
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_the_command_in_the_card_is_one_that_the_notebook_takes(run):
 def test_the_licence_is_that_of_the_base_models_own_card(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\nlanguage: en\n---\ntext")
     assert model_card.licence_of(str(tmp_path)) == {"license": "other", "license_name": "x", "license_link": "LICENSE"}
-    assert model_card.licence_of("data/reference/llama32") == {"license": "mit"}
+    assert model_card.licence_of("data/reference/ref-llama-32l") == {"license": "mit"}
     for text in ("no front matter", "---\nlicense: [1, 2]\n---\n", "---\n: : :\n---\n", "---\n- a\n---\n", ""):
         (tmp_path / "README.md").write_text(text)
         assert model_card.licence_of(str(tmp_path)) == {}

@@ -15,7 +15,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 
 from prunelib import models
-from prunelib.models import CheckpointError, Skip, UnsupportedModel, keep_layers, layers_as, load, remove_layers, save
+from prunelib.models import (
+    CheckpointError,
+    IdentityLayer,
+    UnsupportedModel,
+    keep_layers,
+    load,
+    remove_layers,
+    save,
+    with_layers,
+)
 
 SCATTERED = (0, 1, 4)
 
@@ -92,7 +101,7 @@ def test_a_pruned_model_computes_caches_saves_and_reloads(name, which, tmp_path)
 
     # The view with skipped layers is the same function.
     layers = models.decoder_layers(model)
-    view = layers_as(model, [Skip(layer) if index in removed else layer for index, layer in enumerate(layers)])
+    view = with_layers(model, [IdentityLayer(layer) if index in removed else layer for index, layer in enumerate(layers)])
     assert torch.equal(expected, logits(view, ids))
     assert torch.equal(expected, logits(view, ids))  # also once the skips have learnt their form
 
@@ -239,10 +248,10 @@ def test_parameter_counts(tiny_llama):
     pruned = remove_layers(tiny_llama, (1, 4))
     assert models.removed_fraction(tiny_llama, pruned) == pytest.approx(2 * layer / total)
     assert models.removed_fraction(tiny_llama, tiny_llama) == 0.0
-    assert models.layer_share(tiny_llama, (1, 4)) == pytest.approx(models.removed_fraction(tiny_llama, pruned))
-    assert models.layer_share(tiny_llama, ()) == 0.0
+    assert models.parameter_fraction(tiny_llama, (1, 4)) == pytest.approx(models.removed_fraction(tiny_llama, pruned))
+    assert models.parameter_fraction(tiny_llama, ()) == 0.0
     with pytest.raises(ValueError, match=r"layers \[6\] do not exist in a model of 6 layers"):
-        models.layer_share(tiny_llama, (0, 6))
+        models.parameter_fraction(tiny_llama, (0, 6))
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -317,9 +326,9 @@ def test_a_hybrid_without_attention_layers_is_refused():
         keep_layers(build("qwen3_next"), (0, 2, 3))
 
 
-def test_a_quantised_model_is_refused(tiny_llama):
+def test_a_quantized_model_is_refused(tiny_llama):
     tiny_llama.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(UnsupportedModel, match="llama model is quantised; prune it unquantised"):
+    with pytest.raises(UnsupportedModel, match="llama model is quantized; prune it unquantized"):
         keep_layers(tiny_llama, SCATTERED)
 
 
@@ -357,11 +366,11 @@ def test_a_model_without_final_norm_is_named():
 def test_a_view_shares_everything_and_changes_nothing(tiny_llama):
     before = state(tiny_llama)
     layers = models.decoder_layers(tiny_llama)
-    view = layers_as(tiny_llama, [*layers[:3], Skip(layers[3]), *layers[4:]])
+    view = with_layers(tiny_llama, [*layers[:3], IdentityLayer(layers[3]), *layers[4:]])
     assert view.config is tiny_llama.config
     assert view.lm_head is tiny_llama.lm_head
     assert models.decoder_layers(tiny_llama) is layers
-    assert [type(slot) for slot in models.decoder_layers(view)].count(Skip) == 1
+    assert [type(slot) for slot in models.decoder_layers(view)].count(IdentityLayer) == 1
     assert models.parameter_count(view) == models.parameter_count(remove_layers(tiny_llama, (3,)))
     assert state(tiny_llama) == before
 
@@ -373,18 +382,18 @@ def test_slots_may_be_other_modules(tiny_llama):
     layers[2].register_forward_hook(lambda module, args, output: stored.update(hidden=output))
     expected = logits(tiny_llama, ids)
 
-    class Replay(Skip):
+    class Replay(IdentityLayer):
         def forward(self, *args, **kwargs):
             return stored["hidden"]
 
-    view = layers_as(tiny_llama, [Skip(layers[0]), Skip(layers[1]), Replay(layers[2]), *layers[3:]])
+    view = with_layers(tiny_llama, [IdentityLayer(layers[0]), IdentityLayer(layers[1]), Replay(layers[2]), *layers[3:]])
     assert torch.equal(logits(view, ids), expected)
 
 
 def test_a_skip_stands_for_its_layer(tiny_llama):
     layer = models.decoder_layers(tiny_llama)[4]
     layer.attention_type = "sliding_attention"  # which mask a model hands to a layer may be asked of the layer
-    skip = Skip(layer)
+    skip = IdentityLayer(layer)
     assert skip.attention_type == "sliding_attention"
     assert skip.self_attn is layer.self_attn
     assert not list(skip.parameters())
@@ -400,7 +409,7 @@ def test_a_skip_returns_the_form_of_its_layer(name):
     handle = layers[2].register_forward_hook(lambda module, args, output: seen.update(real=output))
     logits(model, tokens(model))
     handle.remove()
-    view = layers_as(model, [*layers[:2], Skip(layers[2]), *layers[3:]])
+    view = with_layers(model, [*layers[:2], IdentityLayer(layers[2]), *layers[3:]])
     models.decoder_layers(view)[2].register_forward_hook(lambda module, args, output: seen.update(skip=output))
     logits(view, tokens(model))
     assert type(seen["skip"]) is type(seen["real"])
@@ -413,28 +422,28 @@ def test_a_layer_that_hands_on_more_than_hidden_states_is_not_skipped(tiny_llama
             return hidden_states, hidden_states.mean(-1)
 
     with pytest.raises(UnsupportedModel, match=r"Routed.*more than hidden states"):
-        Skip(Routed())(torch.ones(1, 2, 3))
+        IdentityLayer(Routed())(torch.ones(1, 2, 3))
 
 
 def test_a_skip_does_not_run_the_hooks_of_its_layer(tiny_llama):
     calls = []
     layers = models.decoder_layers(tiny_llama)
     layers[1].register_forward_hook(lambda *_: calls.append(1))
-    view = layers_as(tiny_llama, [layers[0], Skip(layers[1]), *layers[2:]])
+    view = with_layers(tiny_llama, [layers[0], IdentityLayer(layers[1]), *layers[2:]])
     logits(view, tokens(tiny_llama))
     assert not calls
 
 
 def test_a_skip_refuses_a_cache(tiny_llama):
     layers = models.decoder_layers(tiny_llama)
-    view = layers_as(tiny_llama, [Skip(layers[0]), *layers[1:]])
+    view = with_layers(tiny_llama, [IdentityLayer(layers[0]), *layers[1:]])
     with pytest.raises(ValueError, match="use_cache=False"):
         view(tokens(tiny_llama), use_cache=True)
 
 
 def test_the_number_of_slots_is_checked(tiny_llama):
     with pytest.raises(ValueError, match="5 slots were given for a model of 6 layers"):
-        layers_as(tiny_llama, models.decoder_layers(tiny_llama)[:5])
+        with_layers(tiny_llama, models.decoder_layers(tiny_llama)[:5])
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -504,7 +513,7 @@ def test_save_catches_a_configuration_that_computes_something_else(tiny_llama, t
 def test_a_view_cannot_be_saved(tiny_llama, tmp_path):
     layers = models.decoder_layers(tiny_llama)
     with pytest.raises(CheckpointError, match="missing"):
-        save(layers_as(tiny_llama, [Skip(layers[0]), *layers[1:]]), None, tmp_path / "model")
+        save(with_layers(tiny_llama, [IdentityLayer(layers[0]), *layers[1:]]), None, tmp_path / "model")
 
 
 def test_save_refuses_weights_that_are_not_finite(tiny_llama, tmp_path):

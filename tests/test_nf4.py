@@ -8,7 +8,7 @@ from architectures import build
 from torch import nn
 
 from prunelib.models import decoder_layers
-from prunelib.models.nf4 import NF4Linear, quantise
+from prunelib.models.nf4 import NF4Linear, quantize
 
 # QLoRA (arXiv 2305.14314), appendix E.
 LEVELS = torch.tensor(
@@ -26,26 +26,26 @@ def test_four_bit_weights_are_the_nearest_levels_of_their_block(shape):
     weight = linear.weight.detach().flatten()
     blocks = weight.split(64)  # also where a row is no whole number of blocks, as in the reference models
     nearest = [LEVELS[((b / b.abs().max())[:, None] - LEVELS).abs().argmin(1)] * b.abs().max() for b in blocks]
-    found = NF4Linear(linear).dequantised(torch.float32)
+    found = NF4Linear(linear).dequantized(torch.float32)
     torch.testing.assert_close(found, torch.cat(nearest).view_as(linear.weight), rtol=1e-6, atol=0)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(NF4Linear(linear).dequantised(torch.bfloat16), found.bfloat16())
+    torch.testing.assert_close(NF4Linear(linear).dequantized(torch.bfloat16), found.bfloat16())
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_a_quantised_model_computes_and_differentiates_as_with_the_dequantised_weights(family):
+def test_a_quantized_model_computes_and_differentiates_as_with_the_dequantized_weights(family):
     plain = build(family)
-    quantised = copy.deepcopy(plain)
-    quantise(quantised)
-    inside = [module for layer in decoder_layers(quantised) for module in layer.modules()]
+    quantized = copy.deepcopy(plain)
+    quantize(quantized)
+    inside = [module for layer in decoder_layers(quantized) for module in layer.modules()]
     assert all(isinstance(module, NF4Linear) for module in inside if isinstance(module, nn.Linear))
-    assert not isinstance(quantised.get_output_embeddings(), NF4Linear)
-    for name, module in quantised.named_modules():
+    assert not isinstance(quantized.get_output_embeddings(), NF4Linear)
+    for name, module in quantized.named_modules():
         if isinstance(module, NF4Linear):
-            plain.get_submodule(name).weight = nn.Parameter(module.dequantised(torch.float32))
+            plain.get_submodule(name).weight = nn.Parameter(module.dequantized(torch.float32))
     embedded = torch.randn(2, 7, plain.config.hidden_size)
     found = []
-    for model in (quantised, plain):
+    for model in (quantized, plain):
         states = embedded.clone().requires_grad_()
         logits = model(inputs_embeds=states, use_cache=False).logits
         logits.square().sum().backward()

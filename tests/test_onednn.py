@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 def pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     plain = nn.Linear(24, 40, bias=bias)
-    return plain, onednn.adopt(nn.Sequential(copy.deepcopy(plain)))[0]
+    return plain, onednn.use_onednn(nn.Sequential(copy.deepcopy(plain)))[0]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -83,9 +83,9 @@ def test_a_wrong_width_has_the_error_of_pytorch():
 
 def test_subclasses_and_other_modules_are_left_alone():
     class Other(nn.Linear):
-        """A linear layer of its own kind, such as those of quantised models."""
+        """A linear layer of its own kind, such as those of quantized models."""
 
-    model = onednn.adopt(nn.Sequential(Other(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)))
+    model = onednn.use_onednn(nn.Sequential(Other(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)))
     assert [type(module) for module in model] == [Other, nn.LayerNorm, onednn.OneDnnLinear]
     assert isinstance(model[2], nn.Linear)
     assert type(onednn.adopt_as(nn.Linear(2, 2), nn.Sequential(nn.Linear(4, 4)))[0]) is nn.Linear

@@ -35,7 +35,7 @@ def test_a_fraction_of_the_layers_is_kept_exactly_or_more(tiny_llama):
 def test_a_fraction_of_the_parameters_is_not_exceeded(tiny_llama):
     for keep in (0.9, 0.75, 0.5):
         count = own_model.layers_to_remove(tiny_llama, keep, "parameters")
-        stays = {n: 1 - models.layer_share(tiny_llama, range(n)) for n in (count - 1, count)}
+        stays = {n: 1 - models.parameter_fraction(tiny_llama, range(n)) for n in (count - 1, count)}
         assert stays[count] <= keep < stays[count - 1]
 
 
@@ -109,7 +109,7 @@ def test_rows_hold_every_state_and_paired_intervals(tiny_llama, windows):
     }
     rows = {(row["state"], row["metric"]): row for row in own_model.loss_rows(states, seed=3)}
     for state, texts in states.items():
-        assert rows[state, "nats"]["value"] == texts["a"].nats
+        assert rows[state, "nll"]["value"] == texts["a"].nats
         assert rows[state, "ppl"]["value"] == pytest.approx(math.exp(texts["a"].nats))
     for state, other in (("pruned", "dense"), ("healed", "dense"), ("healed", "pruned")):
         a, b = states[state]["a"], states[other]["a"]
@@ -198,14 +198,14 @@ def test_the_saved_model_loads_and_loses_what_the_run_says(place, run):
     text = corpora.load(str(place / "report.txt"))
     windows = PerplexityProtocol(window=32, limit=6).windows(text, tokenizer, progress=False)
     value = {(row["state"], row["metric"]): row["value"] for row in run["rows"]}
-    assert value["healed", "nats"] == pytest.approx(perplexity(model.eval(), windows).nats, abs=1e-5)
+    assert value["healed", "nll"] == pytest.approx(perplexity(model.eval(), windows).nats, abs=1e-5)
     dense = models.load(place / "model")
-    assert value["dense", "nats"] == pytest.approx(perplexity(dense, windows).nats, abs=1e-6)
+    assert value["dense", "nll"] == pytest.approx(perplexity(dense, windows).nats, abs=1e-6)
     removed = run["extra"]["card"]["removed"]
     pruned = models.remove_layers(dense, removed)
-    assert value["pruned", "nats"] == pytest.approx(perplexity(pruned, windows).nats, abs=1e-6)
+    assert value["pruned", "nll"] == pytest.approx(perplexity(pruned, windows).nats, abs=1e-6)
     assert value["healed", "removed"] == models.removed_fraction(dense, pruned)
-    assert value["healed", "nats"] < value["repaired", "nats"], "words in turn are learnt in a few steps"
+    assert value["healed", "nll"] < value["repaired", "nll"], "words in turn are learnt in a few steps"
     assert len(removed) == 2
     assert not list(place.glob("run.work")), "checkpoints go when the run is complete"
 

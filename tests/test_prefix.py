@@ -8,7 +8,7 @@ from architectures import build
 
 from prunelib.evaluation.perplexity import NotFinite, layer_set_divergence, layer_set_perplexity
 from prunelib.models import UnsupportedModel, remove_layers
-from prunelib.models.layerwise import SharedRuns, check_layer_set, shared_layer_forwards
+from prunelib.models.layerwise import SharedPrefixEvaluator, check_layer_set, shared_layer_forwards
 
 
 def random_windows(count: int = 5, length: int = 13) -> torch.Tensor:
@@ -17,14 +17,14 @@ def random_windows(count: int = 5, length: int = 13) -> torch.Tensor:
 
 def test_every_set_comes_out_once_a_batch_and_the_dense_model_first():
     sets = [(), (5,), (4, 5), (0,), (1, 5), (5,)]
-    runs = SharedRuns(build("llama"), random_windows(), sets, batch_size=2, progress=False)
+    runs = SharedPrefixEvaluator(build("llama"), random_windows(), sets, batch_size=2, progress=False)
     seen = [(start, removed) for start, _, removed, _ in runs]
     assert sorted(seen) == sorted(itertools.product((0, 2, 4), set(sets)))
     assert [next(removed for at, removed in seen if at == start) for start in (0, 2, 4)] == [()] * 3
 
 
 def test_runs_can_be_read_twice_and_only_count_up():
-    runs = SharedRuns(build("gpt_neox"), random_windows(), [(1,), (2,)], batch_size=5, progress=False)
+    runs = SharedPrefixEvaluator(build("gpt_neox"), random_windows(), [(1,), (2,)], batch_size=5, progress=False)
     once, twice = (torch.stack([logits for *_, logits in runs]) for _ in range(2))
     assert torch.equal(once, twice)
     # Layer 0 is shared: behind it run 2345 in one branch and 1345 in the other.

@@ -139,7 +139,7 @@ def test_a_killed_training_resumes_to_the_same_weights(family, tokenizer, arrays
 
 
 def test_reference_models_are_deep_and_of_different_families():
-    assert pretraining.REFERENCES["llama32"].config["num_hidden_layers"] == 32
+    assert pretraining.REFERENCES["ref-llama-32l"].config["num_hidden_layers"] == 32
     assert len({reference.model_type for reference in pretraining.REFERENCES.values()}) == len(pretraining.REFERENCES)
     for reference in pretraining.REFERENCES.values():
         assert reference.config["num_hidden_layers"] >= 24

@@ -26,7 +26,7 @@ MEGABYTES = 34
 # Mean loss on the first 8 of the 256 held-out windows, in float32 on a CPU. On all 256 (minutes) the same computation gives
 # 1.94357 and 2.05204 where the logs, in bfloat16 on the GPU, say 1.94388 and 2.05252.
 SAMPLE = 8
-SAMPLE_LOSS = {"llama32": 1.612395, "neox24": 1.748533}
+SAMPLE_LOSS = {"ref-llama-32l": 1.612395, "ref-neox-24l": 1.748533}
 
 every_model = pytest.mark.parametrize("name", NAMES)
 
@@ -86,7 +86,7 @@ def test_log_agrees_with_the_definition_and_the_config(name):
 
 @every_model
 def test_log_has_no_gap_and_no_jump(name):
-    """An interrupted training that went on without its optimiser or its head would show in the loss."""
+    """An interrupted training that went on without its optimizer or its head would show in the loss."""
     log = read(name, "training.json")["log"]
     training = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     assert {later - earlier for (earlier, _), (later, _) in pairwise(training)} == {50}
@@ -134,9 +134,9 @@ def test_card_agrees_with_the_log(name):
 
 def test_cards_tell_how_the_trainings_went():
     cards = {name: (FOLDER / name / "README.md").read_text(encoding="utf-8") for name in NAMES}
-    assert "interrupted once and resumed" in cards["llama32"]
-    assert "discarded" in cards["neox24"]
-    assert "lost the output head" in cards["neox24"]
+    assert "interrupted once and resumed" in cards["ref-llama-32l"]
+    assert "discarded" in cards["ref-neox-24l"]
+    assert "lost the output head" in cards["ref-neox-24l"]
 
 
 @every_model

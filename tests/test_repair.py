@@ -11,7 +11,7 @@ from torch import nn
 
 from prunelib.depth.repair import DAMPINGS, METHODS, UNFUSED_METHODS, StreamMap, fit_unfused, hadamard, repair, unfused
 from prunelib.models import UnsupportedModel, decoder_layers, load, remove_layers, save
-from prunelib.slicing.modeling import WIRING
+from prunelib.slicing.modeling import ARCHITECTURES
 
 FAMILIES = ("llama", "gpt_neox", "phi", "opt", "gemma")
 PARALLEL = ("gpt_neox", "phi")
@@ -34,13 +34,13 @@ def logits(model, windows) -> torch.Tensor:
 
 def writers(model, index: int) -> list[nn.Linear]:
     """The matrices that write to the stream in the last step of a layer, the MLP's at the end."""
-    steps = WIRING[model.config.model_type].steps(model.config)
+    steps = ARCHITECTURES[model.config.model_type].steps(model.config)
     return [decoder_layers(model)[index].get_submodule(branch.output) for branch in steps[-1]]
 
 
 def silence(model, *indices: int) -> None:
     """Make layers identities: they add nothing."""
-    wiring = WIRING[model.config.model_type]
+    wiring = ARCHITECTURES[model.config.model_type]
     for index in indices:
         for branch in (wiring.attn, wiring.mlp):
             for parameter in decoder_layers(model)[index].get_submodule(branch.output).parameters():

@@ -363,8 +363,8 @@ def test_the_ledger_names_chapters_that_are_there():
 
 
 def test_numbers_are_printed_one_way():
-    printed = ["0.03822", "−1.5", "12345", "2629", "0", "3e-07", "1.000", "−0.9996", "llama32", "", "0.5"]
-    given = ["0.038221626", "-1.5", "12345", "2629.309536", "0.0", "3e-07", "0.99998", "-0.99956", "llama32", "", "0.5"]
+    printed = ["0.03822", "−1.5", "12345", "2629", "0", "3e-07", "1.000", "−0.9996", "ref-llama-32l", "", "0.5"]
+    given = ["0.038221626", "-1.5", "12345", "2629.309536", "0.0", "3e-07", "0.99998", "-0.99956", "ref-llama-32l", "", "0.5"]
     assert [report.shown(text) for text in given] == printed
     assert [report.minutes(seconds) for seconds in (3.2, 119.0, 120.0, 3661.0)] == ["3 s", "119 s", "2 min", "61 min"]
 
@@ -417,7 +417,7 @@ for (const one of document.querySelectorAll("main *, nav *")) {
 const style = getComputedStyle(document.body);
 const broken = [...document.images].filter(one => !one.complete || !one.naturalWidth).length;
 parent.postMessage(JSON.stringify({client: root.clientWidth, scroll: root.scrollWidth, wide: wide.slice(0, 5),
-  colour: style.color, background: style.backgroundColor, images: document.images.length, broken}), "*");
+  color: style.color, background: style.backgroundColor, images: document.images.length, broken}), "*");
 });</script>"""
 RECEIVE = """<script>addEventListener("message", one => document.documentElement.setAttribute("data-measured", one.data));
 </script>"""
@@ -431,8 +431,8 @@ def chromium():
     return program
 
 
-def light(colour: str) -> float:
-    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 765
+def light(color: str) -> float:
+    return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 765
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -468,7 +468,7 @@ def test_it_fits_the_screen(text, tmp_path, chromium, width, scheme):
     assert (result["images"], result["broken"]) == (sum(".png" in grid.figure_suffixes(stem) for stem in STEMS), 0)
     dark = light(result["background"]) < 0.2
     assert dark == (scheme == "dark")
-    assert abs(light(result["background"]) - light(result["colour"])) > 0.7, "text stands out"
+    assert abs(light(result["background"]) - light(result["color"])) > 0.7, "text stands out"
     picture = tmp_path / f"{width}_{scheme}.png"
     subprocess.run([*base, f"--screenshot={picture}", (tmp_path / "outer.html").as_uri()], capture_output=True, timeout=120)
     assert picture.stat().st_size > 20_000
@@ -487,23 +487,23 @@ def test_the_pdf_is_printed_without_a_date(text, tmp_path, chromium):
         report.pdf(small, tmp_path / "c.pdf", chromium, seconds=0.01)
 
 
-def test_colours_of_words_stand_out():
+def test_colors_of_words_stand_out():
     """Contrast of text on its background, as WCAG 2 counts it, at least 4.5 in both schemes."""
     css = Path(report.__file__).with_suffix(".css").read_text(encoding="utf-8")
     schemes = re.findall(r":root\{([^}]*)\}", css)
     assert len(schemes) == 2
 
-    def luminance(colour: str) -> float:
-        colour = colour if len(colour) == 6 else "".join(2 * one for one in colour)
-        parts = [int(colour[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    def luminance(color: str) -> float:
+        color = color if len(color) == 6 else "".join(2 * one for one in color)
+        parts = [int(color[place : place + 2], 16) / 255 for place in (0, 2, 4)]
         linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
         return sum(one * weight for one, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
 
     for scheme in schemes:
-        colours = dict(re.findall(r"--(\w+):#([0-9a-f]+)", scheme))
+        colors = dict(re.findall(r"--(\w+):#([0-9a-f]+)", scheme))
         for ground in ("bg", "box"):
-            for name in set(colours) - {"bg", "box", "line"}:
-                bright, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
+            for name in set(colors) - {"bg", "box", "line"}:
+                bright, dark = sorted((luminance(colors[name]), luminance(colors[ground])), reverse=True)
                 assert (bright + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
 
 

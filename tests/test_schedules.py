@@ -183,23 +183,23 @@ def test_layer_redundancy(tiny_llama):
     assert dynamic(redundancy, 32, 0.3, 0.1).widths[3] == min(dynamic(redundancy, 32, 0.3, 0.1).widths)
 
 
-def test_normalisations_that_one_layer_does_not_rule(tiny_llama, monkeypatch):
+def test_normalizations_that_one_layer_does_not_rule(tiny_llama, monkeypatch):
     stats = statistics.collect(tiny_llama, torch.randint(0, 97, (2, 16)), progress=False)
     influence = np.array([0.95, 0.12, 0.10, 0.08, 0.08, 0.14])
     monkeypatch.setattr("prunelib.criteria.similarity.block_influence", lambda stats, tokens: influence)
     published = layer_redundancy(stats)
     assert published[1:].min() > 0.9  # layer 0 takes nearly the whole range
-    assert layer_redundancy(stats, normalise="rank") == pytest.approx([0, 4 / 9, 6 / 9, 1, 1, 2 / 9])
-    clipped = layer_redundancy(stats, normalise="clipped", quantile=0.2)
+    assert layer_redundancy(stats, normalize="rank") == pytest.approx([0, 4 / 9, 6 / 9, 1, 1, 2 / 9])
+    clipped = layer_redundancy(stats, normalize="clipped", quantile=0.2)
     assert clipped == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 0])
     assert influence[0] == 0.95  # not changed in place
     monkeypatch.setattr("prunelib.criteria.similarity.block_influence", lambda stats, tokens: np.full(6, 0.3))
     for name in ("minmax", "rank", "clipped"):
-        assert (layer_redundancy(stats, normalise=name) == 1).all()
-    with pytest.raises(ValueError, match="unknown normalise 'softmax'; there are: minmax, rank, clipped"):
-        layer_redundancy(stats, normalise="softmax")
+        assert (layer_redundancy(stats, normalize=name) == 1).all()
+    with pytest.raises(ValueError, match="unknown normalize 'softmax'; there are: minmax, rank, clipped"):
+        layer_redundancy(stats, normalize="softmax")
     with pytest.raises(ValueError, match=r"quantile=0\.5"):
-        layer_redundancy(stats, normalise="clipped", quantile=0.5)
+        layer_redundancy(stats, normalize="clipped", quantile=0.5)
 
 
 def test_released_score_of_the_last_layer(tiny_llama):

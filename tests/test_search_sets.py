@@ -14,7 +14,7 @@ from prunelib.criteria.similarity import angular
 from prunelib.criteria.statistics import from_states
 from prunelib.depth.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
 from prunelib.evaluation import perplexity
-from prunelib.models import Skip, decoder_layers, layers_as, remove_layers
+from prunelib.models import IdentityLayer, decoder_layers, remove_layers, with_layers
 from prunelib.models.layerwise import shared_layer_forwards
 
 # Llama-2-7B, least important first, as printed by the authors or their repositories.
@@ -189,8 +189,8 @@ def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
     loss, found = LayerSetLoss(model, windows, batch_size=3), []
 
     def pruned_loss(removed) -> float:
-        slots = [Skip(layer) if index in removed else layer for index, layer in enumerate(decoder_layers(model))]
-        return perplexity(layers_as(model, slots), windows, batch_size=3).nats
+        slots = [IdentityLayer(layer) if index in removed else layer for index, layer in enumerate(decoder_layers(model))]
+        return perplexity(with_layers(model, slots), windows, batch_size=3).nats
 
     shared = counted(model, lambda: found.append(greedy(24, 2, loss, progress=False)))
     naive = counted(model, lambda: found.append(naive_greedy(24, 2, pruned_loss)))

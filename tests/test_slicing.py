@@ -28,7 +28,7 @@ from prunelib import models
 from prunelib.evaluation import perplexity
 from prunelib.models import UnsupportedModel, parameter_count
 from prunelib.slicing import rotate as slicing
-from prunelib.slicing.modeling import SHORTCUTS, WIRING, Diagonal, Identity, SlicedLayer, positions, shortcut_kinds
+from prunelib.slicing.modeling import ARCHITECTURES, SHORTCUTS, Diagonal, Identity, SlicedLayer, positions, shortcut_kinds
 from prunelib.slicing.rotate import (
     _on,
     _singular_vectors,
@@ -107,7 +107,7 @@ def exact(model):
 
 
 def test_every_family_is_tested():
-    assert {ARCHITECTURES[name][0] for name in FAMILIES} == set(WIRING)
+    assert {ARCHITECTURES[name][0] for name in FAMILIES} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -256,7 +256,7 @@ def test_bases_are_orthonormal_and_widths_chain(name, tokens):
     assert [basis.shape[1] for basis in seen] == positions(CUT.widths, steps, 32)[:-1]
     for basis in seen:
         assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-12)
-        if WIRING[name].centred:
+        if ARCHITECTURES[name].centered:
             assert float(basis.sum(dim=0).abs().max()) < 1e-10
     layers = models.decoder_layers(model)
     places = [module for layer in layers for module in layer.shortcuts]
@@ -269,11 +269,11 @@ def test_bases_are_orthonormal_and_widths_chain(name, tokens):
             assert module.weight.shape == (min(before, after),)
             assert module.weight.min() >= 0
             assert module.weight.max() <= 1 + 1e-9
-    path = WIRING[name].layers
+    path = ARCHITECTURES[name].layers
     for index, layer in enumerate(layers):
         last = (*CUT.widths, 32)[index + 1]
-        read = layer.get_submodule(WIRING[name].attn.inputs[0]).in_features
-        assert (read, layer.get_submodule(WIRING[name].mlp.output).out_features) == (CUT.widths[index], last)
+        read = layer.get_submodule(ARCHITECTURES[name].attn.inputs[0]).in_features
+        assert (read, layer.get_submodule(ARCHITECTURES[name].mlp.output).out_features) == (CUT.widths[index], last)
     assert model.get_submodule(path) is layers
 
 
@@ -457,14 +457,14 @@ def test_mean_subtraction_changes_rms_norm_models_only(tokens):
     llama, neox = build("llama"), build("gpt_neox")
     with torch.no_grad():
         llama.model.embed_tokens.weight += 0.05
-    centred = copy.deepcopy(llama)
+    centered = copy.deepcopy(llama)
     with torch.no_grad():
-        table = centred.model.embed_tokens.weight
+        table = centered.model.embed_tokens.weight
         table -= table.mean(dim=1, keepdim=True)
     with_mean = sliced(llama, FULL, tokens, subtract_mean=True)
     assert difference(with_mean, llama, tokens) > 1e-2
-    assert difference(with_mean, centred, tokens) < 1e-5
-    assert difference(sliced(llama, CUT, tokens, subtract_mean=True), sliced(centred, CUT, tokens), tokens) < 1e-4
+    assert difference(with_mean, centered, tokens) < 1e-5
+    assert difference(sliced(llama, CUT, tokens, subtract_mean=True), sliced(centered, CUT, tokens), tokens) < 1e-4
     assert difference(sliced(neox, CUT, tokens, subtract_mean=True), sliced(neox, CUT, tokens), tokens) < 1e-5
 
 
@@ -672,11 +672,11 @@ def test_ten_steps_of_lora_improve_it(tiny_llama, tokens):
     )
     healed = peft.get_peft_model(model, settings)
     healed.train()
-    optimiser = torch.optim.AdamW((weight for weight in healed.parameters() if weight.requires_grad), lr=1e-2)
+    optimizer = torch.optim.AdamW((weight for weight in healed.parameters() if weight.requires_grad), lr=1e-2)
     for _ in range(10):
         healed(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     merged = healed.merge_and_unload().eval()
     assert perplexity(merged, tokens).nats < before - 0.1
     everything = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear"))
@@ -684,7 +684,7 @@ def test_ten_steps_of_lora_improve_it(tiny_llama, tokens):
 
 
 @pytest.mark.parametrize("shortcuts", ["absorbed", "dense"])
-def test_quantised_to_four_bits(shortcuts, tmp_path):
+def test_quantized_to_four_bits(shortcuts, tmp_path):
     """NF4 on a CPU, whose fast kernels take widths that are multiples of 64."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
@@ -699,11 +699,11 @@ def test_quantised_to_four_bits(shortcuts, tmp_path):
     tokens = torch.randint(0, 97, (16, 24))
     model = sliced(LlamaForCausalLM(config).eval(), SlicePlan(256, (192, 128, 64), "test"), tokens, shortcuts=shortcuts)
     model.save_pretrained(tmp_path)
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
     def loaded():
         return AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=quantisation, device_map="cpu", dtype=torch.float32
+            tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.float32
         )
 
     def distance(a, b):
@@ -799,7 +799,7 @@ def test_damaged_configurations_are_named(tiny_llama, tokens, tmp_path):
 @pytest.fixture(scope="module")
 def reference():
     """The main reference model, its tokenizer, calibration and evaluation windows of its own corpus."""
-    folder = ROOT / "data" / "reference" / "llama32"
+    folder = ROOT / "data" / "reference" / "ref-llama-32l"
     model, tokenizer = models.load(folder), models.load_tokenizer(folder)
     windows = corpora.sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 8, 128, 0, progress=False)
     held_out = corpora.consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 128, 4, progress=False)

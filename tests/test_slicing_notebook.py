@@ -43,7 +43,7 @@ def run(place, name, **changes):
         "control_percentage": 0.25,
         "control_base": 0.125,
         "random_seeds": [0],
-        "normalisations": ["rank"],
+        "normalizations": ["rank"],
         "window_seeds": [1],
         "other_percentages": [0.5],
         "bare_percentages": [0.25],
@@ -72,11 +72,11 @@ def test_the_rows_are_those_of_the_sliced_models(place):
         assert len(found) == 1, (metric, where, found)
         return found[0]["value"]
 
-    assert value("nats", role="dense") == pytest.approx(perplexity(dense, report).nats, abs=1e-6)
+    assert value("nll", role="dense") == pytest.approx(perplexity(dense, report).nats, abs=1e-6)
     for method, plan in (("constant", constant(4, 32, 0.25)), ("dynamic", dynamic(redundancy, 32, 0.25, 0.125))):
         for seed, part in ((0, "sweep"), (1, "windows")):
             nats = perplexity(slice_model(dense, plan, windows[seed], progress=False), report).nats
-            assert value("nats", role="plan", part=part, method=method) == pytest.approx(nats, abs=1e-6)
+            assert value("nll", role="plan", part=part, method=method) == pytest.approx(nats, abs=1e-6)
         counted = account(dense.config, plan)
         assert value("removed", role="plan", part="sweep", method=method) == counted.removed
         assert value("removed", role="count", method=method, shortcuts="absorbed") == counted.removed
@@ -91,7 +91,7 @@ def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
     pytest.importorskip("lm_eval")
     from prunelib.evaluation.tasks import evaluate_tasks
 
-    changes = {"random_seeds": [], "normalisations": [], "window_seeds": [], "other_percentages": [], "bare_percentages": []}
+    changes = {"random_seeds": [], "normalizations": [], "window_seeds": [], "other_percentages": [], "bare_percentages": []}
     changes |= {"slice_bases": [0.0, 0.125], "latency_repeats": 0, "depth_sizes": []}
     asked = {"tasks": ["pydocs_parameter"], "tasks_limit": 5, "together": False}
     run_file = run(place, "tasks.json", **changes, **asked)
@@ -126,11 +126,13 @@ def test_a_profile_may_slice_some_of_its_models():
     config = yaml.safe_load(at_root("profiles/reference.yaml").read_text())
     profile = grid.read(config)
     assert profile.runs_of("slicing") == [f"data/runs/reference/slicing/{name}__dynamic.json" for name in profile.models]
-    assert grid.values(profile, "slicing", model="neox24", part="dynamic")["statistics"] == profile.statistics_of("neox24")
-    config["slicing"]["dynamic"]["models"] = ["neox24"]
-    assert grid.read(config).runs_of("slicing") == ["data/runs/reference/slicing/neox24__dynamic.json"]
+    assert grid.values(profile, "slicing", model="ref-neox-24l", part="dynamic")["statistics"] == profile.statistics_of(
+        "ref-neox-24l"
+    )
+    config["slicing"]["dynamic"]["models"] = ["ref-neox-24l"]
+    assert grid.read(config).runs_of("slicing") == ["data/runs/reference/slicing/ref-neox-24l__dynamic.json"]
     config["slicing"]["dynamic"]["models"] = ["neox"]
     with pytest.raises(
-        grid.ProfileError, match=r"slicing.dynamic.models: there is no `neox` below models; did you mean `neox24`"
+        grid.ProfileError, match=r"slicing.dynamic.models: there is no `neox` below models; did you mean `ref-neox-24l`"
     ):
         grid.read(config)

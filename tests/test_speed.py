@@ -15,7 +15,7 @@ from prunelib.slicing.rotate import account, slice_model
 from prunelib.slicing.schedules import constant
 from prunelib.speed import timing as speed
 from prunelib.speed.decoding import Decoder
-from prunelib.speed.timing import Ceiling, Setting, Spread, Work
+from prunelib.speed.timing import Roofline, Setting, Spread, Work
 
 NOTEBOOK = "notebooks/experiments/speed.ipynb"
 
@@ -147,7 +147,7 @@ def test_a_layer_saves_its_share(tiny_llama):
 
 
 def test_the_limit_is_the_larger_of_two_times():
-    ceiling = Ceiling(bandwidth=100.0, rate=1000.0)
+    ceiling = Roofline(bandwidth=100.0, rate=1000.0)
     assert Work(500.0, 10.0).seconds(ceiling) == 0.5
     assert Work(500.0, 80.0).seconds(ceiling) == 0.8
     assert (Work(1.0, 2.0) + Work(3.0, 4.0)) == Work(4.0, 6.0)
@@ -209,7 +209,7 @@ def test_the_ceiling_is_measured():
     assert set(found) == {"read", "copy", "matmul"}
     assert all(one.n == 2 and 0 < one.low <= one.median <= one.high for one in found.values())
     ceiling = speed.ceiling_of(found)
-    assert ceiling == Ceiling(max(found["read"].median, found["copy"].median), found["matmul"].median)
+    assert ceiling == Roofline(max(found["read"].median, found["copy"].median), found["matmul"].median)
 
 
 def test_times_of_every_model_segment_and_round(tiny_llama):

@@ -13,7 +13,7 @@ from prunelib.depth.search import beam, exhaustive, greedy, swap_descent
 from prunelib.depth.stopping import finals
 from prunelib.evaluation.perplexity import layer_set_divergence, layer_set_perplexity
 from prunelib.models import decoder_layers
-from prunelib.models.layerwise import SharedRuns, shared_layer_forwards
+from prunelib.models.layerwise import SharedPrefixEvaluator, shared_layer_forwards
 
 
 def random_windows(count: int = 6, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -202,7 +202,7 @@ def test_sublayers_together():
     model, windows = build("llama"), random_windows(4)
     sets = [(), (1,), (0, 4), (2, 3), (11,), (1, 7)]
     runs = [
-        SharedRuns(model, windows, sets, batch_size=2, progress=False, unit="sublayer", together=together)
+        SharedPrefixEvaluator(model, windows, sets, batch_size=2, progress=False, unit="sublayer", together=together)
         for together in (1, 4)
     ]
     alone, joint = ({(start, removed): logits for start, _, removed, logits in run} for run in runs)

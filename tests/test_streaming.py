@@ -161,7 +161,7 @@ def test_bad_arguments_and_checkpoints(folder, tiny_llama, tmp_path):
         ({"num_hidden_layers": 5}, CheckpointError, r"9 unexpected \(model\.layers\.5"),
         ({"num_hidden_layers": 7}, UnsupportedModel, r"lacks 9 weights .*\(model\.layers\.6"),
         ({"intermediate_size": 65}, CheckpointError, r"has shape \(64, 32\) in .*, \(65, 32\) by its config\.json"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UnsupportedModel, "is quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UnsupportedModel, "is quantized"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(error, match=message):

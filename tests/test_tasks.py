@@ -23,7 +23,7 @@ pytest.importorskip("lm_eval")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(project_root() / "data" / "reference" / "llama32")
+    return models.load_tokenizer(project_root() / "data" / "reference" / "ref-llama-32l")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(s
         (name, 40, 1.0) for name in tasks.EMBEDDED
     ]
     assert right["pydocs_next_line"].acc_norm == 1.0
-    assert right["pydocs_summary"].acc_norm is None  # one text is scored for all choices: there is nothing to normalise
+    assert right["pydocs_summary"].acc_norm is None  # one text is scored for all choices: there is nothing to normalize
     wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=40)
     assert [result.acc for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
 
@@ -504,7 +504,7 @@ def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "Cut bread.", "label": 0}\n')
     with pytest.raises(ValueError, match=r"piqa.*reads the column 'sol1'"):
         run()
-    bare = models.load_tokenizer(project_root() / "data" / "reference" / "llama32")
+    bare = models.load_tokenizer(project_root() / "data" / "reference" / "ref-llama-32l")
     bare.bos_token = None
     with pytest.raises(ValueError, match="bos=False"):
         evaluate_tasks(small, bare, "embedded", bos=True)

@@ -24,7 +24,7 @@ def flip(path: Path, where: int) -> None:
 def part_of_a_clone(tmp_path) -> Path:
     """What `verify` needs before its first run, with the small reference model alone."""
     root = tmp_path / "clone"
-    model = "data/reference/neox24"
+    model = "data/reference/ref-neox-24l"
     for name in ("prunelib", "profiles", model):
         shutil.copytree(project_root() / name, root / name)
     shutil.copy(project_root() / "pyproject.toml", root)
@@ -41,12 +41,12 @@ def verified(root: Path) -> subprocess.CompletedProcess:
 
 
 def test_one_flipped_bit_of_a_weight_fails_verification_before_any_run(part_of_a_clone):
-    weights = part_of_a_clone / "data/reference/neox24/model.safetensors"
+    weights = part_of_a_clone / "data/reference/ref-neox-24l/model.safetensors"
     flip(weights, weights.stat().st_size - 1)
     done = verified(part_of_a_clone)
     assert done.returncode == 1
-    assert "data/reference/neox24/model.safetensors was altered" in done.stderr
-    assert "git checkout -- data/reference/neox24/model.safetensors" in done.stderr
+    assert "data/reference/ref-neox-24l/model.safetensors was altered" in done.stderr
+    assert "git checkout -- data/reference/ref-neox-24l/model.safetensors" in done.stderr
     assert not (part_of_a_clone / "build").exists()
     # A table that `make figures` made anew is named, and is no difference.
     assert "made anew here, not compared with the committed ones: data/results.csv" in done.stdout
@@ -54,10 +54,10 @@ def test_one_flipped_bit_of_a_weight_fails_verification_before_any_run(part_of_a
 
 
 def test_a_file_beside_a_model_that_was_not_committed_fails_verification(part_of_a_clone):
-    (part_of_a_clone / "data/reference/neox24/adapter_config.json").write_text("{}")
+    (part_of_a_clone / "data/reference/ref-neox-24l/adapter_config.json").write_text("{}")
     done = verified(part_of_a_clone)
     assert done.returncode == 1
-    assert "data/reference/neox24/adapter_config.json is not one of the committed files" in done.stderr
+    assert "data/reference/ref-neox-24l/adapter_config.json is not one of the committed files" in done.stderr
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_damaged_line_of_a_corpus_is_reported_with_its_number(copied_corpora):
 
 def table(**changes) -> pd.DataFrame:
     rows = [
-        {"run": "depth/m__k2", "method": "dense", "metric": "nats", "value": 2.0, "n": 100, "code": "abc"},
+        {"run": "depth/m__k2", "method": "dense", "metric": "nll", "value": 2.0, "n": 100, "code": "abc"},
         {"run": "depth/m__k2", "method": "random", "metric": "accuracy", "value": 0.5, "n": 100, "code": "abc"},
         {"run": "statistics/m", "method": None, "metric": "mssd", "value": 40.0, "n": 64, "code": "abc"},
     ]
@@ -139,8 +139,8 @@ def test_other_columns_are_named():
 
 def test_tables_of_two_runs_are_compared_but_for_times(tmp_path, capsys):
     rows = [
-        {"run": "a", "method": "x", "metric": "nats", "value": 1.5, "code": "1"},
-        {"run": "a", "method": "y", "metric": "nats", "value": 2.5, "code": "1"},
+        {"run": "a", "method": "x", "metric": "nll", "value": 1.5, "code": "1"},
+        {"run": "a", "method": "y", "metric": "nll", "value": 2.5, "code": "1"},
         {"run": "a", "method": "x", "metric": "seconds", "value": 9.0, "code": "1"},
     ]
     other = [row | {"code": "2"} | ({"value": 3.0} if row["metric"] == "seconds" else {}) for row in rows]

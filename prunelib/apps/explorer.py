@@ -204,7 +204,7 @@ def choose_layers(
 
 
 def look_of(criterion: str) -> figures.Method:
-    """Colour, marker and title of a criterion: those of all figures, or spare ones for a criterion that was just made."""
+    """Color, marker and title of a criterion: those of all figures, or spare ones for a criterion that was just made."""
     known = figures.METHODS.get(criterion)
     if known is not None:
         return known

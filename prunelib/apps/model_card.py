@@ -160,13 +160,13 @@ def _losses(run: Mapping[str, Any]) -> str:
                 (
                     text,
                     STATES[state],
-                    f"{found[state, text, 'nats']['value']:.4f}",
+                    f"{found[state, text, 'nll']['value']:.4f}",
                     f"{ppl['value']:.2f}" if ppl else "beyond numbers",
                     _interval(gap, math.exp) if gap else "1",
                 )
             )
     levels = sorted({row["level"] for row in rows if "level" in row})
-    counts = {row["text"]: row["n"] for row in rows if row["metric"] == "nats"}
+    counts = {row["text"]: row["n"] for row in rows if row["metric"] == "nll"}
     scored = ", ".join(f"{text}: {count:,}" for text, count in counts.items())
     protocol = run["extra"]["card"]["protocol"]
     return (

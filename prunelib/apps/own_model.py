@@ -41,7 +41,7 @@ def layers_to_remove(model: PreTrainedModel, keep: float | int, of: str = "layer
     Raises ValueError for a fraction that leaves everything or nothing, and for another unit.
     """
     n_layers = len(models.decoder_layers(model))
-    share = models.layer_share(model, range(n_layers))
+    share = models.parameter_fraction(model, range(n_layers))
     slack = 1e-9  # 0.25 * 32 must not become 7
     sizes = {
         "layers": (math.floor((1 - keep) * n_layers + slack), 1 / n_layers),
@@ -173,7 +173,7 @@ def loss_rows(
     for place, state in enumerate(names):
         for text, found in states[state].items():
             at = {"state": state, "text": text, "n": found.tokens}
-            rows.append({**at, "metric": "nats", "value": found.nats})
+            rows.append({**at, "metric": "nll", "value": found.nats})
             rows.append({**at, "metric": "accuracy", "value": found.accuracy})
             if math.isfinite(found.ppl):
                 rows.append({**at, "metric": "ppl", "value": found.ppl})

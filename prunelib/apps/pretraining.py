@@ -41,7 +41,7 @@ class Reference:
         config: fields of its configuration class.
         tokens: training tokens in all.
         pydocs_share: fraction of the training windows drawn from docstrings, the rest is general English.
-        batch: windows of `WINDOW` tokens in one optimiser step.
+        batch: windows of `WINDOW` tokens in one optimizer step.
         learning_rate: peak of the cosine schedule, reached after ``warmup`` steps.
     """
 
@@ -62,7 +62,7 @@ class Reference:
 
 
 REFERENCES = {
-    "llama32": Reference(
+    "ref-llama-32l": Reference(
         "llama",
         {
             "hidden_size": 160,
@@ -73,7 +73,7 @@ REFERENCES = {
             "tie_word_embeddings": True,
         },
     ),
-    "neox24": Reference(
+    "ref-neox-24l": Reference(
         "gpt_neox",
         {
             "hidden_size": 128,
@@ -184,7 +184,7 @@ class Windows(Dataset):
 
 
 def build_model(reference: Reference, tokenizer):
-    """A freshly initialised model of one reference configuration."""
+    """A freshly initialized model of one reference configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -305,9 +305,9 @@ def mean_loss(model, windows: Windows, *, batch: int = 64) -> float:
 
 # What the log of a training cannot say about itself.
 HISTORY = {
-    "llama32": "The training was interrupted once and resumed from its last checkpoint: weights, optimiser, schedule and "
+    "ref-llama-32l": "The training was interrupted once and resumed from its last checkpoint: weights, optimizer, schedule and "
     "position in the data.",
-    "neox24": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output head, "
+    "ref-neox-24l": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output head, "
     "whose name in memory differs from its name on disk; `prunelib.apps.pretraining` now reads checkpoints by their names on disk, "
     "and a test holds it to that. The weights here come from a second, uninterrupted training with identical settings.",
 }

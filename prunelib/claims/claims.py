@@ -674,7 +674,7 @@ def of_profile(path: str | Path = PROFILE) -> Tables:
 
 
 SETTINGS = ("calibration", "alpha_text", "fair_calibration", "fair_alpha_text", "healing_text", "other_text")
-PLACES = ("results", "selection", "blocks", "tasks", "slicing", "healing", "combining", "truths", "converged", "gpu")
+PLACES = ("results", "selection", "blocks", "tasks", "slicing", "healing", "combining", "optimum_runs", "converged", "gpu")
 
 
 def tables_of(values: Mapping[str, object]) -> Tables:

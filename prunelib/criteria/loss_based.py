@@ -24,7 +24,7 @@ from prunelib.models import decoder_layers
 from prunelib.models.layerwise import (
     UNITS,
     LayerSet,
-    SharedRuns,
+    SharedPrefixEvaluator,
     Shell,
     check_layer_set,
     layer_forwards_alone,
@@ -42,7 +42,7 @@ class LayerSetLoss:
     (arXiv 2410.14649) ``evolutionary(loss.n_units, 2 * k, loss, len(windows), groups=2)`` with "kl".
 
     ``n_units`` is the number of units to choose from. `together` branches go through a layer in one call, as in
-    `prefix.SharedRuns`. With `keep_dense`, "kl" runs the dense model once and keeps its logits (windows x positions x
+    `prefix.SharedPrefixEvaluator`. With `keep_dense`, "kl" runs the dense model once and keeps its logits (windows x positions x
     vocabulary), which otherwise runs along with every call.
     ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included),
     ``layer_windows_unstopped`` what they would have run if `finalists` dropped nothing, and ``layer_windows_alone`` what
@@ -122,7 +122,9 @@ class LayerSetLoss:
 
     @torch.inference_mode()
     def _dense_logits(self) -> Float[Tensor, "window position vocabulary"]:
-        runs = SharedRuns(self.model, self.windows, [()], batch_size=self.batch_size, progress=False, shell=self._shell)
+        runs = SharedPrefixEvaluator(
+            self.model, self.windows, [()], batch_size=self.batch_size, progress=False, shell=self._shell
+        )
         ran = self.n_layers * len(self.windows)
         self.layer_windows += ran
         self.layer_windows_unstopped += ran
@@ -260,7 +262,7 @@ def _norm(values: Tensor, power: int) -> float:
 def entropy_gain(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
-    neighbours: int = 25,
+    neighbors: int = 25,
     batch_size: int = 1,
     progress: bool = False,
 ) -> Float64[np.ndarray, "layer"]:
@@ -268,17 +270,17 @@ def entropy_gain(
 
     As published for a whole layer. The first stage, in which entropy falls, is never pruned: the first two layers are
     protected, and the last. A layer that changes nothing has 0, which is not the lowest where others lower the entropy.
-    Entropies are those of the tokens of one batch together, which must be more than `neighbours`. Published calibration:
+    Entropies are those of the tokens of one batch together, which must be more than `neighbors`. Published calibration:
     128 windows of 256 tokens of C4.
     """
-    return _entropy_gains(model, windows, neighbours, batch_size, progress)
+    return _entropy_gains(model, windows, neighbors, batch_size, progress)
 
 
 @ablation(title="EntroDrop (as released)", source="EntroDrop's released code", protect_first=2, protect_last=1)
 def entropy_gain_attention(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
-    neighbours: int = 25,
+    neighbors: int = 25,
     batch_size: int = 1,
     progress: bool = False,
 ) -> Float64[np.ndarray, "layer"]:
@@ -287,34 +289,34 @@ def entropy_gain_attention(
     The released code computes the score of the layer, then ranks whole layers by this one of the attention sublayer alone.
     Raises UnsupportedModel where the sublayers of a layer cannot be told apart, or do not simply add to its input.
     """
-    return _entropy_gains(model, windows, neighbours, batch_size, progress, without=(MLP,))
+    return _entropy_gains(model, windows, neighbors, batch_size, progress, without=(MLP,))
 
 
-def knn_entropy(states: Float[Tensor, "token dim"], neighbours: int = 25) -> float:
-    """Differential entropy in nats, from the distance r of each token to its k-th nearest neighbour (not itself).
+def knn_entropy(states: Float[Tensor, "token dim"], neighbors: int = 25) -> float:
+    """Differential entropy in nats, from the distance r of each token to its k-th nearest neighbor (not itself).
 
     d mean(log r) + log(pi^(d/2) / Gamma(d/2 + 1)) + log(n) - log(k), for n tokens of width d, as EntroDrop estimates it: the
     estimator of Kozachenko and Leonenko with logarithms in the place of digamma functions. Distances below 1e-10 count as
-    that. Raises ValueError when there are not more than `neighbours` tokens.
+    that. Raises ValueError when there are not more than `neighbors` tokens.
     """
     tokens, width = states.shape
-    if not 1 <= neighbours < tokens:
+    if not 1 <= neighbors < tokens:
         raise ValueError(
-            f"{tokens} tokens: the distance to neighbour {neighbours} needs more than {neighbours} (and a neighbour from 1); "
+            f"{tokens} tokens: the distance to neighbor {neighbors} needs more than {neighbors} (and a neighbor from 1); "
             "take longer windows or a larger batch_size"
         )
     # Products of matrices would lose small distances between large states.
     distance = torch.cdist(states.float(), states.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    radius = distance.kthvalue(neighbours + 1, dim=1).values.double()
+    radius = distance.kthvalue(neighbors + 1, dim=1).values.double()
     volume = width / 2 * math.log(math.pi) - math.lgamma(width / 2 + 1)
-    return width * (radius + 1e-10).log().mean().item() + volume + math.log(tokens) - math.log(neighbours)
+    return width * (radius + 1e-10).log().mean().item() + volume + math.log(tokens) - math.log(neighbors)
 
 
 @torch.inference_mode()
 def _entropy_gains(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
-    neighbours: int,
+    neighbors: int,
     batch_size: int,
     progress: bool,
     without: tuple[int, ...] = (),
@@ -329,13 +331,13 @@ def _entropy_gains(
     gains = []
     for start in tqdm(range(0, len(windows), batch_size), desc="entropy", unit="batch", disable=not progress):
         hidden = shell.enter(windows[start : start + batch_size].to(model.device))
-        entropy = knn_entropy(hidden.flatten(0, 1), neighbours)
+        entropy = knn_entropy(hidden.flatten(0, 1), neighbors)
         gain = []
         for index in range(len(layers)):
             output = shell.run(index, hidden)
             state = shell.run(index, hidden, without) if without else output
-            after = knn_entropy(state.flatten(0, 1), neighbours)
+            after = knn_entropy(state.flatten(0, 1), neighbors)
             gain.append(after - entropy)
-            hidden, entropy = output, after if state is output else knn_entropy(output.flatten(0, 1), neighbours)
+            hidden, entropy = output, after if state is output else knn_entropy(output.flatten(0, 1), neighbors)
         gains.append(gain)
     return np.mean(gains, axis=0)

@@ -66,14 +66,14 @@ def deepest(stats: LayerStats) -> Float64[np.ndarray, "layer"]:
 def layer_redundancy(
     stats: LayerStats,
     tokens: str = "all",
-    normalise: str = "minmax",
+    normalize: str = "minmax",
     quantile: float | int = 0.1,
     last: float | int | None = None,
 ) -> Float64[np.ndarray, "layer"]:
     """LR of Dynamic LLM Slicing (arXiv 2411.03513), in [0, 1], 1 = most redundant: 1 - block influence, brought to that range.
 
     It orders layers as block influence does, the other way round: hence no criterion of `CRITERIA`, whose sign is importance.
-    How much more one layer is sliced than another is decided by `normalise`, one of `NORMALISATIONS`: "minmax" as published;
+    How much more one layer is sliced than another is decided by `normalize`, one of `NORMALISATIONS`: "minmax" as published;
     "rank" (evenly spaced, ties share their mean rank); "clipped" (min-max after all below the `quantile` and above the
     1 - `quantile` were set to these), which one outlying layer, usually layer 0, does not rule. Where all layers are equally
     important, all are 1.
@@ -82,9 +82,9 @@ def layer_redundancy(
     the released code, which compares the last layer's input with its output after the final norm. (Its sum over overlapping
     windows, in place of the mean, cancels in the min-max.)
 
-    Raises ValueError for an unknown normalisation, or a quantile outside [0, 0.5).
+    Raises ValueError for an unknown normalization, or a quantile outside [0, 0.5).
     """
-    rule = _known("normalise", normalise, NORMALISATIONS)
+    rule = _known("normalize", normalize, NORMALISATIONS)
     if not 0 <= quantile < 0.5:
         raise ValueError(f"quantile={quantile}: at least 0 and below 0.5")
     importance = _finite(block_influence(stats, tokens=tokens), "block influence").copy()

@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.evaluation.perplexity import check_windows
-from prunelib.models import Skip, UnsupportedModel, decoder_layers, layers_as, memory, remove_layers
-from prunelib.models.architectures import SLICED_MODEL_TYPE, WIRING, Branch, Wiring
+from prunelib.models import IdentityLayer, UnsupportedModel, decoder_layers, memory, remove_layers, with_layers
+from prunelib.models.architectures import ARCHITECTURES, SLICED_MODEL_TYPE, Architecture, Sublayer
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """What `damping=None` chooses from."""
@@ -55,7 +55,7 @@ class Cut:
         weights are rounded to their dtype.
     held_out_before, held_out_after: the same on windows that the map was not fitted on (each in its turn), before the norm is
         matched: what the damping was chosen by. None where no damping was chosen.
-    regressors: columns of the regression. gram_rank: rank of their second moments (centred, where a bias is fitted too); where
+    regressors: columns of the regression. gram_rank: rank of their second moments (centered, where a bias is fitted too); where
         it is smaller, of all maps that fit equally well the smallest change is taken.
     damping: added to the diagonal of these moments, times its mean; None for a method that has none.
     rank: limit on the rank of the change; None for no limit. scale: the factor s on the stream, 1 for a method without.
@@ -204,7 +204,7 @@ def repair(
             from there. Of use for several cuts; the result is the same.
 
     Raises, before any work: ValueError for an unknown method, damping or rank out of range, layers that do not exist or windows
-    that cannot calibrate; UnsupportedModel where the family's wiring is not known (`sliced_model.WIRING`) or the cut leaves
+    that cannot calibrate; UnsupportedModel where the family's wiring is not known (`sliced_model.ARCHITECTURES`) or the cut leaves
     nothing to change: layer 0 removed while the head shares the embedding table; and as `models.remove_layers`.
     RuntimeError at the first NaN or infinity.
     """
@@ -360,18 +360,18 @@ def _prepared(
     return _Job(dense, pruned, wiring, places, windows, chosen, damping, rank, batch_size, progress, *walks)
 
 
-def _wiring(model: PreTrainedModel, removed: Collection[SupportsIndex]) -> Wiring:
+def _wiring(model: PreTrainedModel, removed: Collection[SupportsIndex]) -> Architecture:
     """How the layers that stay write to the stream. Raises UnsupportedModel naming the model type when that is not known."""
     decoder_layers(model)
     model_type = model.config.model_type
     if model_type == SLICED_MODEL_TYPE:
         raise UnsupportedModel("this model is sliced: remove layers and repair first, then slice what is left")
-    wiring = WIRING.get(model_type)
+    wiring = ARCHITECTURES.get(model_type)
     if wiring is None:
         raise UnsupportedModel(
             f"model type {model_type!r} cannot be repaired at a cut: to take in a repair, the last matrix of the MLP has to "
             "write to the stream directly, with no norm (Gemma 2, OLMo 2), factor or mixture of experts in between. Families "
-            f"known to do so: {', '.join(sorted(WIRING))}. Remove the layers without repair, and heal by training"
+            f"known to do so: {', '.join(sorted(ARCHITECTURES))}. Remove the layers without repair, and heal by training"
         )
     needed = [(model, path, nn.Module) for path in (wiring.final_norm, *wiring.embeddings)]
     for index, layer in enumerate(decoder_layers(model)):
@@ -496,7 +496,7 @@ class _Job:
 
     dense: PreTrainedModel
     pruned: PreTrainedModel
-    wiring: Wiring
+    wiring: Architecture
     places: tuple[_Place, ...]
     windows: Tensor
     method: Method
@@ -516,7 +516,7 @@ class _Job:
         if place.layers == 0:
             return []
         layer = decoder_layers(self.pruned)[place.layers - 1]
-        last: tuple[Branch, ...] = self.wiring.steps(self.dense.config)[-1]
+        last: tuple[Sublayer, ...] = self.wiring.steps(self.dense.config)[-1]
         return [layer.get_submodule(branch.output) for branch in last]
 
     def states(self, place: _Place, factor: float = 1.0, folds: int = 1) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -618,8 +618,8 @@ _REGRESSORS: dict[str, Callable[[Tensor, _Written], Tensor]] = {
 """From the stream and the last writers' (input, output); above the embeddings there are no writers, and the stream is free."""
 
 
-class _Pass(Skip):
-    """A skipped layer that need not run once to show what it returns: in every family of `WIRING` it is the hidden states."""
+class _Pass(IdentityLayer):
+    """A skipped layer that need not run once to show what it returns: in every family of `ARCHITECTURES` it is the hidden states."""
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
@@ -657,7 +657,7 @@ class _Walk:
         resumed = [_Resumed(layer) for layer in self.layers[: min(self.done, 1)]]
         below = [_Pass(layer) for layer in self.layers[1 : self.done]]
         slots = [*resumed, *below, *self.layers[self.done : count], *(_Pass(layer) for layer in self.layers[count:])]
-        backbone = layers_as(self.model, slots).base_model
+        backbone = with_layers(self.model, slots).base_model
         seen: dict[int | str, Any] = {}
         held: dict[int, Tensor] = {}
 

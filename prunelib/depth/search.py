@@ -35,7 +35,7 @@ Fitness = Callable[[list[LayerSet], list[int]], list[float]]
 """As `Evaluate`, on the windows of the given indices only."""
 
 # Where several lines meet in one point, their rounded coefficients make them cross a few 1e-16 apart. The sets in between
-# are artefacts, and no floating-point alpha would reproduce them.
+# are artifacts, and no floating-point alpha would reproduce them.
 _NARROWEST = 1e-12
 
 
@@ -352,7 +352,7 @@ def exhaustive(
 ) -> SearchResult:
     """Every set of `layers_removed` layers, and the best of them: the optimum that other choices are measured against.
 
-    The sets come in lexicographic order, `chunk` at a time: neighbours share their first removed layers, and with them nearly
+    The sets come in lexicographic order, `chunk` at a time: neighbors share their first removed layers, and with them nearly
     all beginnings that any order could share. Among equals the first in that order wins.
 
     Args:
@@ -469,7 +469,7 @@ def evolutionary(
 def _groups(candidates: range, layers_removed: int, groups: int) -> list[list[int]]:
     """The candidates of each group, after checking that the groups can give equal parts.
 
-    Neighbours belong to different groups, so that none has too few where there are enough together.
+    Neighbors belong to different groups, so that none has too few where there are enough together.
     """
     if layers_removed % groups:
         raise ValueError(f"cannot remove {layers_removed} in equal parts from groups={groups}: give a multiple of {groups}")

@@ -1,6 +1,6 @@
 """Log-likelihoods of many continuations under many removals of layers, with all that they share run once.
 
-Three things are shared. Removals that keep the same first layers share what those layers return (`prefix.SharedRuns`). The
+Three things are shared. Removals that keep the same first layers share what those layers return (`prefix.SharedPrefixEvaluator`). The
 choices of one question share the beginning of their text: they lie in one row, the beginning once and the choices behind one
 another, each blind to the others, with the positions that each would have by itself. And the final norm and the head run at
 the scored positions only, which is a fraction of the text. The numbers are those of one text at a time, to float tolerance;
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models import decoder_layers
-from prunelib.models.layerwise import LayerSet, SharedRuns, Shell, layer_forwards_alone, shared_layer_forwards
+from prunelib.models.layerwise import LayerSet, SharedPrefixEvaluator, Shell, layer_forwards_alone, shared_layer_forwards
 
 Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the most likely one
 
@@ -76,7 +76,7 @@ def layer_set_likelihoods(
     Raises:
         ValueError: no request, one whose continuation is empty or longer than what is read, ``batch_size`` below 1, a model in
             training mode, an unknown unit, or a set that is not ascending, out of range, or everything.
-        UnsupportedModel: as `prefix.SharedRuns`.
+        UnsupportedModel: as `prefix.SharedPrefixEvaluator`.
     """
     if not requests or batch_size < 1 or model.training:
         raise ValueError(
@@ -90,7 +90,9 @@ def layer_set_likelihoods(
                 "token must be scored, behind at least one of context"
             )
     # The walk of these runs is all that is used: what a batch of theirs holds is known here.
-    runs = SharedRuns(model, torch.zeros(0, 2, dtype=torch.int64), layer_sets, batch_size=1, progress=progress, unit=unit)
+    runs = SharedPrefixEvaluator(
+        model, torch.zeros(0, 2, dtype=torch.int64), layer_sets, batch_size=1, progress=progress, unit=unit
+    )
     layers = decoder_layers(model)
     first = torch.tensor([requests[0].read[:1] * 2], device=model.device)
     shell = Shell(model, layers, first, runs._cut)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models import check_vocabulary, memory
-from prunelib.models.layerwise import SharedRuns, Shell
+from prunelib.models.layerwise import SharedPrefixEvaluator, Shell
 from prunelib.models.layerwise import (
     shared_layer_forwards as shared_layer_forwards,  # what the dictionaries below cost, beforehand
 )
@@ -313,16 +313,16 @@ def layer_set_perplexity(
         layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
         unit: "sublayer" for sets of sublayers instead: 2 l is the attention of layer l, 2 l + 1 its MLP. Equal, then, to the
             perplexity of ``remove_sublayers(model, SublayerPlan.from_units(n_layers, removed, ...))``.
-        together, shell: as in `prefix.SharedRuns`.
+        together, shell: as in `prefix.SharedPrefixEvaluator`.
 
     Raises:
         ValueError: an unknown unit, or a set that is not ascending, out of range, or everything; and as `perplexity`.
         NotFinite: a likelihood that is not finite; names what was removed and the window.
-        UnsupportedModel: as `prefix.SharedRuns`.
+        UnsupportedModel: as `prefix.SharedPrefixEvaluator`.
     """
     check_windows(model, windows, stride=stride, batch_size=batch_size)
     how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
-    runs = SharedRuns(model, windows, layer_sets, **how)
+    runs = SharedPrefixEvaluator(model, windows, layer_sets, **how)
     tallies = {removed: Tally(windows, stride) for removed in runs.sets}
     for start, ids, removed, logits in runs:
         try:
@@ -366,7 +366,7 @@ def layer_set_divergence(
     # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
     sets = [(), *asked] if asked and dense is None else asked
     how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
-    runs = SharedRuns(model, windows, sets, **how)
+    runs = SharedPrefixEvaluator(model, windows, sets, **how)
     sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
     reference = torch.empty(0)
     for start, ids, removed, logits in runs:

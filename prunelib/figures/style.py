@@ -2,7 +2,7 @@
 
 A chapter calls `use_style`, reduces its rows with `spread`, draws with `curve`, `random_band`, `grouped_bars` or `heatmap`, and
 ends with `save`: the picture (png, pdf), exactly the plotted numbers (csv), and where they come from (json). Every method has
-one colour, marker and title in `METHODS`. Published values are hollow, dashed or hatched and say so in the legend.
+one color, marker and title in `METHODS`. Published values are hollow, dashed or hatched and say so in the legend.
 
 The same data gives the same bytes: no dates in any of the files. The json names the code by hashes instead of the git
 commit: a file cannot hold the commit that it becomes part of, and with the one before it every rerun would differ from
@@ -102,11 +102,11 @@ class Method:
 class _Methods(dict[str, Method]):
     def __missing__(self, name: str) -> Method:
         raise FigureError(
-            f"no colour for method {name!r}; there are: {', '.join(self)} (add it to prunelib.figures.style.METHODS)"
+            f"no color for method {name!r}; there are: {', '.join(self)} (add it to prunelib.figures.style.METHODS)"
         )
 
 
-# Colours of Okabe and Ito, then of Tol, told apart under the common colour-vision deficiencies (tested); never the only cue.
+# Colors of Okabe and Ito, then of Tol, told apart under the common color-vision deficiencies (tested); never the only cue.
 METHODS: dict[str, Method] = _Methods(
     {
         method.name: method
@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = _Methods(
             Method("angular", "angular (contiguous block)", "#56b4e9", "D"),
             Method("relative_magnitude", "relative magnitude", "#e6b800", "P"),
             Method("simdiff", "SimDiff", "#d55e00", "s"),
-            # ShortGPT is block influence under another name: the same colour.
+            # ShortGPT is block influence under another name: the same color.
             Method("shortgpt", "ShortGPT = cosine", "#0072b2", "o"),
             Method("entrodrop", "EntroDrop", "#cc79a7", "X"),
             Method("sleb", "SLEB", "#999933", "p"),
@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = _Methods(
             Method("llm_pruner", "LLM-Pruner", "#aa4499", ">"),
             Method("slicegpt", "SliceGPT", "#661100", "*"),
             Method("dynamic_slicing", "dynamic slicing", "#117733", "d"),
-            # The zoo of chapter 02, where a name stands beside every point: one colour for one idea.
+            # The zoo of chapter 02, where a name stands beside every point: one color for one idea.
             Method("block_cosine", "block cosine (LLM-Streamline)", "#56b4e9", "d"),
             Method("leave_one_out_nll", "leave-one-out NLL (PPL+)", "#332288", "h"),
             Method("leave_one_out_kl", "leave-one-out KL", "#332288", "H"),
@@ -177,7 +177,7 @@ def spread(
     error of the mean), or two quantiles such as (0.1, 0.9). Columns of the result: `by`, `value`, `low`, `high`, `n`, and
     `interval`, which says in words what low and high are. `sd` and `sem` of one value have no low and high.
 
-    Raises FigureError for an unknown column, centre or interval, and when there is nothing to summarise.
+    Raises FigureError for an unknown column, centre or interval, and when there is nothing to summarize.
     """
     by = [by] if isinstance(by, str) else list(by)
     unknown = [name for name in [*by, value] if name not in table]
@@ -328,7 +328,7 @@ def curve(
     """One method as markers and lines, with error bars where `data` has `low` and `high` that differ from the value.
 
     data: the rows of this method alone, one per x. method: a name, or several that coincide, drawn once under their joint title
-    in the look of the first. offset: shift along x, in data units, that keeps neighbouring error bars apart. Published curves
+    in the look of the first. offset: shift along x, in data units, that keeps neighboring error bars apart. Published curves
     have hollow markers, a dashed line and `(published)` in the label.
     """
     names = [method] if isinstance(method, str) else list(method)
@@ -368,7 +368,7 @@ def random_band(
     low, high = (data[name].fillna(data[y]).to_numpy(dtype=float) for name in ("low", "high"))
     axes.fill_between(position, low, high, color=look.color, alpha=0.25, linewidth=0, zorder=0.9)
     axes.plot(position, data[y].to_numpy(dtype=float), color=look.color, linestyle=look.line, zorder=0.95)
-    # One entry in the legend for line and band: an empty area with the colours of both.
+    # One entry in the legend for line and band: an empty area with the colors of both.
     axes.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(look.color, 0.25), edgecolor=look.color, label=label))
 
 
@@ -551,10 +551,10 @@ def heatmap(
     colormap: str = "cividis",
     bar: bool = True,
 ) -> None:
-    """A table (index = y, columns = x) as coloured cells with their numbers; missing cells stay white.
+    """A table (index = y, columns = x) as colored cells with their numbers; missing cells stay white.
 
-    label: what the colours mean. low, high: ends of the colour scale, to share one between panels. outlined: (row, column)
-    labels of cells to frame, such as the best of each row. cividis reads the same with and without colour vision.
+    label: what the colors mean. low, high: ends of the color scale, to share one between panels. outlined: (row, column)
+    labels of cells to frame, such as the best of each row. cividis reads the same with and without color vision.
     """
     values = table.to_numpy(dtype=float)
     if not np.isfinite(values).any():
@@ -593,7 +593,7 @@ def _readable_numbers(axes: Axes) -> None:
 
 
 def luminance(color: Any) -> float:
-    """Relative luminance of a colour as WCAG 2 defines it, 0 (black) to 1 (white)."""
+    """Relative luminance of a color as WCAG 2 defines it, 0 (black) to 1 (white)."""
     channels = np.array(to_rgb(color))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
@@ -608,7 +608,7 @@ def _ordered(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
         raise FigureError(f"nothing to draw: all values of {y} are missing")
     twice = data[x][data[x].duplicated()].unique().tolist()
     if twice:
-        raise FigureError(f"several values of {y} at {x} = {twice}: summarise them with `spread` first")
+        raise FigureError(f"several values of {y} at {x} = {twice}: summarize them with `spread` first")
     return data
 
 
@@ -696,7 +696,7 @@ def write_picture(figure: Figure, path: str | os.PathLike) -> Path:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", metadata=metadata[path.suffix])
     with Image.open(drawn) as picture:
-        # A palette of 256 colours takes a third of the bytes; what changes are shades at the edges of letters and lines.
+        # A palette of 256 colors takes a third of the bytes; what changes are shades at the edges of letters and lines.
         small = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
         small.save(path, optimize=True, dpi=picture.info["dpi"])
     return path

@@ -34,7 +34,7 @@ class Recipe:
         hidden_weight: in distillation, the weight of the relative squared distance to the dense model's hidden states behind
             the cut.
         schedule: of the learning rate after `warmup_steps` of linear warm-up to `learning_rate`: one of `WORDS`.
-        batch: rows of `seq_len` tokens in one optimiser step, over all processes.
+        batch: rows of `seq_len` tokens in one optimizer step, over all processes.
         last_layers: how many layers "last_layers" trains.
 
     Raises ValueError naming the setting that is wrong or does not belong to the others.

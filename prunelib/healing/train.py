@@ -50,7 +50,7 @@ from prunelib.healing.recipes import RECIPES, Recipe, gromov
 from prunelib.io import flush, from_root, write_json
 from prunelib.lab.provenance import peak_bytes, record
 from prunelib.models import UnsupportedModel, decoder_layers, evaluating, final_norm, memory
-from prunelib.models.nf4 import quantise
+from prunelib.models.nf4 import quantize
 from prunelib.models.sublayers import sublayers_of
 from prunelib.text import corpora
 from prunelib.text.sequences import IGNORED, TrainingRows, document_rows, packed_rows
@@ -131,7 +131,7 @@ TRAINS: dict[str, Callable[[PreTrainedModel, Recipe], None]] = {
 """What is trained: each makes a model ready, whose weights all are frozen when it is called."""
 
 
-BASES: dict[str, Callable[[PreTrainedModel], None]] = {"full": lambda model: None, "nf4": quantise}
+BASES: dict[str, Callable[[PreTrainedModel], None]] = {"full": lambda model: None, "nf4": quantize}
 """What adapters are trained on."""
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -277,7 +277,7 @@ OBJECTIVES: dict[str, Callable[[nn.Module, Mapping[str, Tensor], Recipe, _Teache
     "next_token": _next_token,
     "distillation": _distillation,
 }
-"""What is minimised: each gives the sum over the trained positions of a batch, to be divided by their number."""
+"""What is minimized: each gives the sum over the trained positions of a batch, to be divided by their number."""
 
 
 def _matched_states(pruned: PreTrainedModel, dense: PreTrainedModel, cut: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -700,7 +700,7 @@ def _train(
     }
     if recipe.base == "nf4":
         merged = _healed_model(pruned, trained, recipe)
-        measures = {"quantised_loss": _mean_loss(model, training), "merged_loss": _mean_loss(merged, training)}
+        measures = {"quantized_loss": _mean_loss(model, training), "merged_loss": _mean_loss(merged, training)}
         watch.log.append(_entry(recipe, steps) | {"measures": measures})
     if main:
         _write_result(pruned, trained, result, recipe, folder)
@@ -860,7 +860,7 @@ def _classes() -> tuple[type, type]:
             self.before -= time.perf_counter() - started
 
     class HealingTrainer(Trainer):
-        """The Trainer with rows in their order, its loss normalised over the whole batch, and trained weights alone on disk."""
+        """The Trainer with rows in their order, its loss normalized over the whole batch, and trained weights alone on disk."""
 
         def __init__(self, watch: Watch, **arguments: Any):
             # A loss function of one's own tells the Trainer that the loss needs no division by the accumulated passes;

@@ -24,7 +24,7 @@ def read(
     run = read_run(path)
     if run["parameters"]["model"] != model:
         raise ChoiceError(f"{path} holds choices for {run['parameters']['model']}, not for {model}")
-    rows = [row for row in run["rows"] if row.get("role") == "choice" and row["metric"] == "nats" and "removed_layers" in row]
+    rows = [row for row in run["rows"] if row.get("role") == "choice" and row["metric"] == "nll" and "removed_layers" in row]
     draw = min((row["calibration_seed"] for row in rows if "calibration_seed" in row), default=None)
     found = {}
     for row in rows:

@@ -4,7 +4,7 @@
       - id: readme-healing
         text: the cut costs {least} to {greatest} nats        as it stands in the document, line breaks apart
         numbers:
-          least: {model: llama32, digits: 1, table: …}        a measure of prunelib.claims.claims, of one model (`by: null`: of all)
+          least: {model: ref-llama-32l, digits: 1, table: …}        a measure of prunelib.claims.claims, of one model (`by: null`: of all)
       - id: readme-search
         text: "1/{times} of the naive loop's time, {minutes} min"
         numbers:

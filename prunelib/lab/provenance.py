@@ -68,7 +68,7 @@ def source_sha256(folder: str | os.PathLike | None = None) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
-        # Line endings are normalised: a checkout with autocrlf is the same code.
+        # Line endings are normalized: a checkout with autocrlf is the same code.
         content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
         digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()

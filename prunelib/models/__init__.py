@@ -25,7 +25,7 @@ from prunelib.models.layers import (
     CheckpointError as CheckpointError,
 )
 from prunelib.models.layers import (
-    Skip as Skip,
+    Skip as IdentityLayer,
 )
 from prunelib.models.layers import (
     UnsupportedModel as UnsupportedModel,
@@ -61,12 +61,6 @@ from prunelib.models.layers import (
     keep_layers as keep_layers,
 )
 from prunelib.models.layers import (
-    layer_share as layer_share,
-)
-from prunelib.models.layers import (
-    layers_as as layers_as,
-)
-from prunelib.models.layers import (
     layers_path as layers_path,
 )
 from prunelib.models.layers import (
@@ -77,6 +71,9 @@ from prunelib.models.layers import (
 )
 from prunelib.models.layers import (
     parameter_count as parameter_count,
+)
+from prunelib.models.layers import (
+    parameter_fraction as parameter_fraction,
 )
 from prunelib.models.layers import (
     probe_tokens as probe_tokens,
@@ -92,4 +89,7 @@ from prunelib.models.layers import (
 )
 from prunelib.models.layers import (
     scratch_beside as scratch_beside,
+)
+from prunelib.models.layers import (
+    with_layers as with_layers,
 )

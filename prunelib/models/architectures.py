@@ -9,7 +9,7 @@ SLICED_MODEL_TYPE = "prunelib_sliced"
 
 
 @dataclass(frozen=True)
-class Branch:
+class Sublayer:
     """One addition to the residual stream: a norm of it, then modules one after the other. Paths start at the layer.
 
     inputs: linear maps that read the normed stream. output: the one that writes to the stream. attention: the first module
@@ -24,47 +24,47 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Wiring:
+class Architecture:
     """How the blocks of a family hang on the residual stream. Paths start at the model.
 
-    embeddings: tables whose outputs add up to the first hidden states. centred: the norms subtract the mean (LayerNorm).
+    embeddings: tables whose outputs add up to the first hidden states. centered: the norms subtract the mean (LayerNorm).
     norm_offset: what the norms add to their weight. parallel: attention and MLP read the same hidden states; True, False, or
     the configuration field that says so. dropout: configuration field with the dropout of what the branches add.
     """
 
-    attn: Branch
-    mlp: Branch
+    attn: Sublayer
+    mlp: Sublayer
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    centred: bool = False
+    centered: bool = False
     norm_offset: float = 0.0
     parallel: bool | str = False
     dropout: str | None = None
 
-    def steps(self, config: PreTrainedConfig) -> tuple[tuple[Branch, ...], ...]:
+    def steps(self, config: PreTrainedConfig) -> tuple[tuple[Sublayer, ...], ...]:
         """Branches of one layer: those of a step read the same hidden states, and each step ends in one shortcut."""
         parallel = getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
         return ((self.attn, self.mlp),) if parallel else ((self.attn,), (self.mlp,))
 
 
-_ATTN = Branch(
+_ATTN = Sublayer(
     norm="input_layernorm",
     modules=("self_attn",),
     inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     output="self_attn.o_proj",
     attention=True,
 )
-_MLP = Branch(
+_MLP = Sublayer(
     norm="post_attention_layernorm",
     modules=("mlp",),
     inputs=("mlp.gate_proj", "mlp.up_proj"),
     output="mlp.down_proj",
 )
-_LLAMA = Wiring(_ATTN, _MLP)
+_LLAMA = Architecture(_ATTN, _MLP)
 
-WIRING: dict[str, Wiring] = {
+ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "ministral": _LLAMA,
@@ -72,36 +72,36 @@ WIRING: dict[str, Wiring] = {
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
     "gemma": replace(_LLAMA, norm_offset=1.0),
-    "phi3": Wiring(
+    "phi3": Architecture(
         replace(_ATTN, inputs=("self_attn.qkv_proj",)),
         replace(_MLP, inputs=("mlp.gate_up_proj",)),
         dropout="resid_pdrop",
     ),
-    "phi": Wiring(
+    "phi": Architecture(
         replace(_ATTN, output="self_attn.dense"),
-        Branch(norm="input_layernorm", modules=("mlp",), inputs=("mlp.fc1",), output="mlp.fc2"),
+        Sublayer(norm="input_layernorm", modules=("mlp",), inputs=("mlp.fc1",), output="mlp.fc2"),
         final_norm="model.final_layernorm",
-        centred=True,
+        centered=True,
         parallel=True,
         dropout="resid_pdrop",
     ),
-    "gpt_neox": Wiring(
-        Branch("input_layernorm", ("attention",), ("attention.query_key_value",), "attention.dense", attention=True),
-        Branch("post_attention_layernorm", ("mlp",), ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+    "gpt_neox": Architecture(
+        Sublayer("input_layernorm", ("attention",), ("attention.query_key_value",), "attention.dense", attention=True),
+        Sublayer("post_attention_layernorm", ("mlp",), ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
         embeddings=("gpt_neox.embed_in",),
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
-        centred=True,
+        centered=True,
         parallel="use_parallel_residual",
         dropout="hidden_dropout",
     ),
-    "opt": Wiring(
+    "opt": Architecture(
         replace(_ATTN, norm="self_attn_layer_norm", output="self_attn.out_proj"),
-        Branch(norm="final_layer_norm", modules=("fc1", "activation_fn", "fc2"), inputs=("fc1",), output="fc2"),
+        Sublayer(norm="final_layer_norm", modules=("fc1", "activation_fn", "fc2"), inputs=("fc1",), output="fc2"),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
-        centred=True,
+        centered=True,
         dropout="dropout",
     ),
 }

@@ -149,7 +149,7 @@ def load(
     if target is not None:
         model = model.to(target)
     check_finite(model)
-    return onednn.adopt(model).eval()
+    return onednn.use_onednn(model).eval()
 
 
 def load_tokenizer(
@@ -377,7 +377,7 @@ def removed_fraction(dense: nn.Module, pruned: nn.Module) -> float:
     return 1.0 - parameter_count(pruned) / parameter_count(dense)
 
 
-def layer_share(model: nn.Module, removed: Collection[int]) -> float:
+def parameter_fraction(model: nn.Module, removed: Collection[int]) -> float:
     """Fraction of the parameters that these decoder layers alone hold: `removed_fraction` without making a pruned model.
 
     So it is known for a model that is spread over devices, too. Raises ValueError for a layer that does not exist.
@@ -458,9 +458,9 @@ def _checked_keep(keep: Sequence[SupportsIndex], n_layers: int, model_type: str)
 def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) -> None:
     """Refuse, before any work, what is known not to survive."""
     model_type, config = _model_type(model), model.config.get_text_config(decoder=True)
-    remedy = "prune it unquantised on one device (load(..., device='cpu')), save it, and load the saved folder as you like"
+    remedy = "prune it unquantized on one device (load(..., device='cpu')), save it, and load the saved folder as you like"
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"this {model_type} model is quantised; {remedy}")
+        raise UnsupportedModel(f"this {model_type} model is quantized; {remedy}")
     if is_spread(model):
         raise UnsupportedModel(f"this {model_type} model is spread over several devices; {remedy}")
     if n_layers != config.num_hidden_layers:
@@ -597,10 +597,10 @@ def _plain_attributes(module: nn.Module) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------------------- views
 
 
-def layers_as(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleList) -> PreTrainedModel:
+def with_layers(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleList) -> PreTrainedModel:
     """A view of `model` whose L decoder slots are the modules `slots`; everything else, weights included, is shared.
 
-    The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put `Skip(layer)`
+    The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put `IdentityLayer(layer)`
     where a layer is to be left out. For evaluation with `use_cache=False`; to keep a smaller model, use `keep_layers`.
     Raises ValueError when the number of slots is not L.
     """
@@ -632,7 +632,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     return clone
 
 
-class Skip(nn.Module):
+class IdentityLayer(nn.Module):
     """A decoder slot that hands its input on, in the form (tensor, tuple, list) in which `layer` returns its output.
 
     Attributes it does not have itself are those of `layer` (models ask a layer for its `attention_type`, say). `layer` is not a

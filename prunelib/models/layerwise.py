@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models.architectures import SLICED_MODEL_TYPE
-from prunelib.models.layers import Skip, UnsupportedModel, decoder_layers, layers_as
+from prunelib.models.layers import IdentityLayer, UnsupportedModel, decoder_layers, with_layers
 from prunelib.models.sublayers import check_additive, silent, sublayers_of
 
 LayerSet = tuple[int, ...]
@@ -81,7 +81,7 @@ def check_layer_set(n_layers: int, removed: LayerSet, unit: str = "layer") -> No
 
 
 def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet], unit: str = "layer") -> int:
-    """Layer calls per batch that `SharedRuns` makes: the distinct beginnings of the sequences of kept layers.
+    """Layer calls per batch that `SharedPrefixEvaluator` makes: the distinct beginnings of the sequences of kept layers.
 
     A layer that runs with a silent sublayer counts as one call, and is not shared with the whole layer.
 
@@ -96,7 +96,7 @@ def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet], unit: st
     return sum(len(_steps(n_layers, removed, unit)) for removed in layer_sets)
 
 
-class SharedRuns:
+class SharedPrefixEvaluator:
     """The logits of one model without each of several sets of layers, batch by batch of the windows.
 
     ``layer_forwards`` counts the layers that ran so far, over all batches (one for each branch, however many go through in a
@@ -226,14 +226,14 @@ class Shell:
         layers: nn.ModuleList,
         probe: Int64[Tensor, "batch position"],
         cut: Iterable[int] = (),
-        slots: Sequence[Skip] = (),
+        slots: Sequence[IdentityLayer] = (),
     ):
         self.layers = layers
         self.sublayers = {index: sublayers_of(model, index) for index in cut}
         self.calls: list[tuple[tuple, dict]] = [((), {})] * len(layers)
         self.replacement: Tensor | None = None
-        slots = list(slots) or [Skip(layer) for layer in layers]
-        self.view = layers_as(model, slots)
+        slots = list(slots) or [IdentityLayer(layer) for layer in layers]
+        self.view = with_layers(model, slots)
         for index, slot in enumerate(slots):
             slot.register_forward_pre_hook(self._hook(index), with_kwargs=True)
         # A Skip runs its layer once to see what it returns; two tokens are enough for that.

@@ -1,6 +1,6 @@
-"""Frozen 4-bit weights for QLoRA on any processor, by bitsandbytes' quantisation and arithmetic of our own.
+"""Frozen 4-bit weights for QLoRA on any processor, by bitsandbytes' quantization and arithmetic of our own.
 
-The weights are always dequantised before they are multiplied. The library's own layer changes its weights to a layout without
+The weights are always dequantized before they are multiplied. The library's own layer changes its weights to a layout without
 derivatives when it is evaluated on some processors, so that measuring in the middle would spoil training.
 """
 
@@ -16,7 +16,7 @@ from prunelib.models import decoder_layers
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear map with 4-bit normal-float weights in blocks of 64 (QLoRA), dequantised whenever it is applied."""
+    """A frozen linear map with 4-bit normal-float weights in blocks of 64 (QLoRA), dequantized whenever it is applied."""
 
     BLOCK: ClassVar[int] = 64
 
@@ -30,7 +30,7 @@ class NF4Linear(nn.Linear):
         self.register_buffer("absmax", state.absmax)
         self.register_parameter("bias", linear.bias)
 
-    def dequantised(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weights as they are applied."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -41,24 +41,24 @@ class NF4Linear(nn.Linear):
         return dequantize_4bit(self.weight, state).view(self.out_features, self.in_features)
 
     def forward(self, states: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        output = _Dequantised.apply(states, self)
+        output = _Dequantized.apply(states, self)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-class _Dequantised(torch.autograd.Function):
-    """states @ weightsᵀ; the weights are dequantised once more for the derivative instead of being kept."""
+class _Dequantized(torch.autograd.Function):
+    """states @ weightsᵀ; the weights are dequantized once more for the derivative instead of being kept."""
 
     @staticmethod
     def forward(ctx, states: Tensor, linear: NF4Linear) -> Tensor:
         ctx.linear, ctx.dtype = linear, states.dtype
-        return functional.linear(states, linear.dequantised(states.dtype))
+        return functional.linear(states, linear.dequantized(states.dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient @ ctx.linear.dequantised(gradient.dtype)).to(ctx.dtype), None
+        return (gradient @ ctx.linear.dequantized(gradient.dtype)).to(ctx.dtype), None
 
 
-def quantise(model: PreTrainedModel) -> None:
+def quantize(model: PreTrainedModel) -> None:
     """Put 4-bit weights in the place of every linear map of the decoder layers."""
     for layer in decoder_layers(model):
         for name, module in list(layer.named_modules()):

@@ -14,7 +14,7 @@ from torch.nn import functional
 ROWS = 16
 
 
-def adopt(model: nn.Module) -> nn.Module:
+def use_onednn(model: nn.Module) -> nn.Module:
     """`model`, in which every plain linear layer multiplies through oneDNN wherever that is possible.
 
     Weights, names and `isinstance(layer, nn.Linear)` stay as they are, subclasses are left alone. Elsewhere than in float32 on

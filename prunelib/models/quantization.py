@@ -1,7 +1,7 @@
 """Weights in fewer bits, multiplied in the precision of the activations: the formats that pruning is combined with.
 
 Weights only, rounded to the nearest value, no calibration: what happens to a layer then does not depend on the others, and a
-pruned model that is quantised equals a quantised model that is pruned. Only the linear maps of the decoder layers change;
+pruned model that is quantized equals a quantized model that is pruned. Only the linear maps of the decoder layers change;
 embeddings, norms and head stay as they are, as in bitsandbytes.
 """
 
@@ -54,7 +54,7 @@ def _bf16(model: PreTrainedModel) -> None:
     model.to(torch.bfloat16)
 
 
-FORMATS: dict[str, Callable[[PreTrainedModel], None]] = {"bf16": _bf16, "int8": _int8, "nf4": nf4.quantise}
+FORMATS: dict[str, Callable[[PreTrainedModel], None]] = {"bf16": _bf16, "int8": _int8, "nf4": nf4.quantize}
 """Each changes a model in place: weights and activations in bfloat16; weights in 8 bits; weights in 4 bits (bitsandbytes)."""
 
 
@@ -67,7 +67,7 @@ def to_format(model: PreTrainedModel, name: str) -> None:
         raise ValueError(f"unknown format {name!r}; there are: {', '.join(FORMATS)}")
     for index, layer in enumerate(decoder_layers(model)):
         if not any(isinstance(module, nn.Linear) for module in layer.modules()):
-            raise UnsupportedModel(f"model type {model.config.model_type!r}: layer {index} has no linear map to quantise")
+            raise UnsupportedModel(f"model type {model.config.model_type!r}: layer {index} has no linear map to quantize")
     FORMATS[name](model)
 
 

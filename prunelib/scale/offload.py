@@ -34,7 +34,7 @@ from prunelib.criteria.statistics import LayerStats, check_finite, checked_mask,
 from prunelib.evaluation.perplexity import Perplexity, Tally, check_windows
 from prunelib.models import (
     CheckpointError,
-    Skip,
+    IdentityLayer,
     UnsupportedModel,
     check_vocabulary,
     checked_device,
@@ -154,7 +154,7 @@ class Streamed:
     where more memory is free.
 
     Raises ValueError for bad arguments, CheckpointError for a missing, damaged or incomplete checkpoint, UnsupportedModel for a
-    quantised model, one without known layers, or one whose weights have other names in the file than in the model.
+    quantized model, one without known layers, or one whose weights have other names in the file than in the model.
     """
 
     def __init__(
@@ -176,9 +176,9 @@ class Streamed:
         self.device_limit, self.host_limit = device_limit, host_limit
         config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModel(f"this {config.model_type} model is quantised: it can only be loaded resident")
+            raise UnsupportedModel(f"this {config.model_type} model is quantized: it can only be loaded resident")
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = onednn.adopt(AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval())
+            self.model: PreTrainedModel = onednn.use_onednn(AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval())
         self.layers = decoder_layers(self.model)
         self.entries = self._matched(entries(self.folder))
         self._fill_outside()
@@ -340,12 +340,12 @@ class Streamed:
         """Everything but the layers, on the CPU. One layer of each class is read for a moment, to see what it returns."""
         probe = torch.zeros(1, 2, dtype=torch.long)
         first = {type(layer): index for index, layer in reversed(list(enumerate(self.layers)))}
-        seen = {kind: Skip(self.layers[index]) for kind, index in first.items()}
+        seen = {kind: IdentityLayer(self.layers[index]) for kind, index in first.items()}
         with _Weights(self, torch.device("cpu")) as weights, contextlib.ExitStack() as stack:
             for index in first.values():
                 stack.enter_context(weights.apart(index))
             Shell(self.model, self.layers, probe, slots=[seen[type(layer)] for layer in self.layers])
-        slots = [Skip(layer) for layer in self.layers]
+        slots = [IdentityLayer(layer) for layer in self.layers]
         for layer, slot in zip(self.layers, slots, strict=True):
             slot.returns, slot.length = seen[type(layer)].returns, seen[type(layer)].length
         return Shell(self.model, self.layers, probe, slots=slots)

@@ -1,6 +1,6 @@
 """Models with a narrower residual stream, as ordinary transformers models: built, saved, loaded and generated with.
 
-One table, `WIRING`, says for each family which modules read the residual stream and which write to it. A sliced model is the
+One table, `ARCHITECTURES`, says for each family which modules read the residual stream and which write to it. A sliced model is the
 family's own model in which exactly these modules are replaced by narrower ones, its norms by norms without weights (they
 were folded into what follows them), and every residual connection by a shortcut between the bases on its two sides.
 Attention, MLP activations, rotary embeddings, masks, caches and generation stay the family's own code.
@@ -20,20 +20,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunelib.models import UnsupportedModel
+from prunelib.models.architectures import ARCHITECTURES, Architecture, Sublayer
 from prunelib.models.architectures import SLICED_MODEL_TYPE as MODEL_TYPE
-from prunelib.models.architectures import WIRING, Branch, Wiring
 from prunelib.slicing.registration import register_model_type
 
 
-def wiring_of(config: PreTrainedConfig) -> Wiring:
+def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The wiring of a dense model's family. Raises UnsupportedModel naming the model type when it has none."""
     if config.model_type == MODEL_TYPE:
         raise UnsupportedModel("this model is sliced already: slice the dense model with the widths wanted in the end")
-    if config.model_type not in WIRING:
+    if config.model_type not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"model type {config.model_type!r} cannot be sliced; the families that can: {', '.join(sorted(WIRING))}"
+            f"model type {config.model_type!r} cannot be sliced; the families that can: {', '.join(sorted(ARCHITECTURES))}"
         )
-    return WIRING[config.model_type]
+    return ARCHITECTURES[config.model_type]
 
 
 # ---------------------------------------------------------------------------------------------------- widths, shortcuts
@@ -45,7 +45,7 @@ def positions(widths: Sequence[int], steps: int, hidden_size: int) -> list[int]:
 
 
 def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "absorbed") -> list[str]:
-    """What stands between each two neighbouring places of these widths, a key of `SHORTCUT_MODULES`; `shortcuts` is one of
+    """What stands between each two neighboring places of these widths, a key of `SHORTCUT_MODULES`; `shortcuts` is one of
     `SHORTCUTS`. Raises ValueError for an unknown one."""
     if shortcuts not in SHORTCUTS:
         raise ValueError(f"unknown shortcuts {shortcuts!r}; there are: {', '.join(SHORTCUTS)}")
@@ -117,21 +117,21 @@ SHORTCUT_MODULES = {"identity": Identity, "diagonal": Diagonal, "dense": _dense}
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def normalised(states: Float[Tensor, "... width"], size: int, eps: float) -> Float[Tensor, "... width"]:
+def normalized(states: Float[Tensor, "... width"], size: int, eps: float) -> Float[Tensor, "... width"]:
     """states / sqrt(sum of squares / size + eps), in float32 at least: RMSNorm of a stream that was `size` wide when dense."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) / size + eps)).to(states.dtype)
 
 
-class Normalise(nn.Module):
-    """`normalised` as a module, without weights."""
+class Normalize(nn.Module):
+    """`normalized` as a module, without weights."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.size, self.eps = size, eps
 
     def forward(self, states: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        return normalised(states, self.size, self.eps)
+        return normalized(states, self.size, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}"
@@ -143,7 +143,7 @@ def norm_eps(norm: nn.Module) -> float:
 
 
 def branch_output(
-    layer: nn.Module, branch: Branch, normed: Float[Tensor, "sample token width"], arguments: dict[str, Any]
+    layer: nn.Module, branch: Sublayer, normed: Float[Tensor, "sample token width"], arguments: dict[str, Any]
 ) -> Float[Tensor, "sample token _"]:
     """What a branch of a layer, dense or sliced, adds to the stream, from the normed stream and the layer's arguments."""
     states = normed
@@ -165,7 +165,7 @@ class SlicedLayer(GradientCheckpointingLayer):
     def __init__(
         self,
         layer: nn.Module,
-        steps: tuple[tuple[Branch, ...], ...],
+        steps: tuple[tuple[Sublayer, ...], ...],
         widths: Sequence[int],
         shortcuts: Sequence[str],
         hidden_size: int,
@@ -188,7 +188,7 @@ class SlicedLayer(GradientCheckpointingLayer):
                     _narrow(self, path, inputs=widths[index], bias=getattr(norms[branch.norm], "bias", None) is not None)
                 _narrow(self, branch.output, outputs=widths[index + 1])
         for path, norm in norms.items():
-            self.set_submodule(path, Normalise(hidden_size, norm_eps(norm)))
+            self.set_submodule(path, Normalize(hidden_size, norm_eps(norm)))
         self.shortcuts = nn.ModuleList(
             SHORTCUT_MODULES[kind](widths[index], widths[index + 1]) for index, kind in enumerate(shortcuts)
         )
@@ -216,7 +216,7 @@ def _narrow(module: nn.Module, path: str, *, inputs: int | None = None, outputs:
     module.set_submodule(path, new)
 
 
-def _narrow_model(model: PreTrainedModel, wiring: Wiring, config: PreTrainedConfig) -> None:
+def _narrow_model(model: PreTrainedModel, wiring: Architecture, config: PreTrainedConfig) -> None:
     """Replace the modules of a model of the dense family, in place, by those its `config.slicing` describes."""
     size = config.hidden_size
     steps = wiring.steps(config)
@@ -241,13 +241,13 @@ def _narrow_model(model: PreTrainedModel, wiring: Wiring, config: PreTrainedConf
         )
     norm = model.get_submodule(wiring.final_norm)
     _narrow(model, wiring.head, bias=getattr(norm, "bias", None) is not None)
-    model.set_submodule(wiring.final_norm, Normalise(size, norm_eps(norm)))
+    model.set_submodule(wiring.final_norm, Normalize(size, norm_eps(norm)))
 
 
 @functools.cache
 def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Configuration and model class of a sliced family, registered with AutoModelForCausalLM."""
-    wiring = WIRING[family]
+    wiring = ARCHITECTURES[family]
     dense_config = type(AutoConfig.for_model(family))
     dense_model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
 
@@ -272,7 +272,7 @@ def config_class(record: dict) -> type[PreTrainedConfig]:
     """The class for the contents of a sliced model's config.json. Raises UnsupportedModel when they are damaged."""
     slicing = record.get("slicing")
     family = slicing.get("family") if isinstance(slicing, dict) else None
-    if family not in WIRING:
+    if family not in ARCHITECTURES:
         raise UnsupportedModel(f"this configuration of a sliced model names no family that can be sliced, but {family!r}")
     return classes(family)[0]
 

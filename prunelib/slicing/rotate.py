@@ -23,19 +23,19 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from prunelib.evaluation.perplexity import check_windows
-from prunelib.models import UnsupportedModel, layers_as, memory, onednn, parameter_count
+from prunelib.models import UnsupportedModel, memory, onednn, parameter_count, with_layers
 from prunelib.slicing.modeling import (
-    Branch,
+    Architecture,
     Diagonal,
     SlicedLayer,
-    Wiring,
+    Sublayer,
+    architecture_of,
     branch_output,
     classes,
     norm_eps,
-    normalised,
+    normalized,
     positions,
     shortcut_kinds,
-    wiring_of,
 )
 from prunelib.slicing.registration import MODEL_TYPE
 from prunelib.slicing.schedules import SlicePlan
@@ -103,7 +103,7 @@ def slice_model(
     Work is done layer by layer on `device` (that of the model unless given; the model may then stay on the CPU), which holds
     one layer, one batch, a few D x D matrices in float64, and the stream of all windows: samples x tokens x D numbers of
     `activation_dtype` (the model's unless given), unless they are kept on `activation_device`. Moments, principal axes and
-    rotations are float64, and the axes are those of the stream before the norms, not centred; the layers run in the model's
+    rotations are float64, and the axes are those of the stream before the norms, not centered; the layers run in the model's
     dtype.
 
     shortcuts: "dense" keeps a matrix between each two places, as SliceGPT does, and rotates uncut places as well. "absorbed"
@@ -150,14 +150,14 @@ def slice_model(
         return onednn.adopt_as(model, _assembled(model, plan, kinds, weights))
 
 
-def _checked(model: PreTrainedModel, plan: SlicePlan) -> Wiring:
+def _checked(model: PreTrainedModel, plan: SlicePlan) -> Architecture:
     """The wiring of a model that can be sliced by this plan; refuses everything else before any work."""
-    wiring = wiring_of(model.config)
+    wiring = architecture_of(model.config)
     model_type, config = model.config.model_type, model.config
     if not isinstance(model, classes(model_type)[1].__mro__[1]) or type(model).__module__.startswith("transformers_modules"):
         raise UnsupportedModel(f"{type(model).__name__} is not the causal language model of type {model_type!r}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"this {model_type} model is quantised; slice it unquantised, then quantise the sliced model")
+        raise UnsupportedModel(f"this {model_type} model is quantized; slice it unquantized, then quantize the sliced model")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModel(
             f"this {model_type} model is spread over several devices; load it on one (the CPU), and give slice_model a device"
@@ -194,7 +194,7 @@ class _Calibration:
     """Everything that finding the bases needs; `everywhere` asks for axes where nothing is cut as well."""
 
     model: PreTrainedModel
-    wiring: Wiring
+    wiring: Architecture
     widths: list[int]
     windows: Tensor
     batch_size: int
@@ -243,7 +243,7 @@ class _Calibration:
         """The axes of moments that are damped here, in place: `width` to keep, then, where they come for free, those to cut."""
         floor = self.damping * float(moments.diagonal().mean())
         moments.diagonal().add_(floor)
-        if self.wiring.centred:
+        if self.wiring.centered:
             moments -= floor / self.size
         return self.axes(moments, self.size if self.axes is principal_axes else width)
 
@@ -269,7 +269,7 @@ class _Calibration:
         """The stream before layer 0, by batch, and what each layer is called with beside it, by number of rows in the batch."""
         layers = self.model.get_submodule(self.wiring.layers)
         taps = [_Tap(layer) for layer in layers]
-        backbone = layers_as(self.model, taps).base_model
+        backbone = with_layers(self.model, taps).base_model
         states = []
         for start in range(0, len(self.windows), self.batch_size):
             rows = self.windows[start : start + self.batch_size].to(self.model.device)
@@ -291,8 +291,8 @@ class _Calibration:
         """Prepare the embedded stream, in place, and sum up its moments, on and below the diagonal."""
         for state in states:
             stream = state.to(self.device)
-            if self.wiring.centred or self.subtract_mean:
-                stream = _centred(stream)
+            if self.wiring.centered or self.subtract_mean:
+                stream = _centered(stream)
                 state.copy_(stream)
             _add_moments(moments, stream)
         return moments
@@ -301,7 +301,7 @@ class _Calibration:
         self,
         states: list[Tensor],
         layer: nn.Module,
-        step: tuple[Branch, ...],
+        step: tuple[Sublayer, ...],
         arguments: dict[int, dict[str, Any]],
         width: int,
         basis: Float64[Tensor, "D _"] | None,
@@ -324,10 +324,10 @@ class _Calibration:
             result = stream
             for branch in step:
                 scale, shift, eps = norms[branch.norm]
-                normed = normalised(stream, self.size, eps) * scale + shift
+                normed = normalized(stream, self.size, eps) * scale + shift
                 result = result + branch_output(layer, branch, normed, arguments[len(stream)])
-            if self.wiring.centred:
-                result = _centred(result)
+            if self.wiring.centered:
+                result = _centered(result)
             state.copy_(result.to(self.storage_dtype))
             _add_moments(moments, result)
         return moments
@@ -368,12 +368,12 @@ def _mirrored(moments: Float64[Tensor, "D D"]) -> Float64[Tensor, "D D"]:
     return moments.tril_().add_(moments.tril(-1).T)
 
 
-def _centred(stream: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+def _centered(stream: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
     return (wide - wide.mean(dim=-1, keepdim=True)).to(stream.dtype)
 
 
-def _norm_weights(norm: nn.Module, wiring: Wiring, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float, float]:
+def _norm_weights(norm: nn.Module, wiring: Architecture, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float, float]:
     """Scale, shift and epsilon of a family's norm."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     scale = 1.0 if weight is None else weight.to(dtype) + wiring.norm_offset
@@ -457,7 +457,7 @@ def _turned(bases: Iterable[Tensor | None], identity: Float64[Tensor, "D D"]) ->
 
 
 def _paired(bases: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
-    """Each two neighbouring bases turned by the singular vectors of what lies between them, which becomes diagonal."""
+    """Each two neighboring bases turned by the singular vectors of what lies between them, which becomes diagonal."""
     held = None
     for basis in bases:
         if held is None and basis is not None:
@@ -499,7 +499,7 @@ def _completed(basis: Float64[Tensor, "D width"]) -> Float64[Tensor, "D D"]:
 
 def _rotated(
     model: PreTrainedModel,
-    wiring: Wiring,
+    wiring: Architecture,
     bases: Iterable[Tensor],
     shortcuts: Sequence[str],
     subtract_mean: bool,
@@ -526,7 +526,7 @@ def _rotated(
 
     def writes(module: nn.Module, path: str, name: str, basis: Tensor) -> None:
         linear = module.get_submodule(path)
-        target = _centred(basis.T).T if wiring.centred else basis
+        target = _centered(basis.T).T if wiring.centered else basis
         put(f"{name}.weight", target.T @ linear.weight.to(device).to(torch.float64), linear.weight)
         if linear.bias is not None:
             put(f"{name}.bias", target.T @ linear.bias.to(device).to(torch.float64), linear.bias)
@@ -534,7 +534,7 @@ def _rotated(
     before = None
     for place, basis in enumerate(bases):
         if place == 0:
-            target = _centred(basis.T).T if wiring.centred or subtract_mean else basis
+            target = _centered(basis.T).T if wiring.centered or subtract_mean else basis
             for path in wiring.embeddings:
                 table = model.get_submodule(path).weight
                 parts = [rows.to(device).to(torch.float64) @ target for rows in table.split(_ROWS)]
@@ -591,7 +591,7 @@ def sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, *, shortcuts
 
     Raises ValueError for a plan of another model, and UnsupportedModel for a family that cannot be sliced.
     """
-    widths = positions(plan.widths, len(wiring_of(config).steps(config)), plan.hidden_size)
+    widths = positions(plan.widths, len(architecture_of(config).steps(config)), plan.hidden_size)
     if (plan.hidden_size, plan.n_layers) != (config.hidden_size, config.num_hidden_layers):
         raise ValueError(
             f"the plan is for {plan.n_layers} layers of width {plan.hidden_size}, this model has "
@@ -660,7 +660,7 @@ def account(
         with torch.device("meta"):
             sliced = sliced_class(copy.deepcopy(config))
     else:
-        wiring = wiring_of(config)
+        wiring = architecture_of(config)
         if plan is None:
             raise ValueError("a plan is needed to say how this model would be sliced")
         if (plan.hidden_size, plan.n_layers) != (config.hidden_size, config.num_hidden_layers):

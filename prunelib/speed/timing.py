@@ -66,7 +66,7 @@ def shape_configuration(name: str) -> PreTrainedConfig:
 def random_model(
     config: PreTrainedConfig, *, dtype: str = "float32", device: str | torch.device = "cpu", seed: int = 0
 ) -> PreTrainedModel:
-    """A model of random weights, made on the device itself, in evaluation mode: matrices N(0, 0.02), vectors as initialised.
+    """A model of random weights, made on the device itself, in evaluation mode: matrices N(0, 0.02), vectors as initialized.
 
     For measurements that depend on shapes alone; nothing it says means anything. Raises ValueError for an unknown dtype.
     """
@@ -86,7 +86,7 @@ def random_model(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02, generator=generator)
-    return onednn.adopt(model).requires_grad_(False)
+    return onednn.use_onednn(model).requires_grad_(False)
 
 
 def without_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
@@ -146,7 +146,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class Roofline:
     """What a device reaches on the best of loads: bytes per second, and FLOPs per second in the dtype of the model."""
 
     bandwidth: float | int
@@ -167,7 +167,7 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    def seconds(self, ceiling: Ceiling) -> float:
+    def seconds(self, ceiling: Roofline) -> float:
         """No implementation is faster on a device of this ceiling."""
         return max(self.flops / ceiling.rate, self.bytes / ceiling.bandwidth)
 
@@ -334,9 +334,9 @@ def measured_ceiling(
     return {name: Spread.of(amounts[name] / seconds for seconds in times[name]) for name in calls}
 
 
-def ceiling_of(measured: Mapping[str, Spread]) -> Ceiling:
+def ceiling_of(measured: Mapping[str, Spread]) -> Roofline:
     """The ceiling that limits are taken from: the faster of reading and copying, and the matrix product."""
-    return Ceiling(max(measured["read"].median, measured["copy"].median), measured["matmul"].median)
+    return Roofline(max(measured["read"].median, measured["copy"].median), measured["matmul"].median)
 
 
 def prefill_seconds(

@@ -91,7 +91,7 @@ class Settings:
 
 
 def banding(threshold: float | int, permutations: int = 128, weights: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int]:
-    """Bands and rows that minimise the weighted areas of false positives and false negatives around ``threshold`` (datasketch).
+    """Bands and rows that minimize the weighted areas of false positives and false negatives around ``threshold`` (datasketch).
 
     `RECALL_WEIGHTS` suit an exact comparison afterwards: it removes the false positives, nothing brings back the others.
     """
@@ -109,18 +109,18 @@ def _banding(threshold: float | int, permutations: int, weights: tuple[float, fl
 # --- shingles and signatures ---------------------------------------------------------------------------------------------
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, every run of white space one blank: the layout of a text is not what makes it another text."""
     return " ".join(text.lower().split())
 
 
 def shingles(text: str, ngram: int = 25) -> UInt64[np.ndarray, " shingle"]:
-    """The distinct character n-grams of the normalised text, as sorted 64-bit hashes.
+    """The distinct character n-grams of the normalized text, as sorted 64-bit hashes.
 
     A text shorter than ``ngram`` is one shingle. Two different n-grams share a hash with a probability of about 2⁻⁶⁴: set
     operations on these arrays are exact for every practical purpose.
     """
-    codes = np.frombuffer(normalise(text).encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.uint64)
+    codes = np.frombuffer(normalize(text).encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.uint64)
     width = max(1, min(ngram, len(codes)))
     hashes = np.full(max(1, len(codes) - width + 1), width, dtype=np.uint64)
     for offset in range(min(width, len(codes))):

@@ -1,0 +1,108 @@
+"""Formats of fewer bits: what rounding does to weights, and that pruning and quantizing can be done in either order."""
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+from torch import nn
+
+from prunelib.evaluation.perplexity import layer_set_perplexity, perplexity
+from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
+from prunelib.models.quantization import FORMATS, Int8Linear, absmax_int8, to_format, weight_bytes
+
+
+def random_windows(count: int = 4, length: int = 16) -> torch.Tensor:
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_worked_example_of_absmax():
+    weight = torch.tensor([[1.27, -0.64, 0.004, 0.006], [0.0, 0.0, 0.0, 0.0], [-254.0, 2.9, 3.1, 127.0]])
+    integers, scale = absmax_int8(weight)
+    assert integers.tolist() == [[127, -64, 0, 1], [0, 0, 0, 0], [-127, 1, 2, 64]]
+    torch.testing.assert_close(scale, torch.tensor([0.01, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_at_most_half_a_step(dtype):
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).to(dtype)
+    integers, scale = absmax_int8(weight)
+    assert integers.dtype == torch.int8 and int(integers.abs().amax()) == 127
+    assert (integers.abs().amax(dim=1) == 127).all()
+    error = (integers.float() * scale[:, None] - weight.float()).abs()
+    assert (error <= scale[:, None] / 2 * (1 + 1e-5)).all()
+    again, same = absmax_int8(integers.float() * scale[:, None])
+    assert torch.equal(again, integers)
+    torch.testing.assert_close(same, scale)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_map_in_8_bits_applies_the_rounded_weights(bias):
+    linear = nn.Linear(30, 40, bias=bias)
+    short = Int8Linear(linear)
+    states = torch.randn(2, 3, 30)
+    expected = nn.functional.linear(states, short.weight.float() * short.scale[:, None], linear.bias)
+    torch.testing.assert_close(short(states), expected, rtol=1e-5, atol=1e-6)
+    half = short(states.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
+    assert (short(states) - linear(states)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_pruning_and_quantizing_commute(family, name):
+    if name == "nf4":
+        pytest.importorskip("bitsandbytes")
+    windows, removed = random_windows(), (1, 4)
+    quantized = build(family)
+    before = {key: value.clone() for key, value in quantized.state_dict().items()}
+    to_format(quantized, name)
+    walked = layer_set_perplexity(quantized, windows, [(), removed], progress=False)
+    pruned = remove_layers(build(family), removed)
+    to_format(pruned, name)
+    tolerance = 2e-2 if name == "bf16" else 1e-5
+    assert walked[removed].nats == pytest.approx(perplexity(pruned, windows).nats, abs=tolerance)
+    # Something changed, and little; embeddings and head did not, but for bfloat16.
+    dense = perplexity(build(family), windows).nats
+    assert 0 < abs(walked[()].nats - dense) < 0.1
+    head = quantized.get_output_embeddings().weight
+    if name != "bf16":
+        assert torch.equal(head, before[[key for key in before if before[key].shape == head.shape][-1]])
+        assert not any(isinstance(module, nn.Linear) and module.weight.is_floating_point() for module in modules(quantized))
+
+
+def modules(model):
+    return [module for layer in decoder_layers(model) for module in layer.modules()]
+
+
+def test_bytes_of_the_formats():
+    dense = build("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    linear = sum(module.weight.numel() for module in modules(dense) if isinstance(module, nn.Linear))
+    outputs = sum(module.out_features for module in modules(dense) if isinstance(module, nn.Linear))
+    whole = weight_bytes(dense)
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    assert 4 * parameters <= whole <= 4 * parameters + 1000  # and the frequencies of the position embeddings
+    to_format(dense, "int8")
+    assert whole - weight_bytes(dense) == 3 * linear - 4 * outputs
+    tied = build("llama_tied")
+    assert weight_bytes(tied) < weight_bytes(build("llama"))
+
+
+def test_what_cannot_be_quantized_is_refused():
+    with pytest.raises(ValueError, match="unknown format 'int4'; there are: bf16, int8, nf4"):
+        to_format(build("llama"), "int4")
+    with pytest.raises(UnsupportedModel, match="'gpt2': layer 0 has no linear map to quantize"):
+        to_format(build("gpt2"), "int8")
+
+
+def test_finer_formats_lose_less():
+    pytest.importorskip("bitsandbytes")
+    windows, lost = random_windows(8, 32), {}
+    dense = build("llama")
+    logits = dense(windows, use_cache=False).logits.detach()
+    for name in FORMATS:
+        model = build("llama")
+        to_format(model, name)
+        lost[name] = (model(windows, use_cache=False).logits.float() - logits).square().mean().item()
+    assert 0 < lost["int8"] < lost["nf4"]
+    assert np.isfinite(list(lost.values())).all()
