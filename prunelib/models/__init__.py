@@ -25,7 +25,7 @@ from prunelib.models.layers import (
     CheckpointError as CheckpointError,
 )
 from prunelib.models.layers import (
-    Skip as IdentityLayer,
+    IdentityLayer as IdentityLayer,
 )
 from prunelib.models.layers import (
     UnsupportedModel as UnsupportedModel,

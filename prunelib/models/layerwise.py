@@ -236,7 +236,7 @@ class Shell:
         self.view = with_layers(model, slots)
         for index, slot in enumerate(slots):
             slot.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-        # A Skip runs its layer once to see what it returns; two tokens are enough for that.
+        # An IdentityLayer runs its layer once to see what it returns; two tokens are enough for that.
         hidden = self.enter(probe)
         for index in self.sublayers:
             check_additive(model, index, hidden, partial(self.run, index, hidden))

@@ -160,7 +160,7 @@ class SlicedLayer(GradientCheckpointingLayer):
     instance of its family's own class (`_layer_class`), by which transformers finds the layers to record hidden states of.
     """
 
-    returns = torch.Tensor  # for `models.Skip`, which cannot run a layer on hidden states of another one's width
+    returns = torch.Tensor  # for `models.IdentityLayer`, which cannot run a layer on hidden states of another one's width
 
     def __init__(
         self,
