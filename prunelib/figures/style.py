@@ -9,16 +9,8 @@ commit: a file cannot hold the commit that it becomes part of, and with the one 
 what is committed. Nothing here imports torch.
 """
 
-import hashlib
-import importlib.metadata
-import io
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -32,23 +24,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
-from PIL import Image
 
-from prunelib.io import at_root, file_sha256, from_root, leftovers, temporary_prefix, write_json
-from prunelib.lab.profile import STEM, figure_suffixes
-from prunelib.lab.provenance import notebook_source_sha
-from prunelib.lab.runs import PATHS, table_files, write_table
+from prunelib.figures.save import FigureError
 
 WIDTH = 7.2  # inches; at the width of a README 9 pt are then 9 pt on the screen
-PICTURES = (".png", ".pdf")
-PAPERS = {
-    "simdiff": "SimDiff, arXiv 2604.19520",
-    "dynamic_slicing": "Dynamic LLM Slicing, arXiv 2411.03513",
-    "deeper_layers": "The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887",
-    "slicegpt": "SliceGPT, arXiv 2401.15024",
-}
-LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
-DRAWING_CODE = ("figures/style.py", "io.py", "lab/provenance.py", "lab/runs.py")  # all that a chapter imports
 SPREADS = {"min-max": "min–max", "sd": "standard deviation", "sem": "standard error"}
 
 STYLE = {
@@ -82,10 +61,6 @@ STYLE = {
     "hatch.linewidth": 0.8,
     "pdf.fonttype": 42,  # text stays text in the pdf
 }
-
-
-class FigureError(ValueError):
-    """A figure or table that cannot be saved as asked."""
 
 
 @dataclass(frozen=True)
@@ -622,198 +597,3 @@ def _error(data: pd.DataFrame, value: np.ndarray) -> np.ndarray | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ saving
-
-
-def trace(
-    notebook: str | os.PathLike,
-    *,
-    parameters: Mapping[str, Any] | None = None,
-    inputs: Iterable[str | os.PathLike] = (),
-    rows: pd.DataFrame | None = None,
-) -> dict:
-    """Where the numbers of a figure come from, for the `provenance` of `save`.
-
-    notebook: the chapter. parameters: its parameters; those that name files of one batch are left out. inputs: the tables it
-    read, recorded with the sha256 of their files. rows: the rows of results.csv behind the figure; their columns `run` and
-    `code` are recorded. Relative paths are below the project root, and no path of the machine is recorded. Raises
-    FileNotFoundError when the notebook or an input is not there.
-    """
-    columns = {"runs": "run", "run_code": "code"}
-    missing = [name for name in columns.values() if rows is not None and name not in rows]
-    if missing:
-        raise FigureError(f"`rows` has no column {', '.join(missing)}: pass rows of results.csv, published ones apart")
-    found = {} if rows is None else {key: sorted(rows[name].dropna().unique().tolist()) for key, name in columns.items()}
-    read = {part for path in inputs for part in table_files(path)}
-    return {
-        "notebook": {"path": _portable(at_root(notebook)), "source_sha256": notebook_source_sha(at_root(notebook))},
-        "parameters": {name: _portable(value) for name, value in (parameters or {}).items() if name not in PATHS},
-        "inputs": {_portable(at_root(path)): file_sha256(at_root(path)) for path in sorted(map(os.fspath, read))},
-        **found,
-    }
-
-
-def save(
-    figure: Figure, stem: str, folder: str | os.PathLike, *, data: pd.DataFrame, provenance: Mapping[str, Any]
-) -> list[Path]:
-    """Write `<stem>.png`, `.pdf`, `.csv` (the plotted numbers, all digits) and `.json` (their origin) into `folder`.
-
-    All four are made before the first of an older set is replaced; if replacing fails, the older set comes back. The json
-    holds the sha256 of the other three. The figure stays open: a notebook shows it once, at the end of its cell.
-
-    Raises FigureError, before anything is written, when the stem does not follow `<paper>_fig<n>_<what>` or `own_<what>`, or
-    when `data` is empty, has a column without any value, or an infinite number.
-    """
-    about = _about(stem)
-    if figure_suffixes(stem) != (*PICTURES, ".csv", ".json"):
-        raise FigureError(f"{stem} is the stem of a table: use save_table, or give the figure another name")
-    data = _plain_table(data, stem)
-
-    def draw(staged: Path) -> None:
-        for suffix in PICTURES:
-            write_picture(figure, staged / f"{stem}{suffix}")
-
-    return _write_set(stem, folder, about, data, provenance, draw)
-
-
-def save_table(stem: str, folder: str | os.PathLike, *, data: pd.DataFrame, provenance: Mapping[str, Any]) -> list[Path]:
-    """Write `<stem>.csv` and `<stem>.json`, as `save` does for a figure. `markdown` renders `data` in a notebook."""
-    about = _about(stem)
-    if figure_suffixes(stem) != (".csv", ".json"):
-        raise FigureError(f"{stem} is the stem of a figure: use save, or a stem with _table in it")
-    return _write_set(stem, folder, about, _plain_table(data, stem), provenance, lambda staged: None)
-
-
-def write_picture(figure: Figure, path: str | os.PathLike) -> Path:
-    """One png or pdf without dates or versions in it: the same figure gives the same bytes."""
-    path = Path(path)
-    # Those of png and of pdf; None leaves the entry out.
-    metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
-    if path.suffix not in metadata:
-        raise FigureError(f"pictures are png or pdf, not {path.suffix or path.name!r}")
-    if path.suffix == ".pdf":
-        figure.savefig(path, metadata=metadata[path.suffix])
-        return path
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", metadata=metadata[path.suffix])
-    with Image.open(drawn) as picture:
-        # A palette of 256 colors takes a third of the bytes; what changes are shades at the edges of letters and lines.
-        small = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
-        small.save(path, optimize=True, dpi=picture.info["dpi"])
-    return path
-
-
-def markdown(data: pd.DataFrame, *, digits: int | Mapping[str, int] = 2, missing: str = "–") -> str:
-    """A table in Markdown: numbers to the right with `digits` decimals (for all, or one per column), whole ones as they are."""
-    lines = [[str(name) for name in data.columns]]
-    numeric = [pd.api.types.is_numeric_dtype(data[name]) for name in data.columns]
-    for row in data.itertuples(index=False):
-        places = [digits if isinstance(digits, int) else digits.get(str(name), 2) for name in data.columns]
-        lines.append([_cell(value, place, missing) for value, place in zip(row, places, strict=True)])
-    rule = ["---:" if number else "---" for number in numeric]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [lines[0], rule, *lines[1:]])
-
-
-def _cell(value: Any, digits: int, missing: str) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
-        return missing
-    if isinstance(value, float | np.floating):
-        return f"{value:,.{digits}f}"
-    return str(value).replace("|", "\\|")
-
-
-def _about(stem: str) -> dict:
-    """Paper, number and content that a stem names."""
-    rule = "a stem is <paper>_<fig|table><n>_<what> or own_<what>, in lower case"
-    if not STEM.fullmatch(stem):
-        raise FigureError(f"{stem!r} names no figure: {rule}")
-    if stem.startswith("own_"):
-        return {"figure": stem, "paper": None, "number": None}
-    parts = re.fullmatch(r"(?P<paper>[a-z0-9_]+?)_(?P<number>(?:fig|table)[a-z0-9]+)_[a-z0-9_]+", stem)
-    if parts is None or parts["paper"] not in PAPERS:
-        raise FigureError(f"{stem!r} names no known paper ({', '.join(PAPERS)}): {rule}")
-    return {"figure": stem, "paper": PAPERS[parts["paper"]], "number": parts["number"]}
-
-
-def _plain_table(data: pd.DataFrame, stem: str) -> pd.DataFrame:
-    """The table as it goes into the csv: index levels with names become columns."""
-    if data.index.names != [None]:
-        data = data.reset_index()
-    if data.empty:
-        raise FigureError(f"{stem}: the plotted data are empty; nothing is written without numbers")
-    if isinstance(data.columns, pd.MultiIndex):
-        raise FigureError(f"{stem}: the plotted data have several levels of columns; a csv holds one")
-    for name in data.columns:
-        if data[name].isna().all():
-            raise FigureError(f"{stem}: column {name!r} of the plotted data has no value; leave it out")
-        if pd.api.types.is_float_dtype(data[name]) and np.isinf(data[name].dropna().to_numpy(dtype=float)).any():
-            raise FigureError(
-                f"{stem}: column {name!r} of the plotted data is infinite somewhere; draw its logarithm or leave it out"
-            )
-    return data
-
-
-def _write_set(
-    stem: str, folder: str | os.PathLike, about: dict, data: pd.DataFrame, provenance: Mapping, draw: Any
-) -> list[Path]:
-    folder = at_root(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in leftovers(folder / stem):
-        shutil.rmtree(left, ignore_errors=True)
-    staged = Path(tempfile.mkdtemp(dir=folder, prefix=temporary_prefix(stem)))
-    try:
-        draw(staged)
-        write_table(data, staged / f"{stem}.csv")
-        drawn = sorted(staged.iterdir())
-        record = {
-            **about,
-            **{name: _portable(value) for name, value in provenance.items()},
-            "drawing_code_sha256": _drawing_code(),
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "files": {path.suffix.removeprefix("."): file_sha256(path) for path in drawn},
-        }
-        write_json(staged / f"{stem}.json", record)
-        return _replace(staged, folder, [f"{stem}{suffix}" for suffix in figure_suffixes(stem)])
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _replace(staged: Path, folder: Path, names: Sequence[str]) -> list[Path]:
-    """Move the new files into place; if one cannot be moved, put all the old ones back."""
-    old = staged / "old"
-    old.mkdir()
-    for name in names:
-        if (folder / name).exists():
-            shutil.copy2(folder / name, old / name)
-    try:
-        for name in names:
-            os.replace(staged / name, folder / name)
-    except OSError:
-        for name in names:
-            if (old / name).exists():
-                os.replace(old / name, folder / name)
-            elif not (staged / name).exists():
-                (folder / name).unlink(missing_ok=True)
-        raise
-    return [folder / name for name in names]
-
-
-def _drawing_code() -> str:
-    """sha256 over the modules that a chapter uses: an edit elsewhere in the package does not change a figure's record."""
-    here = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for name in DRAWING_CODE:
-        content = hashlib.sha256((here / name).read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-        digest.update(f"{name}\0{content}\n".encode())
-    return digest.hexdigest()
-
-
-def _portable(value: Any) -> Any:
-    """Paths below the project root relative to it, others by their file name alone; everything else as it is."""
-    if isinstance(value, Mapping):
-        return {_portable(key): _portable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
-        path = from_root(at_root(value))
-        return Path(path).name if os.path.isabs(path) else path
-    return value
