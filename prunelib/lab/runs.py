@@ -16,13 +16,16 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
 from prunelib.io import at_root, from_root, replacing, write_json
+from prunelib.lab.provenance import model_fingerprint, peak_bytes, record
 
 SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
@@ -67,6 +70,51 @@ def write_run(
     }
     _validate(run, str(path))
     return write_json(path, run)
+
+
+@dataclass
+class Recorder:
+    """A run while its notebook computes: `recorder = start("selection", globals())` in the first cell after the parameters,
+    `recorder.write(rows)` in the last one.
+    """
+
+    experiment: str
+    parameters: dict
+    started: float = field(default_factory=time.perf_counter)
+
+    def write(self, rows: Sequence[Mapping], *, data: Mapping[str, str] | None = None, extra: Mapping | None = None) -> Path:
+        """Write the run file named by the parameter `output`, and print one line about it.
+
+        The time runs from `start`; parameters, model and device are those of the notebook. `data` maps each text or file to its
+        sha256. Raises as `write_run`.
+        """
+        values = {name: value for name, value in self.parameters.items() if name != "output"}
+        device, model = values.get("device", "cpu"), values.get("model")
+        described = {"name": model, "fingerprint": model_fingerprint(model)} if model is not None else None
+        path = write_run(
+            self.parameters["output"],
+            experiment=self.experiment,
+            parameters=values,
+            rows=rows,
+            provenance=record(data=data, model=described, device=device),
+            seconds=time.perf_counter() - self.started,
+            peak_bytes=peak_bytes(device),
+            extra=extra,
+        )
+        print(summary(path))
+        return path
+
+
+def start(experiment: str, namespace: Mapping[str, object]) -> Recorder:
+    """Begin a run: `namespace` is the `globals()` of the notebook, where so far only the parameters have plain values."""
+    plain = bool | int | float | str | list | None
+    hidden = ("In", "Out")  # of IPython
+    values = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in hidden
+    }
+    return Recorder(experiment, values)
 
 
 def read_run(path: str | os.PathLike) -> dict:
