@@ -29,7 +29,7 @@ def use_onednn(model: nn.Module) -> nn.Module:
 
 def adopt_as(example: nn.Module, model: nn.Module) -> nn.Module:
     """`model`, multiplying as `example` does: two builds of one model are compared without a difference of rounding."""
-    return adopt(model) if any(isinstance(module, OneDnnLinear) for module in example.modules()) else model
+    return use_onednn(model) if any(isinstance(module, OneDnnLinear) for module in example.modules()) else model
 
 
 class OneDnnLinear(nn.Linear):
