@@ -30,9 +30,9 @@ from pathlib import Path
 import mistune
 
 from prunelib.claims import claims
+from prunelib.figures.save import STEM, figure_suffixes
 from prunelib.io import at_root, project_root, write_text
 from prunelib.lab import prose
-from prunelib.lab.profile import STEM, figure_suffixes
 
 OUT = "build/report/report.html"
 FIGURES = "figures"

@@ -10,8 +10,10 @@ names the code by hashes instead of the git commit: a file cannot hold the commi
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
@@ -29,7 +31,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prunelib.io import at_root, file_sha256, from_root, leftovers, temporary_prefix, write_json
-from prunelib.lab.profile import STEM, figure_suffixes
 from prunelib.lab.runs import PATHS, ResultError, collect, read_table, write_table
 
 PAPERS = {
@@ -39,6 +40,7 @@ PAPERS = {
     "slicegpt": "SliceGPT, arXiv 2401.15024",
 }
 LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
+STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
 
 
 class FigureError(ValueError):
@@ -127,6 +129,29 @@ class Entry:
 
 FIGURES: dict[str, Entry] = {}
 """Every figure and table by its stem; a module of this package enters its own when it is imported."""
+
+
+def registry() -> dict[str, Entry]:
+    """`FIGURES` with the entries of every module of this package."""
+    here = Path(__file__).resolve().parent
+    for module in sorted({path.stem for path in here.glob("*.py")} - {"__init__", "__main__"}):
+        importlib.import_module(f"prunelib.figures.{module}")
+    return FIGURES
+
+
+def figure_suffixes(stem: str) -> tuple[str, ...]:
+    """A figure is png, pdf, the plotted numbers and their provenance; a table has no picture."""
+    return (".csv", ".json") if re.match(r"[a-z0-9_]*_table", stem) else (".png", ".pdf", ".csv", ".json")
+
+
+def figure_stems(notebook: str | os.PathLike) -> list[str]:
+    """Stems of the figures and tables that a chapter shows: the names in backticks in its headings."""
+    found = []
+    for cell in json.loads(at_root(notebook).read_text(encoding="utf-8"))["cells"]:
+        lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "markdown" else []
+        for line in lines:
+            found += [name for name in re.findall(r"`([^`]+)`", line) if line.startswith("#") and STEM.fullmatch(name)]
+    return list(dict.fromkeys(found))
 
 
 def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int | None = None) -> Callable:
