@@ -1,1 +1,20 @@
-"""What does a paper say, and what do the tables say to it?"""
+"""What does a paper say, and what do the tables say to it? One function per claim, marked with `claim`."""
+
+from prunelib.claims import deeper_layers, simdiff, slicing  # noqa: F401 (each enters its claims)
+from prunelib.claims.judge import ClaimError, Tables, claim, outcomes, pick
+from prunelib.claims.table import BEGIN, END, MARKS, counts, frame, markdown, number
+
+__all__ = [
+    "BEGIN",
+    "END",
+    "MARKS",
+    "ClaimError",
+    "Tables",
+    "claim",
+    "counts",
+    "frame",
+    "markdown",
+    "number",
+    "outcomes",
+    "pick",
+]

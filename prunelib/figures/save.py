@@ -31,14 +31,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prunelib.io import at_root, file_sha256, from_root, leftovers, temporary_prefix, write_json
-from prunelib.lab.runs import PATHS, ResultError, collect, read_table, write_table
+from prunelib.lab.runs import PAPERS, PATHS, ResultError, collect, read_table, write_table
 
-PAPERS = {
-    "simdiff": "SimDiff, arXiv 2604.19520",
-    "dynamic_slicing": "Dynamic LLM Slicing, arXiv 2411.03513",
-    "deeper_layers": "The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887",
-    "slicegpt": "SliceGPT, arXiv 2401.15024",
-}
 LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
 STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
 

@@ -1,15 +1,13 @@
-"""Run JSON ⇄ long table. A number exists only because a run file holds it; what is missing has no row.
+"""Run files (JSON) and tables (CSV). A number exists only because a run file holds it; what is missing has no row.
 
-One run is one JSON file, written by the last cell of its notebook:
+A run is one JSON file, written by the last cell of its notebook:
 
-    {"schema": 1, "experiment": "depth", "parameters": {…}, "rows": [{…, "metric": "ppl", "value": 9.7, "n": 512}],
+    {"schema": 1, "experiment": "selection", "parameters": {…}, "rows": [{…, "metric": "ppl", "value": 9.7, "n": 512}],
      "seconds": 12.3, "peak_bytes": 812000000, "provenance": {…}, "extra": {…}}
 
-The table has one line per row of every run, the scalar parameters of the run beside it, and the column `run`
-(`<folder>/<stem>` of the run file), so that every number can be traced. Lists and paths stay in the run file.
-
-On disk it is two files: `<table>.csv` with the rows, and `<table>.runs.csv` with what is the same in all rows of a run, written
-once per run: its parameters, `experiment` and `code`. `read_table` puts them together again.
+A table of runs is two files: `<table>.csv` has the rows, with the column `run` (`<folder>/<stem>` of the run file), and
+`<table>.runs.csv` has one line for each run: its scalar parameters, `experiment`, `seconds`, `peak_mib`, and `code`, the
+hash of the library that made it. `read_table` joins them.
 """
 
 import json
@@ -19,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -29,47 +27,24 @@ from prunelib.lab.provenance import model_fingerprint, peak_bytes, record
 
 SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
+COSTS = ("seconds", "peak_mib")  # of a run: only in the table of runs
 RESERVED = ("run", "experiment", "code")
 PUBLISHED = "data/published/published.csv"
-RUNS = ".runs.csv"  # of the table of runs beside a table
-# Parameters that name files of one machine or one batch.
+PAPERS = {
+    "simdiff": "SimDiff, arXiv 2604.19520",
+    "dynamic_slicing": "Dynamic LLM Slicing, arXiv 2411.03513",
+    "deeper_layers": "The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887",
+    "slicegpt": "SliceGPT, arXiv 2401.15024",
+}
+# Parameters that name files of one machine or one batch; they stay in the run file.
 PATHS = ("output", "data_dir", "task_data_dir", "statistics", "choices")
 
 
 class ResultError(ValueError):
-    """A run file or a row that must not become a number in a table."""
+    """A run file, a row or a choice that must not become a number in a table."""
 
 
-def write_run(
-    path: str | os.PathLike,
-    *,
-    experiment: str,
-    parameters: Mapping,
-    rows: Sequence[Mapping],
-    provenance: Mapping,
-    seconds: float,
-    peak_bytes: int | None = None,
-    extra: Mapping | None = None,
-) -> Path:
-    """Validate a run and write it, complete or not at all; an older file stays until the new one is ready.
-
-    `rows` are dicts of coordinates plus `metric`, `value` and optionally `n` (items behind the value) and `stderr`. `rows` may
-    be empty: a run that only made arrays. `seconds` is the compute time, `peak_bytes` the peak memory. Relative paths
-    are below the project root. Raises ResultError naming the row and the key.
-    """
-    path = at_root(path)
-    run = {
-        "schema": SCHEMA,
-        "experiment": experiment,
-        "parameters": {name: from_root(value) if _below_root(value) else value for name, value in parameters.items()},
-        "rows": [dict(row) for row in rows],
-        "seconds": seconds,
-        "peak_bytes": peak_bytes,
-        "provenance": dict(provenance),
-        "extra": dict(extra or {}),
-    }
-    _validate(run, str(path))
-    return write_json(path, run)
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 @dataclass
@@ -86,7 +61,7 @@ class Recorder:
         """Write the run file named by the parameter `output`, and print one line about it.
 
         The time runs from `start`; parameters, model and device are those of the notebook. `data` maps each text or file to its
-        sha256. Raises as `write_run`.
+        sha256. Raises the same errors as `write_run`.
         """
         values = {name: value for name, value in self.parameters.items() if name != "output"}
         device, model = values.get("device", "cpu"), values.get("model")
@@ -117,6 +92,48 @@ def start(experiment: str, namespace: Mapping[str, object]) -> Recorder:
     return Recorder(experiment, values)
 
 
+def write_run(
+    path: str | os.PathLike,
+    *,
+    experiment: str,
+    parameters: Mapping,
+    rows: Sequence[Mapping],
+    provenance: Mapping,
+    seconds: float,
+    peak_bytes: int | None = None,
+    extra: Mapping | None = None,
+) -> Path:
+    """Validate a run and write it, complete or not at all; an older file stays until the new one is ready.
+
+    rows: coordinates plus `metric`, `value` and optionally `n` (items behind the value) and `stderr`; empty for a run that only
+    made arrays. Relative paths are below the project root. Raises ResultError naming the row and the key.
+    """
+    path = at_root(path)
+    run = {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "parameters": {name: from_root(value) if _below_root(value) else value for name, value in parameters.items()},
+        "rows": [dict(row) for row in rows],
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "provenance": dict(provenance),
+        "extra": dict(extra or {}),
+    }
+    _validate(run, str(path))
+    return write_json(path, run)
+
+
+def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
+    """Write a table as CSV, complete or not at all. Ten significant digits: those behind differ between machines."""
+    path = at_root(path)
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.10g")
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
 def read_run(path: str | os.PathLike) -> dict:
     """A run file, checked. Raises ResultError when it is not one, FileNotFoundError when it is not there."""
     path = at_root(path)
@@ -141,112 +158,29 @@ def run_id(path: str | os.PathLike) -> str:
     return f"{path.absolute().parent.name}/{path.stem}"
 
 
-def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.DataFrame":
-    """The long table of all runs in a folder (at any depth) or of the given run files.
+def read_choices(
+    path: str | os.PathLike, *, model: str, methods: Collection[str], sizes: Collection[int]
+) -> dict[tuple[str, int], tuple[int, ...]]:
+    """The sets of layers that a run of selection or blocks chose: (method, K) → removed layers, ascending.
 
-    Columns: `run`, `experiment`, parameters and coordinates of the rows (sorted; those without any value are left out),
-    `metric`, `value`, `n`, `stderr`, and `code`, the first 12 digits of the hash of the library that made it. Lines are sorted
-    by run; within a run they keep their order. Cells without a value are missing, never 0. Warns when runs of
-    different library code meet in one table.
-
-    Raises ResultError when there is no run, when one is invalid, or when two have the same id.
+    Of several calibration draws in the run, those of the first seed. Pairs that the run does not have are left out, as long as
+    every method has one. Raises ResultError when the run is of another model, or has no choice of a method.
     """
-    return _joined(*_collected(source))
-
-
-def write_runs(source: str | os.PathLike | Iterable[str | os.PathLike], path: str | os.PathLike) -> "pandas.DataFrame":
-    """`collect`, written as `path` and, beside it, the runs' own table (`runs_table`). Raises as `collect`, and OSError."""
-    rows, runs = _collected(source)
-    # The rows last: they are what a batch looks for, and without their runs they would say nothing.
-    write_table(runs, runs_table(path))
-    write_table(rows, path)
-    return _joined(rows, runs)
-
-
-def read_table(path: str | os.PathLike) -> "pandas.DataFrame":
-    """A table as `collect` made it, from its two files; any other CSV, which has no second file, as it is.
-
-    Raises ResultError when the rows of a run stand in one file and the run does not in the other, and FileNotFoundError.
-    """
-    import pandas
-
-    rows = pandas.read_csv(at_root(path), low_memory=False)
-    beside = at_root(runs_table(path))
-    if not beside.is_file():
-        if "run" in rows and "code" not in rows:
-            raise ResultError(f"{from_root(beside)} is missing, which holds the parameters of the runs in {from_root(path)}")
-        return rows
-    runs = pandas.read_csv(beside, low_memory=False)
-    unknown = set(rows["run"]) - set(runs["run"])
-    if unknown or not runs["run"].is_unique:
-        what = f"lacks the run {min(unknown)}" if unknown else "names a run twice"
-        raise ResultError(f"{from_root(beside)} {what}: it belongs to another {from_root(path)}; make both again")
-    return _joined(rows, runs)
-
-
-def runs_table(path: str | os.PathLike) -> Path:
-    """`<table>.runs.csv`, the table of runs that belongs to `<table>.csv`."""
-    return Path(path).with_suffix(RUNS)
-
-
-def table_files(path: str | os.PathLike) -> list[Path]:
-    """The files of a table: itself, and the table of its runs where there is one."""
-    return [Path(path), *(one for one in (runs_table(path),) if at_root(one).is_file())]
-
-
-def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "tuple[pandas.DataFrame, pandas.DataFrame]":
-    """The rows of all runs, without what their run says for all of them; and the runs."""
-
-    if isinstance(source, str | os.PathLike):
-        files = sorted(path for path in at_root(source).rglob("*.json") if not path.name.startswith("."))
-    else:
-        files = [at_root(path) for path in source]
-    if not files:
-        raise ResultError(f"no run in {source}: run the batch first (`make figures`)")
-    twice = [name for name, count in Counter(map(run_id, files)).items() if count > 1]
-    if twice:
-        raise ResultError(f"two run files are called {twice[0]}: a table needs distinct names")
-
-    rows, runs = [], []
-    for file in sorted(files, key=run_id):
-        run, name = read_run(file), run_id(file)
-        scalars = {
-            name: value for name, value in run["parameters"].items() if name not in PATHS and not isinstance(value, list | dict)
-        }
-        code = run["provenance"].get("source_sha256")
-        runs.append({"run": name, "experiment": run["experiment"], **scalars, "code": code[:12] if code else None})
-        rows.extend({"run": name, **{key: row[key] for key in row if key not in scalars}} for row in run["rows"])
-    codes = sorted({run["code"] for run in runs if run["code"]})
-    if len(codes) > 1:
-        warnings.warn(
-            f"this table mixes runs of {len(codes)} versions of the library ({', '.join(codes)}); "
-            "make them again with one version (`snakemake --forceall`) before comparing them",
-            stacklevel=3,
-        )
-    return _frame(rows, ("run",), VALUES), _frame(runs, ("run", "experiment"), ("code",))
-
-
-def _frame(records: Sequence[Mapping], first: Sequence[str], last: Sequence[str]) -> "pandas.DataFrame":
-    """Columns `first`, those of the records with any value (sorted), and `last`."""
-    import pandas
-
-    names = {name for record in records for name, value in record.items() if value is not None} - {*first, *last}
-    columns = [*first, *sorted(names), *last]
-    return pandas.DataFrame({name: _column([record.get(name) for record in records]) for name in columns})
-
-
-def _joined(rows: "pandas.DataFrame", runs: "pandas.DataFrame") -> "pandas.DataFrame":
-    """Every row with its run. A name that both have, a coordinate here and a parameter there, is filled from the run."""
-    import pandas
-
-    places = pandas.Index(runs["run"]).get_indexer(rows["run"])
-    parts = {name: rows[name] for name in rows}
-    for name in runs.columns.difference(["run"]):
-        of_run = runs[name].take(places).set_axis(rows.index)
-        parts[name] = parts[name].where(parts[name].notna(), of_run) if name in parts else of_run
-    ends = ("run", "experiment", *VALUES, "code")
-    names = sorted(name for name in parts if name not in ends and parts[name].notna().any())
-    return pandas.DataFrame({name: parts[name] for name in ("run", "experiment", *names, *VALUES, "code")})
+    run = read_run(path)
+    if run["parameters"]["model"] != model:
+        raise ResultError(f"{path} holds choices for {run['parameters']['model']}, not for {model}")
+    rows = [row for row in run["rows"] if row.get("role") == "choice" and row["metric"] == "nll" and "removed_layers" in row]
+    draw = min((row["calibration_seed"] for row in rows if "calibration_seed" in row), default=None)
+    found = {}
+    for row in rows:
+        size = row.get("layers_removed", row.get("size"))
+        if row["method"] in methods and size in sizes and row.get("calibration_seed", draw) == draw:
+            found[row["method"], size] = tuple(int(layer) for layer in row["removed_layers"].split())
+    missing = [name for name in methods if not any(method == name for method, _ in found)]
+    if missing:
+        known = ", ".join(sorted({row["method"] for row in rows}))
+        raise ResultError(f"{path} has no choice of {missing[0]!r} with K in {sorted(sizes)}; its methods are: {known}")
+    return found
 
 
 def published(paper: str | None = None, item: str | None = None) -> "pandas.DataFrame":
@@ -267,27 +201,124 @@ def published(paper: str | None = None, item: str | None = None) -> "pandas.Data
     return table.reset_index(drop=True)
 
 
-def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
-    """Write a table as CSV: by temporary file and rename. Ten significant digits: those behind differ between machines."""
-    path = at_root(path)
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.10g")
-    return path
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.DataFrame":
+    """The table of all runs in a folder (at any depth) or of the given run files, joined as by `read_table`.
+
+    Columns: `run`, `experiment`, parameters and coordinates of the rows (sorted; those without any value are left out),
+    `metric`, `value`, `n`, `stderr` and `code`. Lines are sorted by run. Cells without a value are missing, never 0. Warns when
+    runs of different library code meet. Raises ResultError when there is no run, one is invalid, or two have the same id.
+    """
+    return _joined(*_collected(source))
+
+
+def write_runs(source: str | os.PathLike | Iterable[str | os.PathLike], path: str | os.PathLike) -> "pandas.DataFrame":
+    """`collect`, written as `path` and, beside it, the table of runs. Raises the same errors as `collect`, and OSError."""
+    rows, runs = _collected(source)
+    # The rows last: they are what a batch looks for, and without their runs they would say nothing.
+    write_table(runs, runs_table(path))
+    write_table(rows, path)
+    return _joined(rows, runs)
+
+
+def read_table(path: str | os.PathLike) -> "pandas.DataFrame":
+    """A table of runs from its two files; any other CSV, which has no second file, as it is.
+
+    Raises ResultError when the two files do not belong together, and FileNotFoundError.
+    """
+    import pandas
+
+    rows = pandas.read_csv(at_root(path), low_memory=False)
+    beside = at_root(runs_table(path))
+    if not beside.is_file():
+        if "run" in rows and "code" not in rows:
+            raise ResultError(f"{from_root(beside)} is missing, which holds the parameters of the runs in {from_root(path)}")
+        return rows
+    runs = pandas.read_csv(beside, low_memory=False)
+    unknown = set(rows["run"]) - set(runs["run"])
+    if unknown or not runs["run"].is_unique:
+        what = f"lacks the run {min(unknown)}" if unknown else "names a run twice"
+        raise ResultError(f"{from_root(beside)} {what}: it belongs to another {from_root(path)}; make both again")
+    return _joined(rows, runs)
+
+
+def runs_table(path: str | os.PathLike) -> Path:
+    """`<table>.runs.csv`, the table of runs that belongs to `<table>.csv`."""
+    return Path(path).with_suffix(".runs.csv")
+
+
+def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "tuple[pandas.DataFrame, pandas.DataFrame]":
+    """The rows of all runs, without what their run says for all of them; and the runs."""
+    if isinstance(source, str | os.PathLike):
+        files = sorted(path for path in at_root(source).rglob("*.json") if not path.name.startswith("."))
+    else:
+        files = [at_root(path) for path in source]
+    if not files:
+        raise ResultError(f"no run in {source}: run the batch first (`make figures`)")
+    twice = [name for name, count in Counter(map(run_id, files)).items() if count > 1]
+    if twice:
+        raise ResultError(f"two run files are called {twice[0]}: a table needs distinct names")
+
+    rows, runs = [], []
+    for file in sorted(files, key=run_id):
+        run, name = read_run(file), run_id(file)
+        scalars = {
+            key: value for key, value in run["parameters"].items() if key not in PATHS and not isinstance(value, list | dict)
+        }
+        code, peak = run["provenance"].get("source_sha256"), run["peak_bytes"]
+        costs = {"seconds": round(run["seconds"], 1), "peak_mib": round(peak / 2**20) if peak is not None else None}
+        runs.append({"run": name, "experiment": run["experiment"], **scalars, **costs, "code": code[:12] if code else None})
+        rows.extend({"run": name, **{key: row[key] for key in row if key not in scalars}} for row in run["rows"])
+    codes = sorted({run["code"] for run in runs if run["code"]})
+    if len(codes) > 1:
+        warnings.warn(
+            f"this table mixes runs of {len(codes)} versions of the library ({', '.join(codes)}); "
+            "make them again with one version (`snakemake --forceall`) before comparing them",
+            stacklevel=3,
+        )
+    return _frame(rows, ("run",), VALUES), _frame(runs, ("run", "experiment"), (*COSTS, "code"))
+
+
+def _frame(records: Sequence[Mapping], first: Sequence[str], last: Sequence[str]) -> "pandas.DataFrame":
+    """Columns `first`, those of the records with any value (sorted), and `last`."""
+    import pandas
+
+    names = {name for record in records for name, value in record.items() if value is not None} - {*first, *last}
+    columns = [*first, *sorted(names), *last]
+    return pandas.DataFrame({name: _column([record.get(name) for record in records]) for name in columns})
+
+
+def _joined(rows: "pandas.DataFrame", runs: "pandas.DataFrame") -> "pandas.DataFrame":
+    """Every row with its run. A name that both have, a coordinate here and a parameter there, is filled from the run."""
+    import pandas
+
+    places = pandas.Index(runs["run"]).get_indexer(rows["run"])
+    parts = {name: rows[name] for name in rows}
+    for name in runs.columns.difference(["run", *COSTS]):
+        of_run = runs[name].take(places).set_axis(rows.index)
+        parts[name] = parts[name].where(parts[name].notna(), of_run) if name in parts else of_run
+    ends = ("run", "experiment", *VALUES, "code")
+    names = sorted(name for name in parts if name not in ends and parts[name].notna().any())
+    return pandas.DataFrame({name: parts[name] for name in ("run", "experiment", *names, *VALUES, "code")})
 
 
 def _column(values: list) -> object:
     """One dtype per column, integers kept as integers beside missing cells, text as text."""
     import pandas
 
-    present = [value for value in values if value is not None]
-    if present and all(isinstance(value, bool) for value in present):
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
         return pandas.array(values, dtype="boolean")
-    if present and all(isinstance(value, int) and not isinstance(value, bool) for value in present):
-        small = all(-(2**63) <= value < 2**63 for value in present)  # a larger one, such as a seed, stays Python's own
-        return pandas.array(values, dtype="Int64") if small else pandas.Series(values, dtype="object")
-    if present and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+    if kinds == {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
+        return pandas.array(values, dtype="Int64")
+    if kinds and kinds <= {int, float} and float in kinds:
         return pandas.array(values, dtype="float64")
-    return pandas.Series([None if value is None else value for value in values], dtype="object")
+    return pandas.Series(values, dtype="object")
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
 
 
 def _validate(run: object, where: str) -> None:
@@ -303,14 +334,10 @@ def _validate(run: object, where: str) -> None:
         raise ResultError(f"{where}: `seconds` must be a time, not {seconds!r}")
     if peak is not None and (not isinstance(peak, Integral) or peak <= 0):
         raise ResultError(f"{where}: `peak_bytes` must be a positive number of bytes or None, not {peak!r}")
-    for name in (*VALUES, *RESERVED):
-        if name in run["parameters"]:
-            raise ResultError(f"{where}: a parameter cannot be called `{name}`, the table has a column of that name")
     for name, value in run["parameters"].items():
-        if _breaks_line(name) or _breaks_line(value):
-            raise ResultError(
-                f"{where}: the parameter {name!r} = {value!r} holds a carriage return, which breaks a table's line"
-            )
+        if name in (*VALUES, *COSTS, *RESERVED):
+            raise ResultError(f"{where}: a parameter cannot be called `{name}`, the table has a column of that name")
+        _check_line(name, value, where)
     for index, row in enumerate(run["rows"]):
         _validate_row(row, run["parameters"], f"{where}: row {index}")
 
@@ -319,34 +346,33 @@ def _validate_row(row: Mapping, parameters: Mapping, where: str) -> None:
     metric = row.get("metric")
     if not isinstance(metric, str) or not metric:
         raise ResultError(f"{where} has no `metric`: {dict(row)}")
-    if "value" not in row or row["value"] is None:
-        raise ResultError(f"{where} ({metric}) has no `value`: leave the row out when there is none")
+    where = f"{where} ({metric})"
+    if row.get("value") is None:
+        raise ResultError(f"{where} has no `value`: leave the row out when there is none")
     if not _finite(row["value"]):
-        raise ResultError(f"{where} ({metric}) has the value {row['value']!r}: only finite numbers are results")
+        raise ResultError(f"{where} has the value {row['value']!r}: only finite numbers are results")
     count, stderr = row.get("n"), row.get("stderr")
     if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count <= 0):
-        raise ResultError(f"{where} ({metric}) has n = {count!r}: the number of items behind the value is positive")
+        raise ResultError(f"{where} has n = {count!r}: the number of items behind the value is positive")
     if stderr is not None and (not _finite(stderr) or stderr < 0):
-        raise ResultError(f"{where} ({metric}) has stderr = {stderr!r}")
+        raise ResultError(f"{where} has stderr = {stderr!r}")
     for name, value in row.items():
         if name in RESERVED:
-            raise ResultError(f"{where} ({metric}) uses the column name `{name}`, which the table fills itself")
+            raise ResultError(f"{where} uses the column name `{name}`, which the table fills itself")
         if isinstance(value, list | tuple | dict | set):
-            raise ResultError(f"{where} ({metric}): `{name}` is a {type(value).__name__}; a cell holds one value")
-        if _breaks_line(name) or _breaks_line(value):
-            raise ResultError(f"{where} ({metric}): {name!r} = {value!r} holds a carriage return, which breaks a table's line")
+            raise ResultError(f"{where}: `{name}` is a {type(value).__name__}; a cell holds one value")
+        _check_line(name, value, where)
         if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
-            raise ResultError(f"{where} ({metric}): `{name}` is {value!r}; leave a missing coordinate out")
+            raise ResultError(f"{where}: `{name}` is {value!r}; leave a missing coordinate out")
         if name in parameters and name not in PATHS and parameters[name] != value:
-            raise ResultError(
-                f"{where} ({metric}): `{name}` is {value!r} but the parameter of that name is {parameters[name]!r}; "
-                "give the column another name"
-            )
+            given = parameters[name]
+            raise ResultError(f"{where}: `{name}` is {value!r} but the parameter of that name is {given!r}; rename the column")
 
 
-def _breaks_line(value: object) -> bool:
-    """A text that Python's csv does not put in quotes although readers take it for two lines."""
-    return isinstance(value, str) and "\r" in value
+def _check_line(name: str, value: object, where: str) -> None:
+    """Refuse a carriage return: Python's csv does not quote it although readers take it for the end of a line."""
+    if any(isinstance(text, str) and "\r" in text for text in (name, value)):
+        raise ResultError(f"{where}: {name!r} = {value!r} holds a carriage return, which breaks a table's line")
 
 
 def _finite(value: object) -> bool:
