@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prunelib import models
-from prunelib.criteria.loss_based import LayerSetLoss
-from prunelib.depth.search import LayerSet, greedy
+from prunelib.depth import LayerSet, LayerSetLoss, greedy
 from prunelib.evaluation import perplexity
 from prunelib.text import corpora
+from prunelib.text.windows import sample_windows
 
 SHAPES = {
     "reference": {
@@ -117,7 +117,7 @@ def main() -> None:
     if args.model:
         model = models.load(args.model, dtype=args.dtype, device=args.device)
         text = corpora.load(args.corpus, "calibration")
-        windows = corpora.sample_windows(text, models.load_tokenizer(args.model), count, length, seed=0, progress=False)
+        windows = sample_windows(text, models.load_tokenizer(args.model), count, length, seed=0, progress=False)
     else:
         model = random_model(args.shape, args.device, getattr(torch, args.dtype))
         windows = torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))

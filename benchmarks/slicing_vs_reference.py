@@ -46,9 +46,10 @@ from prunelib.evaluation import perplexity
 from prunelib.io import file_sha256
 from prunelib.models import load, load_tokenizer
 from prunelib.slicing.modeling import SHORTCUTS, architecture_of
-from prunelib.slicing.rotate import slice_model
+from prunelib.slicing import slice_model
 from prunelib.slicing.schedules import SlicePlan
 from prunelib.text import corpora
+from prunelib.text.windows import consecutive_windows, sample_windows
 
 ADAPTERS = {
     "llama": ("llama_adapter", "LlamaModelAdapter", "CompressedLlamaDecoderLayer"),
@@ -225,8 +226,8 @@ def main() -> None:
     if dense.config.model_type not in ADAPTERS:
         raise SystemExit(f"model type {dense.config.model_type!r}: one of {', '.join(ADAPTERS)} can be compared")
     text = {split: corpora.load(settings.corpus, split, data_dir=settings.data_dir) for split in ("calibration", "evaluation")}
-    windows = corpora.sample_windows(text["calibration"], tokenizer, settings.samples, settings.tokens, 0, progress=False)
-    held_out = corpora.consecutive_windows(text["evaluation"], tokenizer, settings.tokens, settings.windows, progress=False)
+    windows = sample_windows(text["calibration"], tokenizer, settings.samples, settings.tokens, 0, progress=False)
+    held_out = consecutive_windows(text["evaluation"], tokenizer, settings.tokens, settings.windows, progress=False)
     n_layers = len(dense.get_submodule(architecture_of(dense.config).layers))
     alike = with_epsilon(dense, EPSILON)
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prunelib.text import corpora
-from prunelib.text.corpora import Corpus, consecutive_windows, load, sample_windows, token_stream, windows_sha256
+from prunelib.text.corpora import Corpus, load
+from prunelib.text.windows import consecutive_windows, sample_windows, token_stream, windows_sha256
 
 WORDS = [f"w{number}" for number in range(500)]
 
@@ -175,7 +176,7 @@ def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
         return [{"text": " = A = \n"}, {"text": ""}, {"text": " b \n"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(corpora, "_require_hub", lambda *arguments: None)
+    monkeypatch.setattr(corpora, "require_hub", lambda *arguments: None)
     assert load("wikitext2", "evaluation").documents == (" = A = \n\n\n\n\n b \n",)
     assert load("c4", "evaluation", max_documents=1).documents == (" = A = \n",)
     assert load("alpaca", "calibration").documents == (" = A = \n", " b \n")
@@ -193,7 +194,7 @@ def test_failure_of_the_hub_client_names_the_remedy(monkeypatch):
         raise ConnectionError("Couldn't reach it\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(corpora, "_require_hub", lambda *arguments: None)
+    monkeypatch.setattr(corpora, "require_hub", lambda *arguments: None)
     with pytest.raises(
         RuntimeError, match=r"could not be read from tatsu-lab/alpaca \(ConnectionError: Couldn't reach it\).*data_dir"
     ):
@@ -201,14 +202,12 @@ def test_failure_of_the_hub_client_names_the_remedy(monkeypatch):
 
 
 def test_wikitext_forms_of_an_offline_copy_agree(tmp_path):
-    pages = [" = A = \n \n one \n two \n \n ", " = B = \n \n three \n \n"]
-    raw = " \n" + "\n".join(pages)
+    raw = " \n = A = \n \n one \n two \n \n \n = B = \n \n three \n \n"
     rows = ["", " = A = \n", "", " one \n", " two \n", "", "", " = B = \n", "", " three \n", ""]
-    folders = {form: tmp_path / form for form in ("raw", "pages", "rows", "nested")}
+    folders = {form: tmp_path / form for form in ("raw", "rows", "nested")}
     for folder in folders.values():
         folder.mkdir()
     (folders["raw"] / "wiki.test.raw").write_text(raw, encoding="utf-8")
-    (folders["pages"] / "test.jsonl").write_text("\n".join(json.dumps({"page": page}) for page in pages), encoding="utf-8")
     (folders["rows"] / "test.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
     (folders["nested"] / "wikitext").mkdir()
     (folders["nested"] / "wikitext" / "wiki.test.raw").write_text(raw, encoding="utf-8")
@@ -373,17 +372,11 @@ def test_wikitext2_is_the_usual_perplexity_text(shared_data):
     test = load("wikitext2", "evaluation", data_dir=shared_data / "benchmarks")
     (text,) = test.documents
     raw = (shared_data / "benchmarks" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")
-    assert len(corpora.wikitext_rows(raw)) == 4358
+    assert len(corpora.wikitext_rows(shared_data / "benchmarks" / "wikitext" / "wiki.test.raw")) == 4358
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
     # Every line of the file is a line of the text, its end apart.
     lines = [line for line in text.split("\n") if line.strip()]
     assert lines == [line for line in raw.split("\n") if line.strip()]
-
-
-def test_wikitext2_pages_restore_the_raw_text(tmp_path, shared_data):
-    (tmp_path / "test.jsonl").symlink_to(shared_data / "benchmarks" / "wikitext" / "test.jsonl")
-    pages = load("wikitext2", "test", data_dir=tmp_path)
-    assert pages.sha256 == load("wikitext2", "test", data_dir=shared_data / "benchmarks" / "wikitext").sha256
 
 
 def test_real_corpora_give_windows(shared_data):

@@ -7,7 +7,7 @@ from word_model import drawn_words, write_project
 
 from prunelib import models
 from prunelib.criteria.statistics import LayerStats
-from prunelib.depth.search import alpha_path
+from prunelib.depth import alpha_path
 from prunelib.io import at_root
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, run_notebook
@@ -53,7 +53,8 @@ def depth(place, output, statistics, layers_removed, **changes):
 def test_statistics_writes_the_scores_of_its_own_sums(statistics):
     run = results.read_run(statistics[0])
     stats = LayerStats.load(at_root(statistics[0]).with_suffix(".safetensors"))
-    from prunelib.criteria.similarity import block_influence, layer_difference
+    from prunelib.criteria.simdiff import layer_difference
+    from prunelib.criteria.similarity import block_influence
 
     for metric, expected in (("block_influence", block_influence(stats)), ("mssd", layer_difference(stats, "mssd"))):
         written = [row["value"] for row in run["rows"] if row["metric"] == metric and row["tokens"] == "all"]
@@ -71,7 +72,7 @@ def test_streamed_statistics_are_the_same(place, statistics):
 
 
 def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, statistics):
-    from prunelib.criteria.similarity import difference_term, similarity_term
+    from prunelib.criteria.simdiff import difference_term, similarity_term
 
     run = results.read_run(depth(place, "k2.json", statistics, 2))
     choices = [row for row in run["rows"] if row["role"] == "choice"]
@@ -103,12 +104,13 @@ def test_depth_measures_a_set_as_the_saved_model_without_those_layers(place, sta
 
     from prunelib.evaluation import perplexity
     from prunelib.text import corpora
+    from prunelib.text.windows import consecutive_windows
 
     run = results.read_run(depth(place, "k3.json", statistics[:1], 3))
     row = next(row for row in run["rows"] if row.get("method") == "deepest" and row["metric"] == "nll")
     dense = models.load(place / "model")
     tokenizer = models.load_tokenizer(place / "model")
-    windows = corpora.consecutive_windows(corpora.load(place / "text.txt"), tokenizer, 16, 8)
+    windows = consecutive_windows(corpora.load(place / "text.txt"), tokenizer, 16, 8)
     pruned = models.remove_layers(dense, [int(layer) for layer in row["removed_layers"].split()])
     models.save(pruned, tokenizer, place / "pruned")
     measured = perplexity(models.load(place / "pruned", dtype=torch.float32), windows).nats
@@ -183,7 +185,7 @@ def test_the_optimum_is_that_of_all_sets_one_by_one(place, truth):
 
     run, arrays = results.read_run(truth), load_file(at_root(truth).with_suffix(".safetensors"))
     dense = models.load(place / "model")
-    windows = corpora.consecutive_windows(corpora.load(place / "text.txt"), models.load_tokenizer(place / "model"), 16, 6)
+    windows = consecutive_windows(corpora.load(place / "text.txt"), models.load_tokenizer(place / "model"), 16, 6)
     alone = {
         removed: perplexity(models.remove_layers(dense, removed), windows).nats
         for removed in itertools.combinations(range(6), 2)

@@ -12,16 +12,16 @@ from word_model import drawn_words, write_project
 
 from prunelib import models
 from prunelib.apps import explorer
-from prunelib.criteria.loss_based import LayerSetLoss
-from prunelib.criteria.similarity import CRITERIA, criterion
+from prunelib.criteria import CRITERIA, criterion
 from prunelib.criteria.statistics import collect
-from prunelib.depth.search import lowest
+from prunelib.depth import LayerSetLoss, lowest
 from prunelib.evaluation import perplexity
 from prunelib.figures import style as figures
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import run_notebook
-from prunelib.slicing.rotate import account
+from prunelib.slicing import count_parameters
 from prunelib.text import corpora
+from prunelib.text.windows import consecutive_windows
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_pictures_show_the_numbers_of_their_tables(stats, losses, tmp_path):
 def test_slices_are_those_of_the_schedule_and_the_account(tiny_llama, stats, tmp_path):
     choice = explorer.choose_slices(stats, tiny_llama.config, 0.25, 0.125)
     assert choice.plan.mean_slice == pytest.approx(0.25)
-    assert choice.counted.removed == account(tiny_llama.config, choice.plan).removed
+    assert choice.counted.removed == count_parameters(tiny_llama.config, choice.plan).removed
     table = choice.table()
     assert table[table["what"] == "slice"]["value"].tolist() == list(choice.plan.slices)
     figure = explorer.draw_slices(choice)
@@ -273,7 +273,7 @@ def test_the_notebook_draws_static_pictures_of_any_model(place):
     assert "progress" not in CRITERIA, "what a notebook registers stays in its kernel"
 
     dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
-    held_out = corpora.consecutive_windows(corpora.load(text), tokenizer, 16, 4)
+    held_out = consecutive_windows(corpora.load(text), tokenizer, 16, 4)
     value = {(row["method"], row["metric"]): row["value"] for row in run["rows"]}
     assert value["dense", "nll"] == pytest.approx(perplexity(dense, held_out).nats, abs=1e-6)
     assert {row["layers_removed"] for row in run["rows"] if row["method"] == "progress"} == {1, 2, 3}

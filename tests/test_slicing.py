@@ -42,6 +42,7 @@ from prunelib.slicing.rotate import (
 )
 from prunelib.slicing.schedules import SlicePlan, constant
 from prunelib.text import corpora
+from prunelib.text.windows import consecutive_windows, sample_windows
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = [
@@ -347,7 +348,7 @@ def test_a_plan_of_a_given_size(tokens):
     for shortcuts in SHORTCUTS:
         plan = plan_of_size(config, 0.2, lambda share: constant(4, 256, share), shortcuts=shortcuts, tolerance=2e-3)
         assert account(config, plan, shortcuts=shortcuts).removed == pytest.approx(0.201, abs=1.1e-3)
-    plan = plan_of_size(config, 0.2, lambda share: constant(4, 256, share, spare=(0,)), highest=0.6)
+    plan = plan_of_size(config, 0.2, lambda share: constant(4, 256, share, keep_full=(0,)), highest=0.6)
     assert plan.widths[0] == 256
     with pytest.raises(ValueError, match=r"removed=0\.95: this schedule removes 0 to 0\.\d+ of the parameters"):
         plan_of_size(config, 0.95, lambda share: constant(4, 256, share))
@@ -802,8 +803,8 @@ def reference():
     """The main reference model, its tokenizer, calibration and evaluation windows of its own corpus."""
     folder = ROOT / "data" / "reference" / "ref-llama-32l"
     model, tokenizer = models.load(folder), models.load_tokenizer(folder)
-    windows = corpora.sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 8, 128, 0, progress=False)
-    held_out = corpora.consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 128, 4, progress=False)
+    windows = sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 8, 128, 0, progress=False)
+    held_out = consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 128, 4, progress=False)
     return model, tokenizer, windows, held_out
 
 

@@ -12,9 +12,10 @@ from prunelib.io import at_root
 from prunelib.lab import profile as grid
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, run_notebook
-from prunelib.slicing.rotate import account, slice_model
+from prunelib.slicing import count_parameters, slice_model
 from prunelib.slicing.schedules import constant, dynamic
 from prunelib.text import corpora
+from prunelib.text.windows import consecutive_windows, sample_windows
 
 LENGTH = 16
 
@@ -63,8 +64,8 @@ def test_the_rows_are_those_of_the_sliced_models(place):
     rows = run(place, "sliced.json")["rows"]
     dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
     corpus = corpora.load(place / "text.txt")
-    windows = {seed: corpora.sample_windows(corpus, tokenizer, 16, LENGTH, seed=seed) for seed in (0, 1)}
-    report = corpora.consecutive_windows(corpus, tokenizer, LENGTH, 4)
+    windows = {seed: sample_windows(corpus, tokenizer, 16, LENGTH, seed=seed) for seed in (0, 1)}
+    report = consecutive_windows(corpus, tokenizer, LENGTH, 4)
     redundancy = layer_redundancy(LayerStats.load(at_root(str(place / "s0.safetensors"))))
 
     def value(metric, **where):
@@ -77,7 +78,7 @@ def test_the_rows_are_those_of_the_sliced_models(place):
         for seed, part in ((0, "sweep"), (1, "windows")):
             nats = perplexity(slice_model(dense, plan, windows[seed], progress=False), report).nats
             assert value("nll", role="plan", part=part, method=method) == pytest.approx(nats, abs=1e-6)
-        counted = account(dense.config, plan)
+        counted = count_parameters(dense.config, plan)
         assert value("removed", role="plan", part="sweep", method=method) == counted.removed
         assert value("removed", role="count", method=method, shortcuts="absorbed") == counted.removed
         # Even the controls have the mean slice that was asked for.
@@ -97,7 +98,7 @@ def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
     run_file = run(place, "tasks.json", **changes, **asked)
     rows = [row for row in run_file["rows"] if row["role"] == "task"]
     dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
-    windows = corpora.sample_windows(corpora.load(place / "text.txt"), tokenizer, 16, LENGTH, seed=0)
+    windows = sample_windows(corpora.load(place / "text.txt"), tokenizer, 16, LENGTH, seed=0)
     redundancy = layer_redundancy(LayerStats.load(at_root(str(place / "s0.safetensors"))))
     widths = {"constant": constant(4, 32, 0.25), "dynamic": dynamic(redundancy, 32, 0.25, 0.125)}
     expected = {name: slice_model(dense, plan, windows, progress=False) for name, plan in widths.items()} | {"dense": dense}
@@ -109,7 +110,7 @@ def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
         assert {row["value"] for row in mine if row["metric"] in ("acc", "average")} == {found.acc}
         assert run_file["provenance"]["data"]["pydocs_parameter"] == found.items_sha256
     plans = [(row["method"], row["slice_base"]) for row in rows if row["metric"] == "over_constant"]
-    assert plans == [("dynamic", 0.0), ("dynamic", 0.125), ("spare_first", 0.0)]
+    assert plans == [("dynamic", 0.0), ("dynamic", 0.125), ("keep_first_full", 0.0)]
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows if row["metric"] == "over_constant")
     assert [row["value"] for row in rows if row["method"] == "chance"] == [0.25]
 

@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models import check_vocabulary, memory
-from prunelib.models.layerwise import SharedPrefixEvaluator, Shell
+from prunelib.models.layerwise import LayerSet, SharedPrefixEvaluator
 from prunelib.models.layerwise import (
     shared_layer_forwards as shared_layer_forwards,  # what the dictionaries below cost, beforehand
 )
-from prunelib.text.corpora import Corpus, consecutive_windows
+from prunelib.text.corpora import Corpus
+from prunelib.text.windows import consecutive_windows
 
 BEYOND_CHANCE = 1.0
 """Nats per token beyond those of guessing: a model with random weights stays below, another vocabulary gives several."""
@@ -60,7 +61,7 @@ class PerplexityProtocol:
             raise ValueError(f"dtype={self.dtype!r}: name a torch type, such as float32, bfloat16 or float16")
 
     def windows(self, corpus: Corpus, tokenizer, *, progress: bool = True) -> Int64[Tensor, "window position"]:
-        """The windows of a corpus; the tail that fills no window is dropped. Raises as `corpora.consecutive_windows`."""
+        """The windows of a corpus; the tail that fills no window is dropped. Raises as `windows.consecutive_windows`."""
         return consecutive_windows(
             corpus, tokenizer, self.window, self.limit, self.bos, stride=self.stride, join=self.join, progress=progress
         )
@@ -124,7 +125,7 @@ class Perplexity:
         return self.correct / self.tokens
 
 
-class LayerSetPerplexity(dict[tuple[int, ...], Perplexity]):
+class LayerSetPerplexity(dict[LayerSet, Perplexity]):
     """Removed layers → `Perplexity`, and what it cost.
 
     ``layer_forwards`` counts the calls of decoder layers, over all batches; ``layer_forwards_alone`` is what evaluating every
@@ -149,7 +150,7 @@ class Divergence:
         return self.kl / self.tokens
 
 
-class LayerSetDivergence(dict[tuple[int, ...], Divergence]):
+class LayerSetDivergence(dict[LayerSet, Divergence]):
     """Removed layers → `Divergence`, and what it cost (the dense model included), as in `LayerSetPerplexity`."""
 
     layer_forwards: int = 0
@@ -293,14 +294,11 @@ class Tally:
 def layer_set_perplexity(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
-    layer_sets: Iterable[tuple[int, ...]],
+    layer_sets: Iterable[LayerSet],
     *,
     stride: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
-    unit: str = "layer",
-    together: int = 1,
-    shell: Shell | None = None,
 ) -> LayerSetPerplexity:
     """`perplexity` of the model without each of the given sets of layers, on the same windows.
 
@@ -310,25 +308,23 @@ def layer_set_perplexity(
     renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ, and those `remove_layers` refuses.
 
     Args:
-        layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
-        unit: "sublayer" for sets of sublayers instead: 2 l is the attention of layer l, 2 l + 1 its MLP. Equal, then, to the
-            perplexity of ``remove_sublayers(model, SublayerPlan.from_units(n_layers, removed, ...))``.
-        together, shell: as in `prefix.SharedPrefixEvaluator`.
+        layer_sets: the removed layers, each ascending, or sublayers such as ``((3, "attn"), (5, "mlp"))``; ``()`` is the dense
+            model. Repeated sets are evaluated once. A set of sublayers equals the perplexity of
+            ``remove_sublayers(model, SublayerPlan.from_units(n_layers, removed, ...))``.
 
     Raises:
-        ValueError: an unknown unit, or a set that is not ascending, out of range, or everything; and as `perplexity`.
+        ValueError: a set that is not ascending, out of range, or everything; and as `perplexity`.
         NotFinite: a likelihood that is not finite; names what was removed and the window.
-        UnsupportedModel: as `prefix.SharedPrefixEvaluator`.
+        UnsupportedModel: as `layerwise.SharedPrefixEvaluator`.
     """
     check_windows(model, windows, stride=stride, batch_size=batch_size)
-    how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
-    runs = SharedPrefixEvaluator(model, windows, layer_sets, **how)
+    runs = SharedPrefixEvaluator(model, layer_sets)
     tallies = {removed: Tally(windows, stride) for removed in runs.sets}
-    for start, ids, removed, logits in runs:
+    for start, ids, removed, logits in runs.logits(windows, batch_size=batch_size, progress=progress):
         try:
             tallies[removed].add(start, ids, logits)
         except NotFinite as error:
-            raise NotFinite(f"without the {unit}s {removed}: {error}") from None
+            raise NotFinite(f"without layers {removed}: {error}") from None
         del logits  # before the next ones are made
     results = LayerSetPerplexity((removed, tally.result()) for removed, tally in tallies.items())
     if () in results:
@@ -342,13 +338,10 @@ def layer_set_perplexity(
 def layer_set_divergence(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
-    layer_sets: Iterable[tuple[int, ...]],
+    layer_sets: Iterable[LayerSet],
     *,
     batch_size: int = 8,
     progress: bool = True,
-    unit: str = "layer",
-    together: int = 1,
-    shell: Shell | None = None,
     dense: Float[Tensor, "window position vocabulary"] | None = None,
 ) -> LayerSetDivergence:
     """How far the model without each of the given sets of layers predicts from the dense model: KL(dense || pruned).
@@ -356,7 +349,7 @@ def layer_set_divergence(
     In nats per token, at the positions that `perplexity` scores (all but the last of a window, which predicts nothing in it):
     the fitness of EvoPress (arXiv 2410.14649). Shared beginnings run once, as in `layer_set_perplexity`; the dense model
     runs along with the sets, so that one batch of its logits is all that is held. What rounding takes below 0 in a window
-    counts as 0. `unit`, `together` and `shell` as there. With the logits `dense` of the dense model it need not run.
+    counts as 0. With the logits `dense` of the dense model it need not run.
 
     Raises:
         ValueError, NotFinite, UnsupportedModel: as `layer_set_perplexity`.
@@ -365,11 +358,10 @@ def layer_set_divergence(
     asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
     # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
     sets = [(), *asked] if asked and dense is None else asked
-    how = {"batch_size": batch_size, "progress": progress, "unit": unit, "together": together, "shell": shell}
-    runs = SharedPrefixEvaluator(model, windows, sets, **how)
+    runs = SharedPrefixEvaluator(model, sets)
     sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
     reference = torch.empty(0)
-    for start, ids, removed, logits in runs:
+    for start, ids, removed, logits in runs.logits(windows, batch_size=batch_size, progress=progress):
         if dense is not None:
             reference = dense[start : start + len(ids)].to(logits.device)
         elif removed == ():
@@ -378,7 +370,7 @@ def layer_set_divergence(
         finite = np.isfinite(values)
         if not finite.all():
             raise NotFinite(
-                f"without the {unit}s {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
+                f"without layers {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
                 "or infinite logits (damaged weights, or an overflow in float16: load it in bfloat16 or float32)"
             )
         sums[removed][start : start + len(ids)] = values.clip(min=0)

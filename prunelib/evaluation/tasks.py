@@ -442,7 +442,6 @@ def evaluate_layer_sets(
     seed: int = 1234,
     data_dir: str | Path | None = None,
     progress: bool = True,
-    unit: str = "layer",
 ) -> LayerSetTasks:
     """`evaluate_tasks` on the model without each of the given sets of layers, for the price of what differs between them.
 
@@ -452,14 +451,13 @@ def evaluate_layer_sets(
     ``evaluate_tasks(remove_layers(model, removed), …)`` to float tolerance, so an item can differ only where two choices tie.
 
     Args:
-        layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
+        layer_sets: the removed layers or sublayers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
         batch_size: choices in one batch.
-        unit: "sublayer" for sets of sublayers instead, as in `evaluation.layer_set_perplexity`.
 
     The other arguments are those of `evaluate_tasks`.
 
     Raises:
-        ValueError: an unknown unit; a set that is not ascending, out of range, or everything; a task that does not compare
+        ValueError: a set that is not ascending, out of range, or everything; a task that does not compare
             likelihoods of given texts (GSM8K and XSum generate); and as `evaluate_tasks`.
         FileNotFoundError, TaskError: as `evaluate_tasks`.
         UnsupportedModel: layers of this model cannot be skipped.
@@ -467,7 +465,7 @@ def evaluate_layer_sets(
     request = _Asked.of(tokenizer, task_set, bos, limit, num_fewshot, batch_size, seed, data_dir)
     sets = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
     for removed in sets:
-        check_layer_set(len(decoder_layers(model)), removed, unit)
+        check_layer_set(len(decoder_layers(model)), removed)
     lm_eval = _lm_eval()
     found = LayerSetTasks()
     with _quiet(), _generators(seed):
@@ -479,7 +477,7 @@ def evaluate_layer_sets(
                     "layer sets: take evaluate_tasks(remove_layers(model, removed), …) for this task"
                 )
             _keep_requests(task)
-        lm = _shared_language_model(model, tokenizer, sets, unit, bos, batch_size, progress)
+        lm = _shared_language_model(model, tokenizer, sets, bos, batch_size, progress)
         for removed in sets:
             lm.removed = removed
             output = lm_eval.evaluate(lm=lm, task_dict=loaded.tasks, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -584,7 +582,7 @@ def _language_model(model: PreTrainedModel, tokenizer, bos: bool, batch_size: in
 
 
 def _shared_language_model(
-    model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet], unit: str, bos: bool, batch_size: int, progress: bool
+    model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet], bos: bool, batch_size: int, progress: bool
 ):
     class Shared(_in_memory(bos, progress)):
         """Answers for the model without the layers ``removed``: the first question is answered for all sets, and kept."""
@@ -611,7 +609,6 @@ def _shared_language_model(
                 batch_size=batch_size,
                 softmax_dtype=self.softmax_dtype,
                 progress=progress,
-                unit=unit,
             )
             return self.likelihoods[self.removed]
 
@@ -879,7 +876,7 @@ def _load(specs: Sequence[Mapping], names: Sequence[str], *, hub: bool) -> dict:
     remedy = "Give data_dir, a folder with <task>/<split>.jsonl, or take the tasks 'embedded'."
     if hub:
         try:
-            corpora._require_hub(what, remedy)
+            corpora.require_hub(what, remedy)
         except RuntimeError as error:
             raise TaskError(str(error)) from None
     try:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from prunelib.criteria import statistics
 from prunelib.criteria.statistics import LayerStats
-from prunelib.text.corpora import windows_sha256
+from prunelib.text.windows import windows_sha256
 
 _ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hidden_size")
 

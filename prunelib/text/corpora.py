@@ -1,32 +1,20 @@
-"""Text → documents → deterministic token windows.
+"""Corpora: the documents of one split of a named data set or of a local file.
 
-`load` gives the documents of one split of a named corpus or of a local file, `sample_windows` draws calibration windows from
-them, `consecutive_windows` cuts the windows that perplexity is measured on. Both join the documents to one stream of tokens
-first (`token_stream`), so that no position is ever padded.
-
-The embedded corpora come from `prunelib.text.embedded`. The papers' data sets come from the hub through ``datasets``, at a fixed
-revision, or from an offline copy (``data_dir``). Text and JSON files are read with the standard library alone.
+The embedded corpora come from `prunelib.text.embedded`. The papers' data sets come from the hub at a fixed revision, or from an
+offline copy (``data_dir``). Text and JSON files are read with the standard library alone.
 """
 
 import gzip
-import hashlib
-import importlib
 import json
 import lzma
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
-from jaxtyping import Int64
-from torch import Tensor
-from tqdm.auto import tqdm
-
 from prunelib import io
+from prunelib.text import embedded
 
 DOCUMENT_END = "<|endoftext|>"  # on a line of its own, ends a document of a .txt file
 BLANK_LINE = "\n\n"
@@ -50,32 +38,11 @@ class Corpus:
     @property
     def sha256(self) -> str:
         """Hash of the UTF-8 documents, each preceded by its length in bytes (8 bytes, little-endian)."""
-        state = hashlib.sha256()
-        for document in self.documents:
-            encoded = document.encode()
-            state.update(len(encoded).to_bytes(8, "little"))
-            state.update(encoded)
-        return state.hexdigest()
+        return embedded.texts_sha256(self.documents)
 
     @property
     def label(self) -> str:
         return f"corpus {self.name!r} ({self.split})"
-
-
-@dataclass(frozen=True)
-class Loader:
-    """How a named corpus is read.
-
-    ``splits`` maps every accepted word to the source's own split, so that ``calibration`` and ``evaluation`` mean something
-    for each corpus; ``read(split, data_dir, max_documents)`` gives the documents and says where they came from.
-    """
-
-    splits: Mapping[str, str]
-    licence: str
-    read: Callable[[str, Path | None, int | None], tuple[Iterable[str], str]]
-
-
-LOADERS: dict[str, Loader] = {}
 
 
 def load(
@@ -84,15 +51,13 @@ def load(
     """Load one split of a corpus.
 
     Args:
-        name: a key of `LOADERS`, or the path of a local file. A file holds one split, whatever ``split`` is called: give
-            calibration and evaluation two different files. ``.txt`` holds documents that end with a line
-            ``<|endoftext|>``, or one document where there is no such line; ``.jsonl``/``.json`` hold records with the field
-            ``text`` or Alpaca's ``instruction``, ``input``, ``output``.
+        name: a key of `LOADERS`, or the path of a local file. A file holds one split, whatever ``split`` is called. ``.txt``
+            holds documents that end with a line ``<|endoftext|>``, or one document; ``.jsonl``/``.json`` hold records with the
+            field ``text`` or Alpaca's ``instruction``, ``input``, ``output``.
         split: ``train``, ``calibration``, ``evaluation`` or a split of the source (``validation``, ``test``). For WikiText-2
             and C4, calibration is train, and evaluation is test (WikiText-2) or validation (C4). `Corpus.split` holds the
             source's word.
-        data_dir: folder with an offline copy of the named data set, as ``hf download`` lays it out or as simple files; not
-            used by the embedded corpora and by files.
+        data_dir: folder with an offline copy of the named data set, as ``hf download`` lays it out or as simple files.
         max_documents: keep the first so many documents.
 
     Raises:
@@ -113,7 +78,7 @@ def load(
         label, licence = str(name), loader.licence
     else:
         path = Path(name)
-        if not _is_readable(path):
+        if _suffix(path) not in (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet"):
             raise ValueError(f"unknown corpus {str(name)!r}: choose one of {', '.join(LOADERS)}, or a file {READABLE}")
         if not path.is_file():
             raise FileNotFoundError(f"corpus file {str(name)!r} does not exist")
@@ -132,16 +97,20 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _is_readable(path: Path) -> bool:
-    return _suffix(path) in (*TEXT_SUFFIXES, *JSON_SUFFIXES) or path.suffix == ".parquet"
+def _open(path: Path):
+    return COMPRESSIONS.get(path.suffix, open)(path, "rt", encoding="utf-8")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path.name} is damaged or not UTF-8 text ({error}): fetch or convert it again")
 
 
 def _read_text(path: Path) -> str:
     try:
-        with COMPRESSIONS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with _open(path) as file:
             return file.read()
     except DAMAGED as error:
-        raise ValueError(f"{path.name} is damaged or not UTF-8 text ({error}): fetch or convert it again") from None
+        raise _damaged(path, error) from None
 
 
 def read_records(path: Path) -> Iterator[dict]:
@@ -151,27 +120,26 @@ def read_records(path: Path) -> Iterator[dict]:
         ValueError: malformed JSON or a record that is no object, naming the file and the line or record.
     """
     if path.suffix == ".parquet":
+        from datasets import load_dataset
+
         try:
-            yield from _datasets(path.name).load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        except RuntimeError:  # without the library
-            raise
+            yield from load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
         except Exception as error:  # those of the library have many unrelated types
             raise ValueError(f"{path.name} is damaged or not Parquet ({error}): fetch it again") from None
         return
     try:
-        with COMPRESSIONS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with _open(path) as file:
             whole = file.read(4096).lstrip().startswith("[")
             file.seek(0)
             # Lines one by one: the first C4 documents must not cost reading a whole shard.
-            numbered = enumerate(json.load(file), 1) if whole else _parsed_lines(file, path)
-            for number, record in numbered:
+            for number, record in enumerate(json.load(file), 1) if whole else _parsed_lines(file, path):
                 if not isinstance(record, dict):
                     raise ValueError(f"record {number} of {path.name} is a {type(record).__name__}, not an object with fields")
                 yield record
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from None
     except DAMAGED as error:
-        raise ValueError(f"{path.name} is damaged or not UTF-8 text ({error}): fetch or convert it again") from None
+        raise _damaged(path, error) from None
 
 
 def _parsed_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, object]]:
@@ -184,9 +152,7 @@ def _parsed_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, objec
 
 
 def record_text(record: Mapping) -> str:
-    """The text of a record: its field ``text``, else Alpaca's prompt followed by the answer.
-
-    The prompt is the one that Alpaca was trained with (Taori et al. 2023), in its two forms, with and without an input.
+    """The text of a record: its field ``text``, else Alpaca's prompt (Taori et al. 2023) followed by the answer.
 
     Raises:
         ValueError: neither ``text`` nor ``instruction`` and ``output``.
@@ -212,7 +178,13 @@ def record_text(record: Mapping) -> str:
 def read_file(path: Path) -> Iterator[str]:
     """The documents of one local file, see `load`."""
     if _suffix(path) in TEXT_SUFFIXES:
-        yield from _split_documents(_read_text(path))
+        documents: list[list[str]] = [[]]  # without a line that ends a document the text is one
+        for line in _read_text(path).split("\n"):
+            if line == DOCUMENT_END:
+                documents.append([])
+            else:
+                documents[-1].append(line)
+        yield from map("\n".join, documents)
         return
     for number, record in enumerate(read_records(path), 1):
         try:
@@ -221,41 +193,59 @@ def read_file(path: Path) -> Iterator[str]:
             raise ValueError(f"record {number} of {path.name}: {error}") from None
 
 
-def _split_documents(text: str) -> list[str]:
-    """Cut at the lines ``<|endoftext|>``; without one the text is one document, as blank lines are part of a text."""
-    documents: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        if line == DOCUMENT_END:
-            documents.append([])
-        else:
-            documents[-1].append(line)
-    return ["\n".join(lines) for lines in documents]
+# --- named corpora -------------------------------------------------------------------------------------------------------
 
 
-# --- the papers' data sets -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EmbeddedCorpus:
+    """A corpus of `prunelib.text.embedded`."""
+
+    name: str
+    licence: str = "those of the packages (BSD, MIT, PSF and alike)"
+    splits: Mapping[str, str] = field(default_factory=lambda: {split: split for split in embedded.SPLITS})
+
+    def read(self, split: str, data_dir: Path | None, max_documents: int | None) -> tuple[Sequence[str], str]:
+        embedded.check(self.name, split)  # warns where the text is not the one behind the committed results
+        return embedded.documents(self.name, split), "installed packages, see data/corpora/manifest.json"
 
 
 @dataclass(frozen=True)
 class HubDataset:
     """A data set of the hub at a fixed revision.
 
-    ``config`` and ``file`` (split → path) say what is read; ``local`` (split → glob patterns, best first) what an offline
-    copy may look like.
+    ``splits`` maps every accepted word to the source's own split. ``config`` and ``file`` (split → path) say what is read;
+    ``local`` (split → glob patterns, best first) what an offline copy may look like; ``first`` (split → count) how many
+    documents are read by default. The rows of ``one_document`` are joined by blank lines.
     """
 
     name: str
     repository: str
     revision: str
+    licence: str
+    splits: Mapping[str, str]
     local: Mapping[str, tuple[str, ...]]
     config: str | None = None
     file: Mapping[str, str] = field(default_factory=dict)
+    first: Mapping[str, int] = field(default_factory=dict)
+    one_document: bool = False
 
-    def find(self, split: str, data_dir: Path) -> list[Path]:
-        """The files of a split in an offline copy: all shards that the first matching pattern names.
+    def read(self, split: str, data_dir: Path | None, max_documents: int | None) -> tuple[Iterable[str], str]:
+        """The documents of one of the source's splits, and where they came from. Raises as `load`."""
+        if data_dir is None:
+            texts = map(record_text, self._rows(split))
+            what = self.file.get(split) or f"{self.config or 'default'}/{split}"
+            source = f"{self.repository}@{self.revision[:12]} {what}"
+        else:
+            paths = self._find(split, data_dir)
+            texts = (text for path in paths for text in (wikitext_rows(path) if path.suffix == ".raw" else read_file(path)))
+            source = "offline copy: " + ", ".join(path.name for path in paths)  # no folder of one machine in a result
+        if self.one_document:
+            return [BLANK_LINE.join(texts)], source
+        count = max_documents or self.first.get(split)
+        return islice(texts, count), f"{source}, at most the first {count} documents" if count else source
 
-        Raises:
-            FileNotFoundError: no file; the message lists the patterns.
-        """
+    def _find(self, split: str, data_dir: Path) -> list[Path]:
+        """The files of a split in an offline copy: all shards that the first matching pattern names."""
         owner, short = self.repository.split("/")
         snapshot = f"datasets--{owner}--{short}/snapshots/{self.revision}"  # the hub client's own cache
         folders = tuple(dict.fromkeys(("", self.name, short, self.repository, snapshot)))
@@ -269,40 +259,24 @@ class HubDataset:
             f"{', '.join(self.local[split])}, there and in its folders {', '.join(folders[1:])}"
         )
 
-    def rows(self, split: str) -> Iterator[dict]:
-        """The rows of a split from the hub.
+    def _rows(self, split: str) -> Iterator[dict]:
+        import datasets
 
-        Raises:
-            RuntimeError: the hub cannot be reached, or the data set cannot be read; names the remedy.
-        """
         remedy = (
             f"Give an offline copy: load({self.name!r}, {split!r}, data_dir=FOLDER), where FOLDER holds "
             f"{' or '.join(self.local[split])} (hf download --repo-type dataset {self.repository} --revision {self.revision} "
             f"--include '{self.local[split][0]}' --local-dir FOLDER makes one)."
         )
-        datasets = _datasets(self.name)
-        _require_hub(f"corpus {self.name!r} is on the hub ({self.repository})", remedy)
+        require_hub(f"corpus {self.name!r} is on the hub ({self.repository})", remedy)
         files = {"data_files": {split: self.file[split]}, "streaming": True} if self.file else {}
         try:
-            rows = datasets.load_dataset(self.repository, self.config, split=split, revision=self.revision, **files)
-            yield from rows
+            yield from datasets.load_dataset(self.repository, self.config, split=split, revision=self.revision, **files)
         except Exception as error:  # the client's own errors have many unrelated types
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise RuntimeError(f"corpus {self.name!r} could not be read from {self.repository} ({reason}). {remedy}") from error
 
-    def source(self, split: str) -> str:
-        what = self.file.get(split) or f"{self.config or 'default'}/{split}"
-        return f"{self.repository}@{self.revision[:12]} {what}"
 
-
-def _datasets(what: str):
-    try:
-        return importlib.import_module("datasets")
-    except ImportError:
-        raise RuntimeError(f"reading {what} needs the library datasets: pip install datasets") from None
-
-
-def _require_hub(what: str, remedy: str) -> None:
+def require_hub(what: str, remedy: str) -> None:
     """Raise RuntimeError with `what` and `remedy` when the hub does not answer."""
     silent = io.hub_unreachable()
     if silent is not None:
@@ -312,11 +286,18 @@ def _require_hub(what: str, remedy: str) -> None:
         )
 
 
+def wikitext_rows(path: Path) -> list[str]:
+    """The rows of the hub's WikiText from a ``wiki.*.raw`` file: every line with its end, blank lines as empty rows."""
+    return [line + "\n" if line.strip() else "" for line in _read_text(path).split("\n")[:-1]]
+
+
 WIKITEXT2 = HubDataset(
     name="wikitext2",
     repository="Salesforce/wikitext",
     revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+    licence="CC BY-SA 3.0, GFDL",
     config="wikitext-2-raw-v1",
+    splits={"train": "train", "validation": "validation", "test": "test", "calibration": "train", "evaluation": "test"},
     # The <unk> version (wiki.*.tokens) is left out on purpose: its perplexity is not comparable.
     local={
         split: (
@@ -329,262 +310,42 @@ WIKITEXT2 = HubDataset(
         )
         for split, raw in {"train": "train", "validation": "valid", "test": "test"}.items()
     },
+    one_document=True,  # as the perplexity tables use it
 )
 
 # One shard, as the papers that calibrate on C4 or report it do (revision as pinned by SLEB and EvoPress).
 C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-# The first 1,100 validation documents are the usual excerpt (peers' C4 perplexity); 10,000 training documents hold about five
-# million tokens, ten times the largest calibration set of the papers.
-C4_DOCUMENTS = {"train": 10_000, "validation": 1_100}
 C4 = HubDataset(
     name="c4",
     repository="allenai/c4",
     revision="607bd4c8450a42878aa9ddc051a65a055450ef87",
+    licence="ODC-BY",
     file=C4_SHARDS,
+    splits={"train": "train", "validation": "validation", "calibration": "train", "evaluation": "validation"},
     # A file called `sample` has no splits: it stands for train alone, so that nobody evaluates on calibration text.
     local={
         split: (
             shard,
             Path(shard).name,
-            *(f"{word}{suffix}" for word in words for suffix in (".jsonl", ".json.gz", ".json", ".parquet")),
+            *(f"{word}{end}" for word in words for end in (".jsonl", ".json.gz", ".json", ".parquet")),
         )
         for (split, shard), words in zip(C4_SHARDS.items(), (("train", "sample"), ("validation",)), strict=True)
     },
+    # The first 1,100 validation documents are the usual excerpt (peers' C4 perplexity); 10,000 training documents hold about
+    # five million tokens, ten times the largest calibration set of the papers.
+    first={"train": 10_000, "validation": 1_100},
 )
 
+ALPACA_FILES = ("train-*-of-*.parquet", "train.parquet", "train.jsonl", "train.json", "alpaca_data.json", "sample.jsonl")
 ALPACA = HubDataset(
     name="alpaca",
     repository="tatsu-lab/alpaca",
     revision="dce01c9b08f87459cf36a430d809084718273017",
-    local={
-        "train": (
-            "data/train-*-of-*.parquet",
-            "train-*-of-*.parquet",
-            "train.parquet",
-            "train.jsonl",
-            "train.json",
-            "alpaca_data.json",
-            "sample.jsonl",
-        )
-    },
+    licence="CC BY-NC 4.0",
+    splits={"train": "train", "calibration": "train"},
+    local={"train": ("data/train-*-of-*.parquet", *ALPACA_FILES)},
 )
 
-
-def wikitext_rows(text: str) -> list[str]:
-    """The rows of the hub's WikiText from a ``wiki.*.raw`` file: every line with its end, blank lines as empty rows."""
-    return [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
-
-
-def _wikitext2(split: str, data_dir: Path | None, max_documents: int | None) -> tuple[list[str], str]:
-    """WikiText-2 as the perplexity tables use it: the rows joined by blank lines, one document."""
-    if data_dir is None:
-        return [BLANK_LINE.join(row["text"] for row in WIKITEXT2.rows(split))], WIKITEXT2.source(split)
-    paths = WIKITEXT2.find(split, data_dir)
-    rows: list[str] = []
-    for path in paths:
-        rows += wikitext_rows(_read_text(path)) if path.suffix == ".raw" else _wikitext_records(path)
-    return [BLANK_LINE.join(rows)], _local_source(paths)
-
-
-def _wikitext_records(path: Path) -> list[str]:
-    records = list(read_records(path))
-    if records and all("page" in record for record in records):
-        # The page form loses the blank line that opens the file and the line end between two pages, nothing else.
-        return wikitext_rows(" \n" + "\n".join(record["page"] for record in records))
-    return [record_text(record) for record in records]
-
-
-def _documents_of(dataset: HubDataset, default_documents: Mapping[str, int]) -> Callable:
-    def read(split: str, data_dir: Path | None, max_documents: int | None) -> tuple[Iterator[str], str]:
-        count = max_documents or default_documents.get(split)
-        if data_dir is None:
-            texts, source = (record_text(row) for row in dataset.rows(split)), dataset.source(split)
-        else:
-            paths = dataset.find(split, data_dir)
-            texts, source = (text for path in paths for text in read_file(path)), _local_source(paths)
-        return islice(texts, count), f"{source}, at most the first {count} documents" if count else source
-
-    return read
-
-
-def _local_source(paths: Sequence[Path]) -> str:
-    """File names alone: a folder of one machine has no place in a result."""
-    return "offline copy: " + ", ".join(path.name for path in paths)
-
-
-def _embedded(name: str) -> Loader:
-    def read(split: str, data_dir: Path | None, max_documents: int | None) -> tuple[Sequence[str], str]:
-        from prunelib.text import embedded as pydocs
-
-        pydocs.check(name, split)  # warns where the text is not the one behind the committed results
-        return pydocs.documents(name, split), "installed packages, see data/corpora/manifest.json"
-
-    return Loader(
-        {split: split for split in ("train", "calibration", "evaluation")},
-        "those of the packages (BSD, MIT, PSF and alike)",
-        read,
-    )
-
-
-LOADERS.update(
-    {name: _embedded(name) for name in ("pydocs", "pycomments", "pyreadmes", "pyraw")},
-    wikitext2=Loader(
-        {"train": "train", "validation": "validation", "test": "test", "calibration": "train", "evaluation": "test"},
-        "CC BY-SA 3.0, GFDL",
-        _wikitext2,
-    ),
-    c4=Loader(
-        {"train": "train", "validation": "validation", "calibration": "train", "evaluation": "validation"},
-        "ODC-BY",
-        _documents_of(C4, C4_DOCUMENTS),
-    ),
-    alpaca=Loader({"train": "train", "calibration": "train"}, "CC BY-NC 4.0", _documents_of(ALPACA, {})),
-)
-
-
-# --- windows -------------------------------------------------------------------------------------------------------------
-
-
-def token_stream(corpus: Corpus, tokenizer, *, join: str | None = None, progress: bool = True) -> Int64[np.ndarray, " token"]:
-    """All documents as one stream of token ids, without the special tokens that the tokenizer would add.
-
-    Args:
-        join: text put between two documents before tokenizing. None puts the tokenizer's end-of-text token between them, or a
-            blank line where it has none.
-    """
-    between = tokenizer.eos_token_id if join is None else None
-    if between is None:
-        texts: Sequence[str] = [(BLANK_LINE if join is None else join).join(corpus.documents)]
-    else:
-        texts = corpus.documents
-    pieces: list[np.ndarray] = []
-    batch = 64
-    with tqdm(total=len(texts), desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
-        for start in range(0, len(texts), batch):
-            encoded = tokenizer(
-                list(texts[start : start + batch]), add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            for ids in encoded["input_ids"]:
-                if pieces:
-                    pieces.append(np.array([between], dtype=np.int64))
-                pieces.append(np.asarray(ids, dtype=np.int64))
-                bar.update()
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-
-
-def _content_length(seq_len: int, tokenizer, bos: bool) -> int:
-    """Text tokens per window: ``seq_len``, less one when position 0 is the beginning-of-text token."""
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len}: a window needs at least 2 tokens")
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
-    return seq_len - int(bos)
-
-
-def _windows(
-    stream: Int64[np.ndarray, " token"], offsets: Int64[np.ndarray, " window"], content: int, tokenizer, bos: bool
-) -> Int64[Tensor, "window position"]:
-    windows = torch.from_numpy(stream[offsets[:, None] + np.arange(content)])
-    if bos:
-        windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id, dtype=torch.int64), windows], dim=1)
-    return windows
-
-
-def sample_windows(
-    corpus: Corpus,
-    tokenizer,
-    n_samples: int,
-    seq_len: int,
-    seed: int,
-    bos: bool = False,
-    *,
-    join: str | None = None,
-    progress: bool = True,
-) -> Int64[Tensor, "sample position"]:
-    """Draw calibration windows of exactly ``seq_len`` tokens at random places of the joined documents.
-
-    Every placement of ``n_samples`` windows that do not overlap is equally likely, and their order is random. A corpus that is
-    too short for that gives independent offsets, so that windows overlap, and a warning. The generator is local: the same seed
-    gives the same bytes.
-
-    Args:
-        bos: put the beginning-of-text token at position 0 of every window (``seq_len`` counts it).
-        join: see `token_stream`.
-
-    Raises:
-        ValueError: fewer tokens than one window needs (both numbers are named), no bos token, ``n_samples`` or ``seq_len`` too
-            small, a negative seed.
-    """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: draw at least 1 window")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is 0 or a positive integer")
-    content = _content_length(seq_len, tokenizer, bos)
-    stream = token_stream(corpus, tokenizer, join=join, progress=progress)
-    _require_tokens(corpus, len(stream), content, seq_len)
-    generator = np.random.default_rng(seed)
-    slack = len(stream) - n_samples * content
-    if slack >= 0:
-        # Choosing n of slack + n slots, then widening each chosen slot to a window, is uniform over all such placements.
-        slots = np.sort(generator.choice(slack + n_samples, size=n_samples, replace=False))
-        offsets = generator.permutation(slots + np.arange(n_samples) * (content - 1))
-    else:
-        warnings.warn(
-            f"{corpus.label} has {len(stream)} tokens, {n_samples} separate windows need {n_samples * content}: they overlap",
-            stacklevel=2,
-        )
-        offsets = generator.integers(0, len(stream) - content + 1, size=n_samples)
-    return _windows(stream, offsets, content, tokenizer, bos)
-
-
-def consecutive_windows(
-    corpus: Corpus,
-    tokenizer,
-    seq_len: int,
-    limit: int | None = None,
-    bos: bool = False,
-    *,
-    stride: int | None = None,
-    join: str | None = None,
-    progress: bool = True,
-) -> Int64[Tensor, "window position"]:
-    """Cut the joined documents into windows from their beginning; the tail that fills no window is dropped.
-
-    Args:
-        limit: keep at most so many windows, evenly spaced over the whole text (None: all). The first ones alone would stand
-            for one source: a corpus is often sorted.
-        bos: put the beginning-of-text token at position 0 of every window (``seq_len`` counts it).
-        stride: text tokens from one window to the next; None means windows that do not overlap.
-        join: see `token_stream`.
-
-    Raises:
-        ValueError: fewer tokens than one window needs (both numbers are named), no bos token, ``seq_len``, ``limit`` or
-            ``stride`` out of range.
-    """
-    content = _content_length(seq_len, tokenizer, bos)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: keep at least 1 window, or None for all")
-    step = content if stride is None else stride
-    if not 1 <= step <= content:
-        raise ValueError(f"stride={stride}: between 1 and the {content} text tokens of a window, else text would be skipped")
-    stream = token_stream(corpus, tokenizer, join=join, progress=progress)
-    _require_tokens(corpus, len(stream), content, seq_len)
-    offsets = np.arange(0, len(stream) - content + 1, step)
-    if limit is not None and limit < len(offsets):
-        offsets = offsets[np.arange(limit) * len(offsets) // limit]
-    return _windows(stream, offsets, content, tokenizer, bos)
-
-
-def _require_tokens(corpus: Corpus, available: int, needed: int, seq_len: int) -> None:
-    if available < needed:
-        raise ValueError(
-            f"{corpus.label} has {available} tokens; a window of {seq_len} needs {needed}: take more text or shorter windows"
-        )
-
-
-def windows_sha256(windows: Int64[Tensor, "window position"]) -> str:
-    """Hash of a tensor of windows: its shape and its ids as little-endian 64-bit integers."""
-    array = windows.cpu().numpy()
-    state = hashlib.sha256(repr(array.shape).encode())
-    state.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-    return state.hexdigest()
+LOADERS: Mapping[str, EmbeddedCorpus | HubDataset] = {
+    loader.name: loader for loader in (*map(EmbeddedCorpus, embedded.EMBEDDED), WIKITEXT2, C4, ALPACA)
+}

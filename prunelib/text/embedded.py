@@ -1,17 +1,12 @@
 """The embedded corpora: human-written English that every installation of the lock already holds.
 
-Three corpora, in three registers, are read from the installed packages (never imported, only parsed):
+Three corpora, in three registers, are read from the installed packages (never imported, only parsed): ``pydocs``, docstrings of
+ten scientific packages; ``pycomments``, comment paragraphs from the source of the same packages; ``pyreadmes``, the long
+descriptions (README files) of the installed distributions. Short texts and near-duplicates are left out of these. A fourth,
+``pyraw``, keeps both: all docstrings and comment paragraphs, with their licence headers and generated texts.
 
-- ``pydocs``: docstrings of ten scientific packages;
-- ``pycomments``: comment paragraphs from the source of the same packages;
-- ``pyreadmes``: the long descriptions (README files) of the installed distributions.
-
-Short texts and near-copies are left out of these three. A fourth, ``pyraw``, keeps both: all docstrings and comment
-paragraphs as they stand in the packages, with their licence headers and generated texts, to study what near-duplicates do.
-
-The same lock gives the same bytes, whatever the machine. ``data/corpora/manifest.json`` holds the package versions and
-one sha256 per split; `check` compares. Extraction costs about a minute, so `build` writes each corpus once, as a plain
-JSON-lines file under ``data/corpora/``, and `documents` reads it from there.
+The same lock gives the same bytes. ``data/corpora/manifest.json`` holds the package versions and one sha256 per
+split; `check` compares. Extraction costs about a minute, so `build` writes each corpus once, below ``data/corpora/``.
 """
 
 import ast
@@ -24,21 +19,24 @@ import re
 import sys
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from prunelib.io import project_root, write_json, write_text
+from prunelib.text import near_duplicates
 
 SPLITS = ("train", "calibration", "evaluation")
 PACKAGES = ("matplotlib", "networkx", "nltk", "numpy", "pandas", "scikit-learn", "scipy", "seaborn", "sqlalchemy", "sympy")
 SKIPPED_FOLDERS = {"tests", "testing", "_vendor", "vendored", "externals", "_externals", "extern"}
 SHORTEST = 200  # characters; shorter texts ("Return self+value.") are mostly boilerplate
 SHINGLE = 5  # words
-SIMILAR = 0.7  # Jaccard similarity of word 5-grams from which two texts count as near-duplicates
+SIMILAR = near_duplicates.Settings(threshold=0.7, verify=False)
 _IMPORT_NAMES = {"scikit-learn": "sklearn"}
 
 
@@ -52,6 +50,9 @@ class Document:
 
 class ManifestMismatch(RuntimeWarning):
     """The text on this machine differs from the text behind the committed results."""
+
+
+# --- reading the packages ------------------------------------------------------------------------------------------------
 
 
 def _sources(package: str) -> Iterator[tuple[str, str]]:
@@ -147,13 +148,11 @@ def locked_names() -> list[str]:
 
 def _described_packages() -> list[str]:
     """Those of the manifest, so that a package which the lock gains later changes no text; the locked ones without it."""
-    if manifest_path().exists():
-        return list(json.loads(manifest_path().read_text())["pyreadmes"]["packages"])
-    return locked_names()
+    return list(_manifest("pyreadmes")["packages"]) if manifest_path().exists() else locked_names()
 
 
-def _each(reader: Callable[[str], Iterator[Document]]) -> Callable[[], Iterator[Document]]:
-    return lambda: (document for package in PACKAGES for document in reader(package))
+def _each(reader: Callable[[str], Iterator[Document]]) -> Iterator[Document]:
+    return chain.from_iterable(map(reader, PACKAGES))
 
 
 @dataclass(frozen=True)
@@ -161,25 +160,25 @@ class Recipe:
     """How an embedded corpus is read, and the per-mille borders between its splits."""
 
     read: Callable[[], Iterator[Document]]
-    packages: Callable[[], list[str]]
     calibration_from: int
     evaluation_from: int
-    raw: bool = False  # short texts and near-copies stay
+    packages: Callable[[], list[str]] = lambda: list(PACKAGES)
+    raw: bool = False  # short texts and near-duplicates stay
 
 
 RECIPES = {
     # Reference models are trained on the train split of pydocs alone, so the other two need none.
-    "pydocs": Recipe(_each(_docstrings), lambda: list(PACKAGES), 800, 900),
-    "pycomments": Recipe(_each(_comments), lambda: list(PACKAGES), 0, 500),
-    "pyreadmes": Recipe(_readmes, _described_packages, 0, 500),
-    # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-copies apart.
-    "pyraw": Recipe(lambda: chain(_each(_docstrings)(), _each(_comments)()), lambda: list(PACKAGES), 500, 900, raw=True),
+    "pydocs": Recipe(lambda: _each(_docstrings), 800, 900),
+    "pycomments": Recipe(lambda: _each(_comments), 0, 500),
+    "pyreadmes": Recipe(_readmes, 0, 500, _described_packages),
+    # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-duplicates apart.
+    "pyraw": Recipe(lambda: chain(_each(_docstrings), _each(_comments)), 500, 900, raw=True),
 }
 EMBEDDED = tuple(RECIPES)
 
 
 def split_of(corpus: str, name: str) -> str:
-    """The split a document belongs to: a pure function of its qualified name, so that no text ever changes sides."""
+    """The split a document belongs to: a function of its qualified name alone, so that no text ever changes sides."""
     recipe = RECIPES[corpus]
     bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
     if bucket >= recipe.evaluation_from:
@@ -188,38 +187,30 @@ def split_of(corpus: str, name: str) -> str:
 
 
 def without_near_duplicates(documents: list[Document]) -> list[Document]:
-    """Keep the first document of every group whose word 5-grams overlap by about 70 % or more (MinHash, LSH).
+    """Keep the first document of every group whose word 5-grams overlap by about 70 % or more (MinHash, banding).
 
     Runs over all splits together, so that no near-copy of an evaluation text is left in the training text.
     """
-    from datasketch import MinHash, MinHashLSH
+    signed = near_duplicates.sign((_word_shingles(document.text) for document in documents), SIMILAR)
+    return [documents[index] for index in near_duplicates.first_of_each(signed, SIMILAR)]
 
-    index = MinHashLSH(threshold=SIMILAR, num_perm=128)
-    kept: list[Document] = []
-    for document in documents:
-        words = document.text.lower().split()
-        shingles = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
-        signature = MinHash(num_perm=128, seed=1)
-        signature.update_batch(sorted(shingles))
-        if not index.query(signature):
-            index.insert(document.name, signature)
-            kept.append(document)
-    return kept
+
+def _word_shingles(text: str) -> np.ndarray:
+    words = text.lower().split()
+    shingles = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
+    return np.array([int.from_bytes(hashlib.sha1(one).digest()[:4], "little") for one in shingles], dtype=np.uint64)
 
 
 def extract(corpus: str) -> list[Document]:
     """Read one embedded corpus from the installed packages: long enough, distinct (unless raw), in the order of names."""
-    recipe = _recipe(corpus)
+    recipe = RECIPES[corpus]
     shortest = 1 if recipe.raw else SHORTEST
     found = {document.name: document for document in recipe.read() if len(document.text) >= shortest}
     documents = [found[name] for name in sorted(found)]
     return documents if recipe.raw else without_near_duplicates(documents)
 
 
-def _recipe(corpus: str) -> Recipe:
-    if corpus not in RECIPES:
-        raise ValueError(f"unknown embedded corpus {corpus!r}: choose one of {', '.join(EMBEDDED)}")
-    return RECIPES[corpus]
+# --- the corpora on disk -------------------------------------------------------------------------------------------------
 
 
 def folder() -> Path:
@@ -230,17 +221,23 @@ def manifest_path() -> Path:
     return folder() / "manifest.json"
 
 
+def _manifest(corpus: str) -> dict:
+    return json.loads(manifest_path().read_text())[corpus]
+
+
 def corpus_path(corpus: str) -> Path:
     return folder() / f"{corpus}.jsonl"
 
 
 def build(corpus: str, *, force: bool = False) -> Path:
     """Write ``data/corpora/<corpus>.jsonl`` (one ``{"name", "split", "text"}`` a line) unless it is there; return its path."""
+    if corpus not in RECIPES:
+        raise ValueError(f"unknown embedded corpus {corpus!r}: choose one of {', '.join(EMBEDDED)}")
     path = corpus_path(corpus)
     if path.exists() and not force:
         return path
-    folder().mkdir(parents=True, exist_ok=True)
-    with (folder() / f".{corpus}.lock").open("w") as lock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{corpus}.lock").open("w") as lock:
         # The first runs of a batch start together: one reads the packages, the others wait for it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if force or not path.exists():
@@ -255,7 +252,6 @@ def records(corpus: str, split: str) -> tuple[Document, ...]:
     Raises:
         ValueError: unknown corpus or split, or a split that this corpus does not have.
     """
-    _recipe(corpus)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {corpus}: choose one of {', '.join(SPLITS)}")
     found = []
@@ -283,31 +279,27 @@ def documents(corpus: str, split: str) -> tuple[str, ...]:
     return tuple(document.text for document in records(corpus, split))
 
 
-def digest(found: tuple[Document, ...]) -> str:
-    """sha256 over names and texts, each preceded by its length in bytes."""
+def texts_sha256(texts: Iterable[str]) -> str:
+    """sha256 over UTF-8 texts, each preceded by its length in bytes (8 bytes, little-endian)."""
     state = hashlib.sha256()
-    for document in found:
-        for part in (document.name, document.text):
-            encoded = part.encode()
-            state.update(len(encoded).to_bytes(8, "little") + encoded)
+    for text in texts:
+        encoded = text.encode()
+        state.update(len(encoded).to_bytes(8, "little") + encoded)
     return state.hexdigest()
+
+
+def digest(found: Iterable[Document]) -> str:
+    """`texts_sha256` over names and texts."""
+    return texts_sha256(part for document in found for part in (document.name, document.text))
 
 
 def describe(corpus: str) -> dict:
     """The manifest's entry for one corpus as it is on this machine."""
     splits = {}
-    for split in SPLITS:
-        try:
-            found = records(corpus, split)
-        except ValueError:
-            if split == "train":
-                continue
-            raise
-        splits[split] = {
-            "documents": len(found),
-            "characters": sum(len(document.text) for document in found),
-            "sha256": digest(found),
-        }
+    for split in SPLITS if RECIPES[corpus].calibration_from else SPLITS[1:]:
+        found = records(corpus, split)
+        characters = sum(len(document.text) for document in found)
+        splits[split] = {"documents": len(found), "characters": characters, "sha256": digest(found)}
     return {"packages": {name: installed_version(name) for name in RECIPES[corpus].packages()}, "splits": splits}
 
 
@@ -316,15 +308,11 @@ def check(corpus: str, split: str) -> dict:
 
     Returns ``{"sha256", "expected", "matches"}``; a mismatch also warns (`ManifestMismatch`) with what differs and the remedy.
     """
-    actual = digest(records(corpus, split))
-    entry = json.loads(manifest_path().read_text())[corpus]
+    actual, entry = digest(records(corpus, split)), _manifest(corpus)
     expected = entry["splits"][split]["sha256"]
     if actual != expected:
-        moved = [
-            f"{name} {installed_version(name)} instead of {version}"
-            for name, version in entry["packages"].items()
-            if installed_version(name) != version
-        ]
+        installed = {name: installed_version(name) for name in entry["packages"]}
+        moved = [f"{name} {installed[name]} instead of {v}" for name, v in entry["packages"].items() if installed[name] != v]
         why = (
             "versions differ: " + ", ".join(moved)
             if moved

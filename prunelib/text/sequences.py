@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prunelib.text import corpora
+from prunelib.text.corpora import BLANK_LINE, Corpus
+from prunelib.text.windows import windows_sha256
 
 IGNORED = -100  # label of a position that is not trained on
 TOKENIZED_AT_ONCE = 64  # documents
@@ -39,7 +40,7 @@ class TrainingRows:
     def sha256(self) -> str:
         """Hash of shapes and contents."""
         tensors = (self.input_ids, self.labels) + (() if self.mask is None else (self.mask.long(),))
-        return hashlib.sha256("".join(map(corpora.windows_sha256, tensors)).encode()).hexdigest()
+        return hashlib.sha256("".join(map(windows_sha256, tensors)).encode()).hexdigest()
 
     def real_tokens(self, rows: int) -> int:
         """Tokens that are no padding in the first so many rows."""
@@ -51,7 +52,7 @@ class TrainingRows:
 
 
 def packed_rows(
-    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
+    corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
 ) -> TrainingRows:
     """`count` rows of exactly `seq_len` tokens, nothing padded, every position trained.
 
@@ -72,7 +73,7 @@ def packed_rows(
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     end = tokenizer.eos_token_id
-    between = encode([corpora.BLANK_LINE])[0] if end is None else [end]
+    between = encode([BLANK_LINE])[0] if end is None else [end]
     generator = np.random.default_rng(seed)
     content = seq_len - int(bos)
     pieces: list[np.ndarray] = []
@@ -97,9 +98,7 @@ def packed_rows(
     return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}", passes)
 
 
-def document_rows(
-    corpus: corpora.Corpus, tokenizer, count: int, seq_len: int, seed: int, *, progress: bool = True
-) -> TrainingRows:
+def document_rows(corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int, *, progress: bool = True) -> TrainingRows:
     """`count` rows of one document each, cut at `seq_len` tokens or padded on the right; padding is not trained.
 
     Documents begin with the special tokens that the tokenizer gives them and get no end-of-text token, and every token of the
