@@ -1,18 +1,15 @@
-# make figures   every figure and table of the reference profile (resumes what was interrupted)
-# make test      style and tests
-# make optimum   the yardstick in data/optimum anew: every set of layers; for a GPU
+# make figures   every figure and table of the reference profile (an interrupted batch resumes)
+# make test      style and the fast tests; `make test-all`: all tests
+# make verify    rebuild the embedded texts, rerun the smoke profile, compare with the committed numbers
+# make audit     known vulnerabilities of the locked packages (pip-audit; needs PyPI), and build/sbom.json
+# make optimum   every set of layers, in data/optimum; for a GPU. Likewise `make healing`: long healings, in data/healing
 # make gpu       speed and memory at full size, in data/speed and data/benchmarks; for a GPU (one benchmark: two)
-# make verify    check models and corpora, rerun the smoke profile, compare with the committed values
-# make hashes    the committed hashes of data/ anew, after a table was drawn again: commit data/SHA256SUMS with it
-# make audit     known weaknesses of the locked packages (pip-audit; needs PyPI itself), nothing pickled, hashes, licences
-# make sbom      the inventory sbom.cdx.json and the licences in data/README.md anew, after the lock has changed
 # make report    one page of everything, build/report/report.html, and the same as PDF where a browser is installed
 # make lab       the notebooks in JupyterLab (as root, in a container: ARGS=--allow-root)
-# make lock      resolve the dependencies anew
-# make walkthrough  how long all this takes from a fresh clone: data/benchmarks/walkthrough.json (an idle machine, 70 minutes)
+# make lock      resolve the dependencies again
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
 #
-# Each target makes and reuses .venv (walkthrough: that of its clone). Variables: PYTHON=python3.12, CORES=8, PROFILE=profiles/paper.yaml, ARGS="--resources gpu=1"
+# Each target makes and reuses .venv. Variables: PYTHON=python3.12, CORES=8, PROFILE=profiles/paper.yaml, ARGS="--resources gpu=1"
 
 PYTHON ?= python3
 CORES ?= 2
@@ -20,25 +17,26 @@ PROFILE ?= profiles/reference.yaml
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/installed
+SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) $(ARGS) --configfile
 
 # Runs and tests share the cores; threads inside one of them would only change the last digits of its sums.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: figures optimum healing gpu test verify hashes audit sbom report lab lock walkthrough clean
+.PHONY: help figures optimum healing gpu test test-all verify audit report lab lock clean
 .DEFAULT_GOAL := figures
 
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
 figures: $(READY)
-	@$(BIN)/python -m prunelib.lab.batch $(PROFILE) --cores $(CORES) $(ARGS)
+	@$(SNAKEMAKE) $(PROFILE)
 
-optimum: $(READY)
-	@$(BIN)/python -m prunelib.lab.batch profiles/optimum.yaml --cores $(CORES) $(ARGS)
-
-healing: $(READY)
-	@$(BIN)/python -m prunelib.lab.batch profiles/healing.yaml --cores $(CORES) $(ARGS)
+optimum healing: $(READY)
+	@$(SNAKEMAKE) profiles/$@.yaml
 
 gpu: $(READY)
-	@$(BIN)/python -m prunelib.lab.batch profiles/speed.yaml --cores $(CORES) $(ARGS)
+	@$(SNAKEMAKE) profiles/speed.yaml
 	@$(BIN)/python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 16 \
 	  --seq-len 2048 --batch-size 8 --output data/benchmarks/statistics_8b.json
 	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --threads 8 \
@@ -55,22 +53,25 @@ gpu: $(READY)
 	  $(BIN)/python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \
 	  --micro-batch 8 --steps 10 100 --output data/benchmarks/healing_scaling.json; fi
 
-# One file at a time in each process: what the tests of a file share is made once. Those that use all cores themselves come last.
+# What the tests of a file share is made once: a file goes to one process.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --durations 15
 test: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && \
-	  $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile --durations 15 $(ARGS)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(PYTEST) -m "not slow" $(ARGS)
 
+test-all: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(PYTEST) $(ARGS)
+
+# The texts are read from the installed packages again: built files would hide an altered package.
 verify: $(READY)
+	@rm -f data/corpora/*.jsonl
+	@$(BIN)/python -W error::RuntimeWarning -m prunelib.text.embedded
 	@$(BIN)/python -m prunelib.lab.verify $(ARGS)
 
-hashes: $(READY)
-	@$(BIN)/python -m prunelib.lab.checksums --update
-
-audit: $(READY)
-	@$(BIN)/python -m prunelib.lab.supply $(ARGS)
-
-sbom: $(READY)
-	@$(BIN)/python -m prunelib.lab.supply --update
+# In an environment of its own: pip-audit needs newer packages than the lock may take.
+audit:
+	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -qq pip-audit
+	@build/audit/bin/pip-audit --no-deps --disable-pip -r requirements.lock $(ARGS)
+	@build/audit/bin/pip-audit --no-deps --disable-pip -r requirements.lock --format cyclonedx-json --output build/sbom.json
 
 report: $(READY)
 	@$(BIN)/python -m prunelib.apps.report $(ARGS)
@@ -78,24 +79,19 @@ report: $(READY)
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
-# The version of torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines. That is also
-# why it holds no hashes: torch's wheels differ from index to index, and pip wants hashes of all packages or of none.
-# The tools of `make audit` live in an environment of their own: they need newer versions than the lock may take.
-COMPILE = $(BIN)/pip-compile -q --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-  --no-annotate --no-header
+# torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines. That is also why it holds no
+# hashes: torch's wheels differ from index to index, and pip wants hashes of all packages or of none. Its version is chosen here:
+# another one gives other last digits.
 lock: $(READY)
-	@$(COMPILE) --extra dev --extra cluster --constraint constraints.txt -o requirements.lock pyproject.toml
+	@$(BIN)/pip-compile -q --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	  --no-annotate --no-header --extra dev --extra cluster -P torch==2.13.0 -o requirements.lock pyproject.toml
 	@sed -i.old 's/+cpu$$//' requirements.lock && rm requirements.lock.old
-	@printf '%s\n' pip-audit 'cyclonedx-python-lib[json-validation]' | $(COMPILE) -o requirements-audit.lock -
-
-walkthrough:
-	@$(PYTHON) benchmarks/walkthrough.py --cores $(CORES) $(ARGS)
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --clear: an environment that a changed lock or an interrupted installation left half done is made anew.
+# --clear: a changed lock or an interrupted installation starts from an empty environment.
 $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "Python 3.11.5 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@echo "installing requirements.lock into .venv (some minutes, once)"

@@ -1,17 +1,17 @@
-"""The graph: notebooks → run files → table → figures.
+"""The graph: notebooks → run files → tables → figures → chapters.
 
-    snakemake --cores 2                                     the reference profile (what `make figures` runs)
-    snakemake --cores 2 --configfile profiles/smoke.yaml    another profile
-    snakemake --cores 2 figures/<stem>.png                  one figure and what it needs (--forceall: even if it is there)
-    snakemake -n --configfile profiles/paper.yaml           list the runs of the papers' own settings
+    snakemake                                      the reference profile (what `make figures` runs)
+    snakemake --configfile profiles/smoke.yaml     another profile
+    snakemake figures/<stem>.png                   one figure and the runs its numbers need (--forceall: even if they are there)
+    snakemake -n --configfile profiles/paper.yaml  list the runs of the papers' own settings
 
-A run is made again when its parameters, the code cells of its notebook, its weights or its inputs change. Saving a
-notebook with outputs reruns nothing. Neither does editing prunelib/: a comment there must not cost a week of GPU. Its
-hash is in every run file and the table warns when hashes mix; rerun on purpose with
-    --forcerun statistics depth selection blocks slicing tasks healing duplicates combining speed
+profiles/default/config.yaml holds the settings of Snakemake itself. A run is made again when its parameters, the code cells of
+its notebook, its weights or its inputs change. Saving a notebook with outputs reruns nothing. Neither does editing prunelib/: a
+comment there must not cost a week of GPU. Its hash is in every run file and the table warns when hashes mix; rerun on purpose
+with `--forcerun selection blocks …`.
 """
 
-import re
+import json
 import sys
 from glob import glob
 from pathlib import Path
@@ -22,7 +22,8 @@ workdir: workflow.basedir
 
 sys.path.insert(0, workflow.basedir)
 
-from prunelib.lab import profile as grid
+from prunelib.figures.save import figure_stems, figure_suffixes, registry
+from prunelib.lab import profile as profiles
 from prunelib.lab.provenance import model_fingerprint, notebook_source_sha
 from prunelib.lab.runs import runs_table
 
@@ -30,62 +31,85 @@ if "models" not in config:  # no --configfile; as a plain directive it would be 
     configfile: "profiles/reference.yaml"
 
 try:
-    PROFILE = grid.read(config)
+    PROFILE = profiles.read(config)
 except ValueError as error:
     raise WorkflowError(str(error))
 
 PYTHON = PROFILE.python or sys.executable
-CHAPTERS = {chapter: PROFILE.figure_files(chapter) for chapter in PROFILE.chapters}
-CHAPTER_RUNS = [PROFILE.chapter_run(chapter) for chapter in CHAPTERS]
-TABLES = PROFILE.tables
-FIGURES = [file for files in CHAPTERS.values() for file in files]
+RUNS = {run.path: run for runs in PROFILE.experiments.values() for run in runs}
+TABLES = {PROFILE.table(experiment): [run.path for run in runs] for experiment, runs in PROFILE.experiments.items()}
+CHAPTERS = {chapter: profiles.chapter_values(PROFILE, chapter) for chapter in PROFILE.chapters}
+# Figures that need a table are drawn by a rule each, the others by their chapter.
+DRAWN = {stem: entry for stem, entry in registry().items() if entry.chapter in CHAPTERS and entry.reads}
+DRAWING = {name: value for name, value in PROFILE.resources.items() if name not in ("gpu", "gpu_model", "gres")}
 
 # `source` in the params below is a plain value: a function of the input would be no reason to run again (Snakemake 9).
-# `exec`: Snakemake is then the parent of the runner itself, which ends when that parent is killed.
-RUN = (
-    "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.lab.run_notebook --quiet --follow=$PPID"
-    " {input.notebook:q} {output.run:q} {params.arguments}"
-)
+# `exec`: Snakemake is then the parent of the runner itself.
+RUN = "exec env OMP_NUM_THREADS={threads} {PYTHON:q} -m prunelib.lab.run_notebook --quiet {input.notebook:q} {output.run:q} {params.arguments}"
 
 
-wildcard_constraints:
-    model="|".join(map(re.escape, PROFILE.models)),
-    corpus="|".join(map(re.escape, PROFILE.calibration)),
-    seed=r"\d+",
-    layers_removed=r"\d+",
-    part="|".join(map(re.escape, (name for experiment in grid.OWN_TABLE for name in getattr(PROFILE, experiment)))) or "none",
+def files(stem):
+    return [f"{PROFILE.figures}/{stem}{suffix}" for suffix in figure_suffixes(stem)]
+
+
+def sources(entry):
+    """The parameters of a chapter that a figure reads, tables of this profile replaced by the run files its numbers need."""
+    values, models = dict(CHAPTERS[entry.chapter]), list(PROFILE.models)
+    for name, parts in entry.reads.items():
+        if values.get(name) == PROFILE.table(name):
+            values[name] = [
+                run.path
+                for run in PROFILE.experiments[name]
+                if (parts is None or run.part in parts) and (entry.models is None or run.model == models[entry.models])
+            ]
+    return {name: value for name, value in values.items() if name != "figures"}
+
+
+def inputs(entry):
+    """The run files of this profile among them; committed files and folders are plain values."""
+    found = []
+    for name in entry.reads:
+        value = sources(entry)[name]
+        found += value if isinstance(value, list) else below(value)
+    return found
+
+
+def below(folder):
+    return [path for path in RUNS if path.startswith(f"{folder}/")]
+
+
+# The runs too, although the tables are made of them: a clone has the tables and would make nothing again.
+rule all:
+    input:
+        list(RUNS),
+        TABLES,
+        [runs_table(table) for table in TABLES],
+        [file for stem in DRAWN for file in files(stem)],
+        [f"{PROFILE.runs}/chapters/{chapter}.json" for chapter in CHAPTERS],
 
 
 localrules: all
 
 
-# The runs too, although the tables are made of them: a clone has the tables and would make nothing again.
-rule all:
-    input: [run for runs in TABLES.values() for run in runs], TABLES, [runs_table(table) for table in TABLES], CHAPTER_RUNS, FIGURES, PROFILE.costs or []
-
-
 # Functions that make functions: one that used the loop's variable would see its last value.
-def inputs(experiment):
-    return lambda wildcards: PROFILE.inputs(experiment, **dict(wildcards.items()))
+def run_of(experiment, get):
+    return lambda wildcards: get(RUNS[PROFILE.run(experiment, wildcards.run)])
 
 
-def arguments(experiment):
-    return lambda wildcards: grid.arguments(grid.values(PROFILE, experiment, **dict(wildcards.items())))
-
-
-for experiment in PROFILE.experiments:
+for experiment, runs in PROFILE.experiments.items():
 
     rule:
         name: experiment
         input:
-            unpack(inputs(experiment)),
-            notebook=ancient(grid.experiment_notebook(experiment)),
+            unpack(run_of(experiment, lambda run: run.inputs)),
+            notebook=ancient(profiles.experiment_notebook(experiment)),
         output: **PROFILE.outputs(experiment)
-        log: notebook=PROFILE.pattern(experiment, ".ipynb")
+        log: notebook=PROFILE.run(experiment, "{run}", suffix=".ipynb")
         params:
-            source=notebook_source_sha(grid.experiment_notebook(experiment)),
-            weights=lambda wildcards: model_fingerprint(PROFILE.models[wildcards.model]["model"]),
-            arguments=arguments(experiment),
+            source=notebook_source_sha(profiles.experiment_notebook(experiment)),
+            weights=run_of(experiment, lambda run: model_fingerprint(run.values["model"])),
+            arguments=run_of(experiment, lambda run: profiles.arguments(run.values)),
+        wildcard_constraints: run="|".join(Path(run.path).stem for run in runs).replace(".", r"\.")
         threads: PROFILE.threads
         retries: PROFILE.retries or None  # else as --retries says
         resources: **PROFILE.resources
@@ -102,34 +126,35 @@ for table, runs in TABLES.items():
         shell: "{PYTHON:q} -m prunelib.lab.runs {input:q} {output.table:q}"
 
 
-for chapter, files in CHAPTERS.items():
+for stem, entry in DRAWN.items():
+
+    rule:
+        name: f"figure_{stem}"
+        input: runs=inputs(entry), published=sorted(glob("data/published/*.csv"))
+        output: files(stem)
+        params: arguments=profiles.arguments(sources(entry)), folder=PROFILE.figures
+        retries: PROFILE.retries or None
+        resources: **DRAWING
+        shell: f"{{PYTHON:q}} -m prunelib.figures {stem} {{params.folder:q}} {{params.arguments}}"
+
+
+for chapter, values in CHAPTERS.items():
 
     rule:
         name: f"chapter_{chapter}"
         input:
-            notebook=ancient(grid.chapter_notebook(chapter)),
-            tables=[table for table in TABLES if table in grid.chapter_values(PROFILE, chapter).values()],
-            # Yardsticks that the profile makes itself; the committed ones are not remade.
-            optimum_runs=PROFILE.runs_of("optimum") if "optimum_runs" in grid.chapter_values(PROFILE, chapter) else [],
-            published=sorted(glob("data/published/*.csv")),
-            claims=[path for name, path in grid.chapter_values(PROFILE, chapter).items() if name == "claims"],
-        output: files, run=PROFILE.chapter_run(chapter)
-        log: notebook=PROFILE.chapter_run(chapter, ".ipynb")
+            notebook=ancient(profiles.chapter_notebook(chapter)),
+            tables=[table for table in TABLES if table in values.values()],
+            runs=[path for value in values.values() for path in below(value)],
+            figures=[file for stem, entry in DRAWN.items() if entry.chapter == chapter for file in files(stem)],
+        output:
+            [file for stem in figure_stems(profiles.chapter_notebook(chapter)) if stem not in DRAWN for file in files(stem)],
+            run=f"{PROFILE.runs}/chapters/{chapter}.json",
+        log: notebook=f"{PROFILE.runs}/chapters/{chapter}.ipynb"
         params:
-            source=notebook_source_sha(grid.chapter_notebook(chapter)),
-            arguments=grid.arguments(grid.chapter_values(PROFILE, chapter)),
+            source=notebook_source_sha(profiles.chapter_notebook(chapter)),
+            arguments=profiles.arguments(values),
         threads: PROFILE.threads
-        retries: PROFILE.retries or None  # else as --retries says
-        resources: **PROFILE.resources_without_gpu
+        retries: PROFILE.retries or None
+        resources: **DRAWING
         shell: RUN
-
-
-if PROFILE.costs:
-
-    rule costs:
-        input: [run for runs in TABLES.values() for run in runs], CHAPTER_RUNS
-        output: update(PROFILE.costs)  # not deleted first: it keeps lines of runs that are not here
-        localrule: True
-        params:
-            runs=PROFILE.runs,
-        shell: "{PYTHON:q} -m prunelib.lab.costs {params.runs:q}"

@@ -7,7 +7,6 @@ from word_model import write_project
 
 from prunelib import models
 from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
-from prunelib.lab import choices
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 from prunelib.text.corpora import load
@@ -116,6 +115,6 @@ def test_wrong_parameters_are_refused_before_work(place):
         _run(place, "wrong", corpora=["pydocs"])
     with pytest.raises(NotebookError, match="no choice of 'greedy'"):
         _run(place, "wrong", methods=["greedy"])
-    assert choices.read(place / "choices.json", model=str(place / "model"), methods=["angular"], sizes=[2]) == {
+    assert results.read_choices(place / "choices.json", model=str(place / "model"), methods=["angular"], sizes=[2]) == {
         ("angular", 2): REMOVED
     }

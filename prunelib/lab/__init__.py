@@ -1,1 +1,1 @@
-"""Where is a number kept?"""
+"""Where is a number kept, and what made it?"""

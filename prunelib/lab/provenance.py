@@ -1,7 +1,7 @@
-"""Who, what and where of a number: files by hash, the code, the libraries, the machine.
+"""Provenance of a result: its data by hash, the code, the libraries, the machine.
 
-Nothing here imports torch: a chapter that only draws figures stays light. The record of a run holds no
-wall clock and no machine path, so that the same run on the same machine gives the same bytes.
+A record holds no wall clock and no machine path: the same run on the same machine gives the same bytes. torch is imported only
+for an accelerator, so that drawing stays light.
 """
 
 import contextlib
@@ -17,41 +17,23 @@ from pathlib import Path
 
 from prunelib.io import at_root, file_sha256, project_root
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-    "datasets",
-    "accelerate",
-    "peft",
-    "lm-eval",
-    "papermill",
-    "snakemake",
-)
-
-HASHED_BYTES = 200 * 2**20
-
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "datasets")
+LIBRARIES += ("accelerate", "peft", "lm-eval", "papermill", "snakemake")
 # What decides a result; data/ and figures/ are left out because the batch itself rewrites them.
 CODE = ("prunelib", "notebooks", "profiles", "Snakefile", "pyproject.toml", "requirements.lock")
+HASHED_BYTES = 200 * 2**20
 
 
 def model_source(name: str) -> str:
-    """Where to load a model from: the folder, absolute, when `name` is one (below the project root or anywhere), else the
-    hub name as it is.
-    """
+    """What `from_pretrained` takes: the absolute folder when `name` is one (maybe below the root), else `name`."""
     folder = at_root(name)
     return str(folder) if folder.is_dir() else name
 
 
 def model_fingerprint(name: str) -> str:
-    """Hash that changes with the weights of a local model folder; a hub name stands for itself.
+    """Hash of the weights of a local model folder; a hub name stands for itself.
 
-    Folders above `HASHED_BYTES` are told apart by the names and sizes of their files alone.
+    A folder above `HASHED_BYTES` is told apart by the names and sizes of its files alone.
     """
     folder = at_root(name)
     if not folder.is_dir():
@@ -63,39 +45,35 @@ def model_fingerprint(name: str) -> str:
 
 
 def source_sha256(folder: str | os.PathLike | None = None) -> str:
-    """One sha256 over names and bytes of all Python files in `folder` (default: this package)."""
+    """sha256 over names and bytes of all Python files in `folder` (default: this package), line endings normalized."""
     folder = Path(folder) if folder is not None else Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder).as_posix()
-        # Line endings are normalized: a checkout with autocrlf is the same code.
         content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-        digest.update(f"{name}\0{content}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 
 def notebook_source_sha(path: str | os.PathLike) -> str:
-    """sha256 over the code cells of a notebook, tags included, outputs and metadata left out.
+    """sha256 over the code cells of a notebook: saving it with outputs keeps the hash, editing its code changes it.
 
-    Saving a notebook after running it by hand keeps this hash; editing its code changes it. Cells that papermill
-    injected are left out, so a notebook and its executed copy agree.
+    Cells that papermill injected are left out, so that a notebook and its executed copy agree.
     """
-    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
     cells = []
-    for cell in notebook["cells"]:
+    for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
         tags = cell.get("metadata", {}).get("tags", [])
         if cell["cell_type"] == "code" and "injected-parameters" not in tags:
-            source = cell["source"]  # a string or a list of lines: nbformat allows both
-            cells.append([source if isinstance(source, str) else "".join(source), "parameters" in tags])
+            cells.append(["".join(cell["source"]), "parameters" in tags])
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = None, device: str = "cpu") -> dict:
     """Everything but the parameters that a result depends on.
 
-    `data` maps the name of each corpus or file to its sha256, `model` describes the model (name, revision, hash), `device`
-    is the torch device that computed. What cannot be found out (no git, library not installed) is None.
+    data: name of each text or file → its sha256. model: its description (name, revision, hash). device: the torch device that
+    computed. What cannot be found out (no git, a library not installed) is None.
     """
+    torch = sys.modules.get("torch")
     return {
         "git": _git(),
         "source_sha256": source_sha256(),
@@ -104,14 +82,14 @@ def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = Non
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "device": device_name(device),
-        "threads": _threads(),
+        "threads": torch.get_num_threads() if torch is not None else None,  # sums depend on it in the last digits
         "data": dict(data or {}),
         "model": dict(model or {}),
     }
 
 
 def cpu_name() -> str | None:
-    """The processor as its maker calls it."""
+    """The name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -120,9 +98,9 @@ def cpu_name() -> str | None:
 
 
 def device_name(device: str) -> str:
-    """`cpu`, or the device with the name of the accelerator behind it, as in `cuda (NVIDIA H200)`."""
+    """`cpu`, or the device with the name of the accelerator, as in `cuda (NVIDIA H200)`."""
     if device.startswith("cuda"):
-        import torch  # only a caller that computed with it comes here
+        import torch
 
         if torch.cuda.is_available():
             return f"{device} ({torch.cuda.get_device_name(device)})"
@@ -130,16 +108,14 @@ def device_name(device: str) -> str:
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Largest memory in bytes so far: of the process on a CPU, of the allocator on an accelerator ("auto": on all together)."""
-    if device == "auto":
+    """Peak memory in bytes so far: of the process on a CPU, of the allocator on an accelerator ("auto": sum over all)."""
+    if device == "auto" or device.startswith("cuda"):
         import torch
 
+        if device != "auto":
+            return torch.cuda.max_memory_allocated(device)
         if torch.cuda.is_available():
             return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows, hence here
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -147,25 +123,21 @@ def peak_bytes(device: str = "cpu") -> int:
 
 
 def _git() -> dict | None:
-    """Commit and whether the code differs from it; None without git, or when the clone is an unpacked archive."""
+    """Commit and whether the code differs from it; None without git, or outside a clone."""
     root = project_root()
-    # Inside a git hook, GIT_DIR and its kind point at another place than `root`.
+    # Inside a git hook, GIT_DIR and the like point at another place than `root`.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
-        return done.stdout.strip()
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
     try:
-        # An archive unpacked inside some other repository must not take that repository's commit.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:  # unpacked inside some other repository
             return None
-        commit = git("rev-parse", "HEAD")
-        dirty = bool(git("status", "--porcelain", "--", *CODE))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": dirty}
 
 
 def _version(name: str) -> str | None:
@@ -173,9 +145,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _threads() -> int | None:
-    """Threads of torch where it is loaded: sums depend on their number in the last digits."""
-    torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch is not None else None

@@ -44,9 +44,6 @@ class ResultError(ValueError):
     """A run file, a row or a choice that must not become a number in a table."""
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
 @dataclass
 class Recorder:
     """A run while its notebook computes: `recorder = start("selection", globals())` in the first cell after the parameters,
@@ -131,9 +128,6 @@ def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
     return path
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
 def read_run(path: str | os.PathLike) -> dict:
     """A run file, checked. Raises ResultError when it is not one, FileNotFoundError when it is not there."""
     path = at_root(path)
@@ -199,9 +193,6 @@ def published(paper: str | None = None, item: str | None = None) -> "pandas.Data
             if table.empty:
                 raise ResultError(f"{PUBLISHED} has no {column} {name!r}; there are: {known}")
     return table.reset_index(drop=True)
-
-
-# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.DataFrame":
@@ -316,9 +307,6 @@ def _column(values: list) -> object:
     if kinds and kinds <= {int, float} and float in kinds:
         return pandas.array(values, dtype="float64")
     return pandas.Series(values, dtype="object")
-
-
-# ----------------------------------------------------------------------------------------------------------- validation
 
 
 def _validate(run: object, where: str) -> None:
