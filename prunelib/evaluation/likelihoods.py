@@ -1,6 +1,7 @@
 """Log-likelihoods of many continuations under many removals of layers, with all that they share run once.
 
-Three things are shared. Removals that keep the same first layers share what those layers return (`prefix.SharedPrefixEvaluator`). The
+Three things are shared. Removals that keep the same first layers share what those layers return
+(`layerwise.SharedPrefixEvaluator`). The
 choices of one question share the beginning of their text: they lie in one row, the beginning once and the choices behind one
 another, each blind to the others, with the positions that each would have by itself. And the final norm and the head run at
 the scored positions only, which is a fraction of the text. The numbers are those of one text at a time, to float tolerance;
@@ -17,8 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models import decoder_layers
-from prunelib.models.layerwise import LayerSet, SharedPrefixEvaluator, Shell, layer_forwards_alone, shared_layer_forwards
+from prunelib.models.layerwise import LayerSet, LayerwiseModel, SharedPrefixEvaluator
 
 Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the most likely one
 
@@ -61,22 +61,20 @@ def layer_set_likelihoods(
     batch_size: int = 16,
     softmax_dtype: torch.dtype | None = None,
     progress: bool = True,
-    unit: str = "layer",
 ) -> LayerSetLikelihoods:
     """The log-likelihood of every request under the model without each of the given sets of layers.
 
     Equal, to float tolerance, to running ``remove_layers(model, removed)`` on one request at a time.
 
     Args:
-        layer_sets: the removed layers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
+        layer_sets: the removed layers or sublayers, each ascending; ``()`` is the dense model. Repeated sets are evaluated once.
         batch_size: requests in one batch; longest first.
         softmax_dtype: in which log-probabilities are computed, None for that of the logits.
-        unit: "sublayer" for sets of sublayers, as in `evaluation.layer_set_perplexity`.
 
     Raises:
         ValueError: no request, one whose continuation is empty or longer than what is read, ``batch_size`` below 1, a model in
-            training mode, an unknown unit, or a set that is not ascending, out of range, or everything.
-        UnsupportedModel: as `prefix.SharedPrefixEvaluator`.
+            training mode, or a set that is not ascending, out of range, or everything.
+        UnsupportedModel: as `layerwise.SharedPrefixEvaluator`.
     """
     if not requests or batch_size < 1 or model.training:
         raise ValueError(
@@ -89,31 +87,25 @@ def layer_set_likelihoods(
                 f"request {number}: {len(request.scored)} tokens to score on {len(request.read)} that are read: at least one "
                 "token must be scored, behind at least one of context"
             )
-    # The walk of these runs is all that is used: what a batch of theirs holds is known here.
-    runs = SharedPrefixEvaluator(
-        model, torch.zeros(0, 2, dtype=torch.int64), layer_sets, batch_size=1, progress=progress, unit=unit
-    )
-    layers = decoder_layers(model)
-    first = torch.tensor([requests[0].read[:1] * 2], device=model.device)
-    shell = Shell(model, layers, first, runs._cut)
+    runs = SharedPrefixEvaluator(model, layer_sets)
+    engine = runs.engine
     shared, single = _rows(requests, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
-    if shared and not _runs_shared(model, shell, max(shared, key=lambda row: max(row.positions))):
+    if shared and not _runs_shared(engine, max(shared, key=lambda row: max(row.positions))):
         shared, single = [], [part for row in (*shared, *single) for part in row.apart()]
-    heads_alone = _heads_alone(shell, first)
+    heads_alone = _heads_alone(engine, torch.tensor([requests[0].read[:1] * 2]))
     batches = [*_batches(shared, batch_size), *_batches(single, batch_size)] if runs.sets else []
 
     found = LayerSetLikelihoods((removed, [(0.0, False)] * len(requests)) for removed in runs.sets)
-    steps = len(batches) * shared_layer_forwards(len(layers), runs.sets, unit)
+    steps = len(batches) * runs.layers_per_batch
     with tqdm(total=steps, desc=f"{len(runs.sets)} layer sets", unit="layer", disable=not progress) as bar:
         for rows in batches:
-            batch = _Batch.of(rows, requests, model.device)
-            for removed, hidden in runs._walk(shell, batch.enter(shell), bar):
-                logits = batch.logits(shell, hidden, heads_alone=heads_alone)
+            batch = _Batch.of(rows, requests, engine.device)
+            for removed, hidden in runs.walk(batch.embed(engine), bar):
+                logits = batch.logits(engine, hidden, heads_alone=heads_alone)
                 for number, answer in zip(batch.requests, batch.answers(logits, softmax_dtype), strict=True):
                     found[removed][number] = answer
                 del logits  # before the next ones are made
-    found.layer_forwards = runs.layer_forwards
-    found.layer_forwards_alone = len(batches) * layer_forwards_alone(len(layers), runs.sets, unit)
+    found.layer_forwards, found.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
     found.tokens = sum(len(row.tokens) for rows in batches for row in rows)
     found.tokens_alone = sum(len(request.read) for request in requests)
     return found
@@ -249,23 +241,21 @@ class _Batch:
             token=torch.tensor(token, dtype=torch.int64, device=device),
         )
 
-    def enter(self, shell: Shell) -> Float[Tensor, "row position hidden"]:
+    def embed(self, engine: LayerwiseModel) -> Float[Tensor, "row position hidden"]:
         """The input of the first layer, with the mask and the positions of these rows kept for the layers behind."""
         if self.mask is None:
-            return shell.enter(self.ids)
-        body = shell.view.base_model
-        mask = self.mask.to(shell.view.dtype) * torch.finfo(shell.view.dtype).min
-        body(input_ids=self.ids, attention_mask=mask, position_ids=self.positions, use_cache=False)
-        args, kwargs = shell.calls[0]
-        return args[0] if args else kwargs["hidden_states"]
+            return engine.embed(self.ids)
+        dtype = engine.model.dtype
+        mask = self.mask.to(dtype) * torch.finfo(dtype).min
+        return engine.embed(self.ids, attention_mask=mask, position_ids=self.positions)
 
     def logits(
-        self, shell: Shell, hidden: Float[Tensor, "row position hidden"], *, heads_alone: bool
+        self, engine: LayerwiseModel, hidden: Float[Tensor, "row position hidden"], *, heads_alone: bool
     ) -> Float[Tensor, "place vocabulary"]:
         """Final norm and head at the scored places."""
         if heads_alone:
-            return shell.leave(_taken(self.ids, self.scored)[:, None], _taken(hidden, self.scored)[:, None])[:, 0]
-        return _taken(shell.leave(self.ids, hidden), self.scored)
+            return engine.head(_taken(hidden, self.scored)[:, None])[:, 0]
+        return _taken(engine.head(hidden), self.scored)
 
     def answers(self, logits: Float[Tensor, "place vocabulary"], dtype: torch.dtype | None) -> list[Answer]:
         """One per request, in the order of ``requests``."""
@@ -301,42 +291,43 @@ def _blocked(branches: Int64[Tensor, "row position"]) -> Float[Tensor, "row 1 po
 # --- what a model can do -------------------------------------------------------------------------------------------------
 
 
-def _runs_shared(model: PreTrainedModel, shell: Shell, row: _Row) -> bool:
+def _runs_shared(engine: LayerwiseModel, row: _Row) -> bool:
     """Whether the layers return for one row what they return for its texts one by one.
 
     Not so where attention is no matter of a mask (state-space and linear-attention layers), looks at distances in the row
     (ALiBi) or only at the last few tokens (sliding windows shorter than the text).
     """
-    takes = inspect.signature(shell.view.base_model.forward).parameters
+    model = engine.model
+    takes = inspect.signature(engine.forward).parameters
     known = {"sdpa", "eager"}  # the others read a mask of two dimensions
     if not {"attention_mask", "position_ids"} <= set(takes) or getattr(model.config, "_attn_implementation", "") not in known:
         return False
     tolerance = torch.finfo(model.dtype).eps ** 0.5
     row = _Row(row.beginning, tuple((text, ()) for text, _ in row.texts))  # nothing is scored here
     try:
-        together = _through(shell, _Batch.of([row], [], model.device))[0]
+        together = _through(engine, _Batch.of([row], [], engine.device))[0]
     except (TypeError, ValueError, RuntimeError, IndexError):  # a family that cannot read such a mask says so in its own way
         return False
     for index, alone in enumerate(row.apart()):
         places = [row.place(index, position) for position in range(len(alone.tokens))]
-        wanted = _through(shell, _Batch.of([alone], [], model.device))[0]
+        wanted = _through(engine, _Batch.of([alone], [], engine.device))[0]
         if not torch.linalg.norm(together[places] - wanted) <= tolerance * torch.linalg.norm(wanted):
             return False
     return True
 
 
-def _through(shell: Shell, batch: _Batch) -> Float[Tensor, "row position hidden"]:
-    hidden = batch.enter(shell)
-    for index in range(len(shell.layers)):
-        hidden = shell.run(index, hidden)
+def _through(engine: LayerwiseModel, batch: _Batch) -> Float[Tensor, "row position hidden"]:
+    hidden = batch.embed(engine)
+    for index in range(engine.n_layers):
+        hidden = engine.run_layer(index, hidden)
     return hidden
 
 
-def _heads_alone(shell: Shell, ids: Int64[Tensor, "1 two"]) -> bool:
+def _heads_alone(engine: LayerwiseModel, ids: Int64[Tensor, "1 two"]) -> bool:
     """Whether what follows the layers looks at one position at a time, as a norm and a linear head do."""
-    hidden = shell.enter(ids)
-    for index in range(len(shell.layers)):  # in a sliced model, what leaves the layers is wider than what enters them
-        hidden = shell.run(index, hidden)
+    hidden = engine.embed(ids)
+    for index in range(engine.n_layers):  # in a sliced model, what leaves the layers is wider than what enters them
+        hidden = engine.run_layer(index, hidden)
     hidden = torch.cat([hidden[:, :1], hidden[:, :1] * -0.5 + 1], dim=1)
-    whole, alone = shell.leave(ids, hidden)[0], shell.leave(ids.T, hidden[0][:, None])[:, 0]
+    whole, alone = engine.head(hidden)[0], engine.head(hidden[0][:, None])[:, 0]
     return bool(torch.linalg.norm(whole - alone) <= torch.finfo(whole.dtype).eps ** 0.5 * torch.linalg.norm(whole))

@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig
 SLICED_MODEL_TYPE = "prunelib_sliced"
 """Model type of sliced models (`prunelib.slicing.modeling`): their layers differ in width."""
 
+SUBLAYERS = ("attn", "mlp")
+"""The sublayers of a decoder layer, in order; (3, "attn") is the attention of layer 3."""
+
 
 @dataclass(frozen=True)
 class Sublayer:

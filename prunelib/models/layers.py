@@ -600,7 +600,8 @@ def _plain_attributes(module: nn.Module) -> dict[str, object]:
 def with_layers(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleList) -> PreTrainedModel:
     """A view of `model` whose L decoder slots are the modules `slots`; everything else, weights included, is shared.
 
-    The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put `IdentityLayer(layer)`
+    The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put
+    `IdentityLayer(layer)`
     where a layer is to be left out. For evaluation with `use_cache=False`; to keep a smaller model, use `keep_layers`.
     Raises ValueError when the number of slots is not L.
     """
@@ -645,7 +646,7 @@ class IdentityLayer(nn.Module):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.__dict__["_stands_for"] = layer
+        self.__dict__["stands_for"] = layer
         self.returns: type | None = getattr(layer, "returns", None)  # None: not seen yet; sliced layers say it
         self.length = 1
 
@@ -654,28 +655,29 @@ class IdentityLayer(nn.Module):
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ValueError("a skipped layer cannot run with a key-value cache: pass use_cache=False, or use keep_layers")
         if self.returns is None:
-            with torch.no_grad():
-                self._learn_form(self._stands_for.forward(*args, **kwargs))
+            self.returns, self.length = self.output_form(*args, **kwargs)
         if self.returns is torch.Tensor:
             return hidden_states
         return self.returns([hidden_states, *[None] * (self.length - 1)])
 
-    def _learn_form(self, output: object) -> None:
+    @torch.no_grad()
+    def output_form(self, *args, **kwargs) -> tuple[type, int]:
+        """The type in which the layer returns its output (Tensor, tuple or list) and its length."""
+        output = self.stands_for.forward(*args, **kwargs)
         if not isinstance(output, (tuple, list)):
-            self.returns = torch.Tensor
-            return
+            return torch.Tensor, 1
         # Attention weights [sample, head, query, key] may be dropped. Anything else is read by the next layer (Zaya).
         if any(isinstance(item, Tensor) and item.ndim != 4 for item in output[1:]):
-            raise UnsupportedModel(f"cannot skip a {type(self._stands_for).__name__}: it passes on more than hidden states")
-        self.returns, self.length = (tuple if isinstance(output, tuple) else list), len(output)
+            raise UnsupportedModel(f"cannot skip a {type(self.stands_for).__name__}: it passes on more than hidden states")
+        return tuple if isinstance(output, tuple) else list, len(output)
 
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_stands_for" not in self.__dict__:
+            if "stands_for" not in self.__dict__:
                 raise
-            return getattr(self._stands_for, name)
+            return getattr(self.stands_for, name)
 
 
 # ------------------------------------------------------------------------------------------------------------ saving

@@ -1,38 +1,207 @@
-"""Many removals of layers from one model, each shared beginning of the kept layers run once.
+"""Run a model layer by layer, and many removals of layers with the layers they have in common run once.
 
-Two removals that keep the same first layers have the same hidden states behind them. The sets are walked as a trie of their
-kept layers: the layers above a branch run once, and hidden states are held only where branches are still to come. Perplexity
-and divergence of layer sets, and with them the greedy, beam, evolutionary and exhaustive searches, all stand on this walk.
-Where a call of a layer costs more than its arithmetic, several branches can go through a layer at once.
+`LayerwiseModel` takes a model apart at its decoder layers: `embed`, `run_layer` for each layer, `head`. `SharedPrefixEvaluator`
+uses it to run a model without each of many layer sets. Two removals that keep the same first layers have the same hidden
+states behind them, so the sets are walked as a trie of the layers they keep, depth first. Perplexity, divergence and
+likelihoods of layer sets, and with them the searches, are built on this walk.
 
-What is removed are units (`UNITS`): layers, or sublayers. With sublayers, unit 2 l is the attention of layer l and unit 2 l + 1
-its MLP. A layer that misses one of them runs while that one gives zeros, and is another step of the walk than the whole layer;
-a layer that misses both is left out.
+A layer set holds layers, such as ``(3, 7)``, or single sublayers, such as ``((3, "attn"), (7, "mlp"))``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models.architectures import SLICED_MODEL_TYPE
+from prunelib.models.architectures import SLICED_MODEL_TYPE, SUBLAYERS
 from prunelib.models.layers import IdentityLayer, UnsupportedModel, decoder_layers, with_layers
 from prunelib.models.sublayers import check_additive, silent, sublayers_of
 
-LayerSet = tuple[int, ...]
-"""Layers, ascending; or other units that can go, such as the sublayers of `UNITS`, in the place of layers."""
+LayerSet = tuple[int | tuple[int, str], ...]
+"""What is removed, ascending: layers, or sublayers (layer, "attn" | "mlp"). ``()`` is the dense model."""
 
-# What sets can be made of, and how many of it a layer holds.
-UNITS = {"layer": 1, "sublayer": 2}
 
-# A layer that runs, and which of its sublayers (0 attention, 1 MLP) are silent meanwhile.
-_Step = tuple[int, tuple[int, ...]]
+# --- one model, layer by layer -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """What the skipped layers of a view saw, and the hidden states that the first of them is to hand on instead."""
+
+    calls: list[tuple[tuple, dict]] = field(default_factory=list)
+    hidden: Tensor | None = None
+    replacement: Tensor | None = None
+
+
+class LayerwiseModel:
+    """A causal language model taken apart at its decoder layers, whatever its family.
+
+    These lines equal ``model(ids).logits``, bit for bit::
+
+        engine = LayerwiseModel(model)
+        with torch.inference_mode():
+            hidden = engine.embed(ids)  # the input of layer 0: [batch, position, width]
+            for index in range(engine.n_layers):
+                hidden = engine.run_layer(index, hidden)
+            logits = engine.head(hidden)  # final norm and output head
+
+    `embed` notes what the model itself hands to each layer for these ids (masks by kind of layer, rotary embeddings, ...):
+    it runs a view of the model in which every layer is skipped. `run_layer` uses these arguments until the next `embed`.
+
+    - Hidden states may come from anywhere: after `embed`, ``run_layer(5, states)`` continues from stored inputs of layer 5.
+      Leave a layer out by not running it. `head` needs no `embed` and takes any number of positions.
+    - With several batches in turn, keep ``engine.calls`` of each batch (a list with one ``(args, kwargs)`` per layer, without
+      the hidden states) and set it again before `run_layer`. ``engine.calls[index][1]`` are the keyword arguments of a layer.
+    - Layers without weights in memory: pass `ready`; it is called with an index and gives a context in which that layer has its
+      weights. The engine needs it only here, for the first layer of each class. Enter it yourself around `run_layer`.
+    - Gradients are the caller's choice: nothing here disables them after the constructor.
+
+    Raises UnsupportedModel when no decoder layers are found or a layer hands more than hidden states to the next one.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, ready: Callable[[int], AbstractContextManager] | None = None):
+        self.model = model
+        self.layers = decoder_layers(model)
+        self._state = _State()
+        returns: dict[type, tuple[type, int]] = {}
+        slots = [_Slot(layer, index, self._state, returns, ready or nullcontext) for index, layer in enumerate(self.layers)]
+        self._view = with_layers(model, slots)
+        container, body = decoder_layers(self._view), self._view.base_model
+        self._body = body if any(module is container for module in body.modules()) else self._view
+        self._sublayers: dict[int, dict[str, nn.Module]] = {}
+        with torch.no_grad():  # a skipped layer runs its layer once, to see what it returns: two tokens are enough
+            self.embed(torch.zeros(1, 2, dtype=torch.int64))
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def calls(self) -> list[tuple[tuple, dict]]:
+        """The arguments of each layer beside the hidden states, of the batch that was embedded last; may be set."""
+        return self._state.calls
+
+    @calls.setter
+    def calls(self, calls: list[tuple[tuple, dict]]) -> None:
+        self._state.calls = calls
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def forward(self) -> Callable:
+        """The forward function that `embed` calls: its signature tells which inputs the model takes."""
+        return self._body.forward
+
+    def embed(
+        self, ids: Int64[Tensor, "batch position"], mask: Bool[Tensor, "batch position"] | None = None, **inputs: Any
+    ) -> Float[Tensor, "batch position width"]:
+        """The input of the first layer.
+
+        mask: true on real tokens, false on padding, which does not shift the positions of the real ones. inputs: what else the
+        model is called with, such as a mask and positions of its own form (attention_mask, position_ids).
+        """
+        ids = ids.to(self.device)
+        if mask is not None and not bool(mask.all()):
+            inputs["attention_mask"] = mask.to(ids.device, torch.int64)
+            if "position_ids" in inspect.signature(self.forward).parameters:
+                inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        self._state.calls = [((), {})] * len(self.layers)
+        try:
+            self._body(input_ids=ids, use_cache=False, **inputs)
+            return self._state.hidden
+        finally:
+            self._state.hidden = None
+
+    def run_layer(
+        self, index: int, hidden: Float[Tensor, "batch position width"], without: Collection[str] = ()
+    ) -> Float[Tensor, "batch position out"]:
+        """The output of a layer, the sublayers `without` ("attn", "mlp") silent; on the device of that layer.
+
+        Raises UnsupportedModel where sublayers cannot be told apart or do not simply add to the input of the layer; this is
+        checked when the layer first runs without one.
+        """
+        if not without:
+            return self._run(index, hidden)
+        if index not in self._sublayers:
+            check_additive(self.model, index, hidden, lambda: self._run(index, hidden))
+            self._sublayers[index] = dict(zip(SUBLAYERS, sublayers_of(self.model, index), strict=True))
+        with silent(*(self._sublayers[index][part] for part in without)):
+            return self._run(index, hidden)
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self._state.calls[index]
+        if "hidden_states" in kwargs:
+            output = self.layers[index](*args, **{**kwargs, "hidden_states": hidden})
+        else:
+            output = self.layers[index](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, (tuple, list)) else output
+
+    def head(
+        self, hidden: Float[Tensor, "batch position width"], device: torch.device | None = None
+    ) -> Float[Tensor, "batch position vocabulary"]:
+        """Final norm, output head and whatever else follows the layers; on `device`, that of the token ids unless given."""
+        self._state.replacement = hidden
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # nothing behind the layers reads them
+        try:
+            return self._view(input_ids=ids, use_cache=False).logits.to(device or self.device)
+        finally:
+            self._state.replacement = None
+
+
+class _Slot(IdentityLayer):
+    """A skipped layer that notes its arguments or, as the first one, hands on other hidden states for the head.
+
+    Layers of one class return their output in one form, so only the first of each class runs once to show it.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        state: _State,
+        returns: dict[type, tuple[type, int]],
+        ready: Callable[[int], AbstractContextManager],
+    ):
+        super().__init__(layer)
+        self.index, self.known, self.ready = index, returns, ready
+        self.__dict__["state"] = state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if state.replacement is None:
+            if self.index == 0:
+                state.hidden = args[0] if args else kwargs["hidden_states"]
+            state.calls[self.index] = (args[1:], kwargs) if args else ((), {**kwargs, "hidden_states": None})
+        elif self.index == 0:
+            args, kwargs = (
+                ((state.replacement, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state.replacement})
+            )
+        return super().forward(*args, **kwargs)
+
+    def output_form(self, *args: Any, **kwargs: Any) -> tuple[type, int]:
+        kind = type(self.stands_for)
+        if kind not in self.known:
+            with self.ready(self.index):
+                self.known[kind] = super().output_form(*args, **kwargs)
+        return self.known[kind]
+
+
+# --- many removals -------------------------------------------------------------------------------------------------------
+
+# A layer that runs, and which of its sublayers are silent meanwhile.
+_Step = tuple[int, tuple[str, ...]]
 
 
 @dataclass
@@ -44,12 +213,12 @@ class _Node:
     ends: LayerSet | None = None
 
 
-def _trie(n_layers: int, layer_sets: Iterable[LayerSet], unit: str) -> tuple[_Node, int]:
+def _trie(n_layers: int, layer_sets: Iterable[LayerSet]) -> tuple[_Node, int]:
     """The steps of every removal as paths from a root, and the number of nodes below the root."""
     root, nodes = _Node((-1, ())), 0
     for removed in layer_sets:
         node = root
-        for step in _steps(n_layers, removed, unit):
+        for step in _steps(n_layers, removed):
             if step not in node.children:
                 node.children[step] = _Node(step)
                 nodes += 1
@@ -58,231 +227,119 @@ def _trie(n_layers: int, layer_sets: Iterable[LayerSet], unit: str) -> tuple[_No
     return root, nodes
 
 
-def _steps(n_layers: int, removed: LayerSet, unit: str) -> list[_Step]:
-    """What still runs without the units `removed`, in order."""
-    check_layer_set(n_layers, removed, unit)
-    per_layer, gone = UNITS[unit], set(removed)
-    missing = [tuple(part for part in range(per_layer) if per_layer * layer + part in gone) for layer in range(n_layers)]
-    return [(layer, parts) for layer, parts in enumerate(missing) if len(parts) < per_layer]
+def _steps(n_layers: int, removed: LayerSet) -> list[_Step]:
+    """What still runs without `removed`, in order."""
+    gone = set(check_layer_set(n_layers, removed))
+    missing = [tuple(part for part in SUBLAYERS if (layer, part) in gone) for layer in range(n_layers)]
+    return [(layer, parts) for layer, parts in enumerate(missing) if len(parts) < len(SUBLAYERS)]
 
 
-def check_layer_set(n_layers: int, removed: LayerSet, unit: str = "layer") -> None:
-    """Raise ValueError unless `removed` is ascending, unique, within a model of `n_layers`, and leaves something.
+def check_layer_set(n_layers: int, removed: LayerSet) -> tuple[tuple[int, str], ...]:
+    """All sublayers that go with `removed`: both of every layer in it.
 
-    `unit` says what is counted (`UNITS`); every layer may lose one sublayer, but not all of them both.
+    Raises ValueError unless `removed` is ascending, unique, within a model of `n_layers`, and leaves something. Every layer
+    may lose one sublayer, but not all of them both.
     """
-    if unit not in UNITS:
-        raise ValueError(f"unknown unit {unit!r}; there are: {', '.join(UNITS)}")
-    n_units = UNITS[unit] * n_layers
-    if list(removed) != sorted(set(removed)) or (removed and not 0 <= removed[0] <= removed[-1] < n_units):
-        raise ValueError(f"removed {unit}s {removed}: give distinct {unit}s in ascending order, from 0 to {n_units - 1}")
-    if len(removed) == n_units:
-        raise ValueError(f"cannot remove {len(removed)} of {n_units} {unit}s: at least one must stay")
+    gone = []
+    for unit in removed:
+        if isinstance(unit, tuple):
+            gone.append(unit)
+        else:
+            gone += [(operator.index(unit), part) for part in SUBLAYERS]
+    known = all(0 <= layer < n_layers and part in SUBLAYERS for layer, part in gone)
+    if not known or gone != sorted(set(gone)):
+        raise ValueError(
+            f"removed {removed}: give distinct layers from 0 to {n_layers - 1} in ascending order, or sublayers of them, such "
+            'as (0, "attn") and (0, "mlp")'
+        )
+    if len(gone) == len(SUBLAYERS) * n_layers:
+        raise ValueError(f"cannot remove {n_layers} of {n_layers} layers: at least one must stay")
+    return tuple(gone)
 
 
-def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet], unit: str = "layer") -> int:
+def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
     """Layer calls per batch that `SharedPrefixEvaluator` makes: the distinct beginnings of the sequences of kept layers.
 
-    A layer that runs with a silent sublayer counts as one call, and is not shared with the whole layer.
-
-    Raises:
-        ValueError: an unknown unit, or a set that is not ascending, out of range, or everything.
+    A layer that runs with a silent sublayer counts as one call, and is not shared with the whole layer. Raises ValueError as
+    `check_layer_set`.
     """
-    return _trie(n_layers, layer_sets, unit)[1]
+    return _trie(n_layers, layer_sets)[1]
 
 
-def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet], unit: str = "layer") -> int:
-    """Layer calls per batch when every set is evaluated by itself. Raises as `shared_layer_forwards`."""
-    return sum(len(_steps(n_layers, removed, unit)) for removed in layer_sets)
+def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
+    """Layer calls per batch when every set is evaluated by itself. Raises ValueError as `check_layer_set`."""
+    return sum(len(_steps(n_layers, removed)) for removed in layer_sets)
 
 
 class SharedPrefixEvaluator:
-    """The logits of one model without each of several sets of layers, batch by batch of the windows.
+    """One model without each of several layer sets; layers that several sets have in common run once per batch.
 
-    ``layer_forwards`` counts the layers that ran so far, over all batches (one for each branch, however many go through in a
-    call); ``layer_forwards_alone`` is what every set by itself takes over all batches. Only models whose layers do something
-    else after renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ from `models.remove_layers`, and those it
-    refuses.
+    Only models whose layers do something else after renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ from
+    `remove_layers`, and those it refuses.
 
-    Args:
-        layer_sets: the removed units, each ascending; ``()`` is the dense model. Repeated sets run once.
-        unit: "layer", or "sublayer": then sets are made of 0 .. 2 L - 1.
-        together: branches that go through a layer in one call. 1 walks depth first and holds few hidden states. More walks
-            layer by layer and holds a hidden state for every branch: faster on a GPU whose batches are small, and equal up to
-            rounding, since the matrices that are multiplied have another shape.
-        shell: one of this model from before, so that its layers are not looked at again.
+    Attributes:
+        sets: the distinct layer sets, in the order given.
+        engine: the `LayerwiseModel` that runs.
+        layers_per_batch: layer calls for one batch.
+        layer_forwards: layer calls so far. layer_forwards_alone: what every set by itself would have taken.
 
     Raises:
-        ValueError: an unknown unit, a set that is not ascending, out of range, or everything, or `together` below 1.
-        UnsupportedModel: no decoder layers are found in a model of this type, they cannot be skipped, or their sublayers
-            cannot be told apart or do not simply add to the input of the layer (found when the runs begin, before any work);
-            or the model is sliced, and something is to be removed.
+        ValueError: as `check_layer_set`.
+        UnsupportedModel: as `LayerwiseModel`, and as its `run_layer` where sublayers are removed; or the model is sliced, and
+            something is to be removed.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        windows: Int64[Tensor, "window position"],
-        layer_sets: Iterable[LayerSet],
-        *,
-        batch_size: int,
-        progress: bool,
-        unit: str = "layer",
-        together: int = 1,
-        shell: "Shell | None" = None,
-    ):
-        if together < 1:
-            raise ValueError(f"together={together}: at least 1 branch goes through a layer")
-        layers = decoder_layers(model)
+    def __init__(self, model: PreTrainedModel, layer_sets: Iterable[LayerSet]):
         self.sets: list[LayerSet] = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
         if model.config.model_type == SLICED_MODEL_TYPE and any(self.sets):
             raise UnsupportedModel("this model is sliced, and its layers differ in width: remove layers first, then slice")
-        self._root, self._nodes = _trie(len(layers), self.sets, unit)
-        self._cut = sorted({layer for removed in self.sets for layer, parts in _steps(len(layers), removed, unit) if parts})
-        self._model, self._layers, self._windows = model, layers, windows
-        self._starts = range(0, len(windows), batch_size) if self.sets else range(0)
-        self._batch_size, self._progress = batch_size, progress
-        self._together, self._shell = together, shell
-        self.layer_forwards = 0
-        self.layer_forwards_alone = len(self._starts) * layer_forwards_alone(len(layers), self.sets, unit)
+        n_layers = len(decoder_layers(model))
+        self._root, self.layers_per_batch = _trie(n_layers, self.sets)
+        self._alone = layer_forwards_alone(n_layers, self.sets)
+        self.layer_forwards = self.layer_forwards_alone = 0
+        self.engine = LayerwiseModel(model)
+        cut = {layer: parts for removed in self.sets for layer, parts in _steps(n_layers, removed) if parts}
+        with torch.no_grad():
+            hidden = self.engine.embed(torch.zeros(1, 2, dtype=torch.int64))
+            for layer in sorted(cut):  # what cannot be run is refused here, before any work
+                self.engine.run_layer(layer, hidden, cut[layer])
 
     @torch.inference_mode()
-    def __iter__(
-        self,
+    def logits(
+        self, windows: Int64[Tensor, "window position"], *, batch_size: int, progress: bool = False
     ) -> Iterator[tuple[int, Int64[Tensor, "batch position"], LayerSet, Float[Tensor, "batch position vocabulary"]]]:
-        """Yield (first window of the batch, its ids, removed units, logits); the dense model first, if it was given first."""
-        shell = self._shell or Shell(self._model, self._layers, self._windows[:1, :2].to(self._model.device), self._cut)
-        description = f"{len(self.sets)} layer sets"
-        with tqdm(total=len(self._starts) * self._nodes, desc=description, unit="layer", disable=not self._progress) as bar:
-            for start in self._starts:
-                ids = self._windows[start : start + self._batch_size].to(self._model.device)
-                walk = self._walk(shell, shell.enter(ids), bar) if self._together == 1 else self._sweep(shell, ids, bar)
-                for removed, hidden in walk:
-                    yield start, ids, removed, shell.leave(ids, hidden)
+        """Yield (first window of the batch, its ids, removed, logits) for all sets of each batch of windows.
 
-    def _walk(
-        self, shell: "Shell", entered: Float[Tensor, "batch position hidden"], bar: tqdm
-    ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position hidden"]]]:
-        """Depth first. A hidden state lives as long as a branch that starts from it, or an end, waits on the stack."""
-        stack: list[tuple[_Node | LayerSet, Tensor]] = [(child, entered) for child in reversed(self._root.children.values())]
+        The dense model comes first in each batch if it is the first of the sets.
+        """
+        starts = range(0, len(windows), batch_size) if self.sets else range(0)
+        description = f"{len(self.sets)} layer sets"
+        with tqdm(total=len(starts) * self.layers_per_batch, desc=description, unit="layer", disable=not progress) as bar:
+            for start in starts:
+                ids = windows[start : start + batch_size].to(self.engine.device)
+                for removed, hidden in self.walk(self.engine.embed(ids), bar):
+                    yield start, ids, removed, self.engine.head(hidden)
+
+    def walk(
+        self, embedded: Float[Tensor, "batch position width"], bar: tqdm | None = None
+    ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position width"]]]:
+        """Yield (removed, output of the last layer) of each set for the batch that `engine.embed` saw last.
+
+        Depth first: hidden states live as long as a branch that starts from them waits. `bar` counts layers.
+        """
+        self.layer_forwards_alone += self._alone
+        stack: list[tuple[_Node | LayerSet, Tensor]] = [(child, embedded) for child in reversed(self._root.children.values())]
         while stack:
             node, hidden = stack.pop()
             if isinstance(node, tuple):
                 yield node, hidden
                 continue
             layer, without = node.step
-            hidden = shell.run(layer, hidden, without)
+            hidden = self.engine.run_layer(layer, hidden, without)
             self.layer_forwards += 1
-            bar.update()
+            if bar is not None:
+                bar.update()
             # Ends wait until the branches are done: so the dense model, if given first, is also the first to come out.
             if node.ends is not None:
                 stack.append((node.ends, hidden))
             stack += [(child, hidden) for child in reversed(node.children.values())]
-
-    def _sweep(
-        self, shell: "Shell", ids: Int64[Tensor, "batch position"], bar: tqdm
-    ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position hidden"]]]:
-        """Layer by layer, several branches in one call. The ends come in the order of the sets."""
-        entered, calls = shell.enter(ids), {1: shell.calls}
-        waiting = [(child, entered) for child in self._root.children.values()]
-        ends: dict[LayerSet, Tensor] = {}
-        for layer in range(len(self._layers)):
-            due = [(node, hidden) for node, hidden in waiting if node.step[0] == layer]
-            waiting = [(node, hidden) for node, hidden in waiting if node.step[0] != layer]
-            for without in dict.fromkeys(node.step[1] for node, _ in due):
-                alike = [(node, hidden) for node, hidden in due if node.step[1] == without]
-                for part in (alike[start : start + self._together] for start in range(0, len(alike), self._together)):
-                    if len(part) not in calls:
-                        # The model itself says what its layers are called with for so many rows.
-                        shell.enter(ids.repeat(len(part), 1))
-                        calls[len(part)] = shell.calls
-                    shell.calls = calls[len(part)]
-                    rows = torch.cat([hidden.to(part[0][1].device) for _, hidden in part])
-                    for (node, _), hidden in zip(part, shell.run(layer, rows, without).split(len(ids)), strict=True):
-                        waiting += [(child, hidden) for child in node.children.values()]
-                        if node.ends is not None:
-                            ends[node.ends] = hidden
-                    self.layer_forwards += len(part)
-                    bar.update(len(part))
-        for removed in self.sets:
-            yield removed, ends.pop(removed)
-
-
-class Shell:
-    """A model without its layers: what stands before, between and behind them, whatever the architecture.
-
-    A view of the model in which every layer is skipped tells, by hooks on its slots, what the embeddings hand to the first
-    layer and with which other arguments (mask, position embeddings, …) each layer is called. The same view turns a hidden
-    state into logits: it is put in the place of the first slot's input. Call it under `torch.inference_mode` or `no_grad`.
-
-    In the layers `cut` single sublayers can be silenced. That these can be told apart and add to the input of the layer is
-    checked at once, on `probe`. Raises UnsupportedModel when not, and when a layer cannot be skipped. `slots` are skipped
-    layers that know already what a layer returns: where layers cannot run on the probe.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: nn.ModuleList,
-        probe: Int64[Tensor, "batch position"],
-        cut: Iterable[int] = (),
-        slots: Sequence[IdentityLayer] = (),
-    ):
-        self.layers = layers
-        self.sublayers = {index: sublayers_of(model, index) for index in cut}
-        self.calls: list[tuple[tuple, dict]] = [((), {})] * len(layers)
-        self.replacement: Tensor | None = None
-        slots = list(slots) or [IdentityLayer(layer) for layer in layers]
-        self.view = with_layers(model, slots)
-        for index, slot in enumerate(slots):
-            slot.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-        # An IdentityLayer runs its layer once to see what it returns; two tokens are enough for that.
-        hidden = self.enter(probe)
-        for index in self.sublayers:
-            check_additive(model, index, hidden, partial(self.run, index, hidden))
-
-    def _hook(self, index: int):
-        def hook(slot: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if self.replacement is None:
-                self.calls[index] = (args, kwargs)
-                return None
-            return _with_hidden(args, kwargs, self.replacement) if index == 0 else None
-
-        return hook
-
-    def enter(self, ids: Int64[Tensor, "batch position"], **inputs: Any) -> Float[Tensor, "batch position hidden"]:
-        """The input of the first layer; keeps the arguments of every layer for this batch. `inputs` go with the ids."""
-        self.calls = [((), {})] * len(self.layers)
-        body = self.view.base_model
-        (self.view if body is self.view else body)(input_ids=ids, use_cache=False, **inputs)
-        args, kwargs = self.calls[0]
-        return args[0] if args else kwargs["hidden_states"]
-
-    def run(
-        self, index: int, hidden: Float[Tensor, "batch position hidden"], without: tuple[int, ...] = ()
-    ) -> Float[Tensor, "batch position out"]:
-        """The output of one layer of the batch that entered last, its sublayers `without` (0 attention, 1 MLP) silent.
-
-        Of a model spread over devices it lies on that of the layer; the next layer takes it from there.
-        """
-        args, kwargs = _with_hidden(*self.calls[index], hidden)
-        with silent(*(self.sublayers[index][part] for part in without)):
-            output = self.layers[index](*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def leave(
-        self,
-        ids: Int64[Tensor, "batch position"],
-        hidden: Float[Tensor, "batch position hidden"],
-        device: torch.device | None = None,
-    ) -> Float[Tensor, "batch position vocabulary"]:
-        """Final norm, head and whatever else follows the layers; on the device of `ids` unless another is given."""
-        self.replacement = hidden
-        try:
-            return self.view(input_ids=ids, use_cache=False).logits.to(device or ids.device)
-        finally:
-            self.replacement = None
-
-
-def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -2,20 +2,21 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_origin
 
 from prunelib.io import write_text
+from prunelib.models.architectures import SUBLAYERS
 
-P = TypeVar("P", bound="_JsonPlan")
+P = TypeVar("P", bound="JsonPlan")
 
 # What EvoPress writes for a layer that loses its attention and its MLP, or not.
 _EVOPRESS = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (True, True): "attn+mlp"}
 
 
-class _JsonPlan:
+class JsonPlan:
     """A frozen dataclass of numbers, tuples of numbers, texts and plain settings as a JSON object, one field per line."""
 
     _name: ClassVar[str]
@@ -60,7 +61,7 @@ class _JsonPlan:
 
 
 @dataclass(frozen=True)
-class DropPlan(_JsonPlan):
+class DropPlan(JsonPlan):
     """Decoder layers to take out of a model.
 
     n_layers: decoder layers of the dense model. removed: indices of the layers that go, ascending. method: what chose them
@@ -82,7 +83,7 @@ class DropPlan(_JsonPlan):
         _check_layers(self.n_layers, self.removed, "removed layers")
         if len(self.removed) == self.n_layers:
             raise ValueError(f"cannot remove {len(self.removed)} of {self.n_layers} layers: at least one must stay")
-        _check_settings(self.settings)
+        check_settings(self.settings)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -91,13 +92,13 @@ class DropPlan(_JsonPlan):
 
 
 @dataclass(frozen=True)
-class SublayerPlan(_JsonPlan):
+class SublayerPlan(JsonPlan):
     """Attention and MLP sublayers to take out of a model, each alone (BlockPruner, arXiv 2406.10594; EvoPress, 2410.14649).
 
     n_layers: decoder layers of the dense model. attention, mlp: indices of the layers whose attention, whose MLP goes,
     ascending; a layer in both goes as a whole. method, settings: as in `DropPlan`.
 
-    Searches speak of units: unit 2 l is the attention of layer l, unit 2 l + 1 its MLP (`removed`, `from_units`).
+    Searches and layer sets name a sublayer (layer, "attn" | "mlp"): `removed`, `from_units`.
 
     Raises ValueError when `attention` or `mlp` is not ascending, unique and in range, when no sublayer would stay, or when
     `settings` cannot be written as JSON.
@@ -117,7 +118,7 @@ class SublayerPlan(_JsonPlan):
         _check_layers(self.n_layers, self.mlp, "layers without MLP")
         if len(self.layers) == self.n_layers:
             raise ValueError(f"cannot remove {2 * self.n_layers} of {2 * self.n_layers} sublayers: at least one must stay")
-        _check_settings(self.settings)
+        check_settings(self.settings)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -130,19 +131,21 @@ class SublayerPlan(_JsonPlan):
         return tuple(sorted(set(self.attention) ^ set(self.mlp)))
 
     @property
-    def removed(self) -> tuple[int, ...]:
-        """The units that go, ascending: 2 l is the attention of layer l, 2 l + 1 its MLP."""
-        return tuple(sorted([*(2 * index for index in self.attention), *(2 * index + 1 for index in self.mlp)]))
+    def removed(self) -> tuple[tuple[int, str], ...]:
+        """The sublayers that go, ascending, such as ((3, "attn"), (3, "mlp"), (7, "mlp"))."""
+        parts = zip((self.attention, self.mlp), SUBLAYERS, strict=True)
+        return tuple(sorted((index, part) for layers, part in parts for index in layers))
 
     @classmethod
     def from_units(
-        cls, n_layers: int, removed: Sequence[int], method: str, settings: dict[str, Any] | None = None
+        cls, n_layers: int, removed: Iterable[tuple[int, str]], method: str, settings: dict[str, Any] | None = None
     ) -> "SublayerPlan":
-        """Inverse of `removed`; `removed` in any order. Raises ValueError for units that do not exist or come twice."""
-        wrong = [unit for unit in removed if not 0 <= unit < 2 * n_layers]
+        """Inverse of `removed`; `removed` in any order. Raises ValueError for sublayers that do not exist or come twice."""
+        gone = sorted(removed)
+        wrong = [unit for unit in gone if unit[1] not in SUBLAYERS]
         if wrong:
-            raise ValueError(f"units {wrong} do not exist in a model of {n_layers} layers (0 to {2 * n_layers - 1})")
-        attention, mlp = (tuple(unit // 2 for unit in sorted(removed) if unit % 2 == part) for part in (0, 1))
+            raise ValueError(f"sublayers {wrong} do not exist: a sublayer is (layer, {' or '.join(map(repr, SUBLAYERS))})")
+        attention, mlp = (tuple(index for index, part in gone if part == name) for name in SUBLAYERS)
         return cls(n_layers, attention, mlp, method, settings or {})
 
     def to_evopress(self) -> str:
@@ -180,7 +183,8 @@ def _check_layers(n_layers: int, layers: tuple[int, ...], what: str) -> None:
         raise ValueError(f"{what} must be ascending and unique, got {list(layers)}")
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError unless the settings of a plan are plain JSON values."""
     try:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -31,9 +31,9 @@ from prunelib.models import (
     remove_layers,
     removed_fraction,
 )
+from prunelib.models.architectures import SUBLAYERS
 from prunelib.models.plans import SublayerPlan
 
-# Unit 2 l + ATTENTION is the attention of layer l, unit 2 l + MLP its MLP.
 ATTENTION, MLP = 0, 1
 
 # Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
@@ -97,6 +97,11 @@ def account(dense: PreTrainedModel, plan: SublayerPlan) -> Account:
     idle = sum(_idle(pruned, new, _lost(plan, places[new]), call) for new, call in _calls(pruned, places).items())
     caches = sum(_lost(plan, index) == ATTENTION for index in plan.cut)
     return Account(removed_fraction(dense, pruned), idle / parameter_count(dense), caches)
+
+
+def all_sublayers(n_layers: int) -> tuple[tuple[int, str], ...]:
+    """Every sublayer of a model, in order: ((0, "attn"), (0, "mlp"), (1, "attn"), ...)."""
+    return tuple((layer, part) for layer in range(n_layers) for part in SUBLAYERS)
 
 
 # --- the sublayers of a layer --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Models larger than memory: statistics and perplexity with two layers of weights in memory, read from safetensors.
 
 Windows go through a layer in batches before the next layer is used, and the layer after it is read meanwhile. What stands
-before, between and behind the layers is `prefix.Shell`, as everywhere; the sums are those of `statistics`, the likelihood that
+before, between and behind the layers is `layerwise.LayerwiseModel`, as everywhere; the sums are those of `statistics`, the likelihood that
 of `evaluation`. Embeddings stay on the CPU, where only the rows that occur are read; the head goes to the device at the end.
 
 The statistics compare all hidden states of a token with each other, so those of all layers wait on the host, for as many
@@ -30,11 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from prunelib.criteria.statistics import LayerStats, check_finite, checked_mask, from_states, inputs_of
+from prunelib.criteria.statistics import LayerStats, check_finite, checked_mask, from_states
 from prunelib.evaluation.perplexity import Perplexity, Tally, check_windows
 from prunelib.models import (
     CheckpointError,
-    IdentityLayer,
     UnsupportedModel,
     check_vocabulary,
     checked_device,
@@ -45,7 +44,7 @@ from prunelib.models import (
     layers_path,
     onednn,
 )
-from prunelib.models.layerwise import Shell
+from prunelib.models.layerwise import LayerwiseModel
 from prunelib.scale.footprint import BOXES, GIB, Peak, Sizes, planned, windows_that_fit
 
 _DTYPES = {
@@ -336,19 +335,10 @@ class Streamed:
         free = torch.cuda.mem_get_info(self.device)[0] + unused
         return free if self.device_limit is None else min(free, self.device_limit)
 
-    def shell(self) -> Shell:
+    def engine(self) -> LayerwiseModel:
         """Everything but the layers, on the CPU. One layer of each class is read for a moment, to see what it returns."""
-        probe = torch.zeros(1, 2, dtype=torch.long)
-        first = {type(layer): index for index, layer in reversed(list(enumerate(self.layers)))}
-        seen = {kind: IdentityLayer(self.layers[index]) for kind, index in first.items()}
-        with _Weights(self, torch.device("cpu")) as weights, contextlib.ExitStack() as stack:
-            for index in first.values():
-                stack.enter_context(weights.apart(index))
-            Shell(self.model, self.layers, probe, slots=[seen[type(layer)] for layer in self.layers])
-        slots = [IdentityLayer(layer) for layer in self.layers]
-        for layer, slot in zip(self.layers, slots, strict=True):
-            slot.returns, slot.length = seen[type(layer)].returns, seen[type(layer)].length
-        return Shell(self.model, self.layers, probe, slots=slots)
+        with _Weights(self, torch.device("cpu")) as weights:
+            return LayerwiseModel(self.model, ready=weights.apart)
 
     @contextlib.contextmanager
     def head_on_device(self) -> Iterator[None]:
@@ -612,7 +602,7 @@ class _Calls:
                 return seen[id(value)]
             return _nested(kept, value)
 
-        self.calls[start] = [kept(_without_hidden(*call)) for call in calls]
+        self.calls[start] = [kept(call) for call in calls]
 
     def _known(self, value: Tensor, start: int) -> Tensor:
         for other in self.known:
@@ -636,10 +626,6 @@ class _Calls:
             return self.there[id(value)]
 
         return moved(self.calls[start][index])
-
-
-def _without_hidden(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return ((None, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": None})
 
 
 def _nested(function: Callable[[Any], Any], value: Any) -> Any:
@@ -671,7 +657,7 @@ class _Passes:
         self.batch_size = min(batch_size, len(windows))
         # While one group goes through the layers on an accelerator, the states of the one before are reduced.
         self.n_spaces = 2 if states and len(self.groups) > 1 and streamed.device.type != "cpu" else 1
-        self.shell = streamed.shell()
+        self.engine = streamed.engine()
 
     def batches(self, group: range) -> list[slice]:
         """Windows of each batch of a group."""
@@ -716,8 +702,8 @@ class _Passes:
                     here = slice(rows.start - group.start, rows.stop - group.start)
                     if index == 0:
                         space[0, here] = self._enter(rows, calls)
-                    self.shell.calls[index] = calls.on_device(rows.start, index)
-                    output = self.shell.run(index, lanes.receive(space[source, here], rows.start))
+                    self.engine.calls[index] = calls.on_device(rows.start, index)
+                    output = self.engine.run_layer(index, lanes.receive(space[source, here], rows.start))
                     self._check(output, f"the output of layer {index}")
                     lanes.send(output, space[target, here], rows.start)
             bar.update()
@@ -725,11 +711,8 @@ class _Passes:
 
     def _enter(self, rows: slice, calls: _Calls) -> Float[Tensor, "sample token dim"]:
         """The input of the first layer, on the CPU; keeps what the layers are called with."""
-        inputs = inputs_of(self.shell.view.base_model, self.windows[rows], self.mask[rows])
-        ids = inputs.pop("input_ids")
-        del inputs["use_cache"]
-        hidden = self.shell.enter(ids, **inputs)
-        calls.keep(rows.start, self.shell.calls)
+        hidden = self.engine.embed(self.windows[rows], self.mask[rows])
+        calls.keep(rows.start, self.engine.calls)
         return self._check(hidden, "the input of layer 0")
 
     def _check(self, hidden: Tensor, what: str) -> Tensor:
@@ -814,5 +797,5 @@ def perplexity(
         with streamed.head_on_device():
             for window in group:
                 ids, hidden = windows[window : window + 1], states[0, window - group.start][None].to(streamed.device)
-                tally.add(window, ids.to(streamed.device), passes.shell.leave(ids, hidden, streamed.device))
+                tally.add(window, ids.to(streamed.device), passes.engine.head(hidden, streamed.device))
     return tally.result()
