@@ -358,6 +358,23 @@ def heatmap(
     axes.tick_params(length=0, rotation=0)
 
 
+def layer_shares(axes: Axes, lines: Mapping[str, Sequence[str]], n_layers: int, step: int = 2) -> pd.DataFrame:
+    """A grey map of which layers go: per title the removed sets of all draws; returns the share of draws per title and layer.
+
+    lines: title → sets as texts of layer numbers such as `3 5 8`. step: between the layers named on the x axis.
+    """
+    shares = {}
+    for title, sets in lines.items():
+        counts = np.zeros(n_layers)
+        for removed in sets:
+            counts[[int(layer) for layer in removed.split()]] += 1 / len(sets)
+        shares[title] = counts
+    grid = pd.DataFrame(shares).T.rename_axis(index="method", columns="layer")
+    heatmap(axes, grid, label="share of draws", low=0, high=1, colormap="Greys")
+    axes.set_xticks(np.arange(0, n_layers, step) + 0.5, [str(layer) for layer in range(0, n_layers, step)])
+    return grid.stack().rename("share_of_draws").reset_index()
+
+
 def luminance(color: Any) -> float:
     """Relative luminance of a color as WCAG 2 defines it, 0 (black) to 1 (white)."""
     channels = np.array(to_rgb(color))
