@@ -86,7 +86,7 @@ def naive(
             if layer not in removed:
                 candidate = tuple(sorted((*removed, layer)))
                 model.model.layers = nn.ModuleList(one for index, one in enumerate(layers) if index not in candidate).eval()
-                best = min(best, (perplexity(model, windows, batch_size=batch_size).nats, candidate))
+                best = min(best, (perplexity(model, windows, batch_size=batch_size).nll, candidate))
                 forwards += len(layers) - len(candidate)
         removed = best[1]
     model.model.layers = nn.ModuleList(layers).eval()

@@ -23,9 +23,8 @@ from report import write_report
 from slicing_cost import SHAPES
 from statistics_cost import largest_differences, random_model
 
-from prunelib import models
+from prunelib import evaluation, models
 from prunelib.criteria import statistics
-from prunelib.evaluation import perplexity as evaluation
 from prunelib.scale import offload as streaming
 
 GIB = 2**30
@@ -139,7 +138,7 @@ def main() -> None:
             if name == "statistics":
                 report["largest_relative_differences"] = largest_differences(streamed_, resident)
             else:
-                report["nats_resident"], report["nats_streamed"] = resident.nats, streamed_.nats
+                report["nats_resident"], report["nats_streamed"] = resident.nll, streamed_.nll
     print(json.dumps(report, indent=1))
     write_report(args.output, args, report, without=("make", "shape"))  # the shape is that of the checkpoint
 

@@ -89,7 +89,7 @@ def test_costs_are_differences_of_models_made_one_by_one(place, run):
             model = models.remove_layers(models.load(place / "model", dtype="float32", device="cpu"), removed)
             if name != "float32":
                 to_format(model, name)
-            nats[name, size] = perplexity(model, windows).nats
+            nats[name, size] = perplexity(model, windows).nll
             assert _value(run, "nll", role="format", format=name, size=size) == pytest.approx(nats[name, size], abs=1e-5)
             assert _value(run, "bytes", role="format", format=name, size=size) == weight_bytes(model)
     for size in SETS:

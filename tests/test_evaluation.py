@@ -11,17 +11,12 @@ import torch
 from architectures import build
 from torch.nn import functional
 
-from prunelib.evaluation.perplexity import (
-    NotFinite,
-    Perplexity,
-    PerplexityProtocol,
-    layer_set_perplexity,
-    paired_bootstrap,
-    perplexity,
-    shared_layer_forwards,
-)
+from prunelib.evaluation.intervals import paired_bootstrap
+from prunelib.evaluation.layer_sets import layer_set_perplexity
+from prunelib.evaluation.perplexity import NotFinite, Perplexity, PerplexityProtocol, perplexity
 from prunelib.models import decoder_layers, load_tokenizer, remove_layers
 from prunelib.models import load as load_model
+from prunelib.models.layerwise import shared_layer_forwards
 from prunelib.text.corpora import load
 
 NLL = 1e-4  # nats, over about a hundred tokens in float32
@@ -66,7 +61,7 @@ def test_agrees_with_the_loss_of_transformers():
     model, windows = build("llama"), random_windows()
     with torch.no_grad():
         expected = model(windows, labels=windows).loss.item()
-    assert perplexity(model, windows).nats == pytest.approx(expected, abs=1e-6)
+    assert perplexity(model, windows).nll == pytest.approx(expected, abs=1e-6)
 
 
 def test_overlapping_windows_score_every_token_once():
@@ -104,7 +99,7 @@ def test_uniform_model_has_the_vocabulary_as_perplexity():
         model.lm_head.weight.zero_()
     found = perplexity(model, random_windows())
     assert found.ppl == pytest.approx(128, rel=1e-6)
-    assert found.nats == pytest.approx(math.log(128), rel=1e-6)
+    assert found.nll == pytest.approx(math.log(128), rel=1e-6)
 
 
 def test_certain_model_has_perplexity_one_and_all_hits():
@@ -300,16 +295,16 @@ def test_bootstrap_interval_has_the_width_of_theory():
     generator = np.random.default_rng(1)
     a, b = generator.normal(50, 10, size=(2, 400))
     tokens = [20] * 400
-    found = paired_bootstrap(a.tolist(), b.tolist(), 0, 2000, window_tokens=tokens)
+    found = paired_bootstrap(a.tolist(), b.tolist(), 0, 2000, sizes=tokens)
     error = (a - b).std(ddof=1) / math.sqrt(400) / 20
     assert found.difference == pytest.approx((a.mean() - b.mean()) / 20)
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     assert found.low < found.difference < found.high
     # Swapping the models turns the interval round; the same seed gives the same interval.
-    swapped = paired_bootstrap(b.tolist(), a.tolist(), 0, 2000, window_tokens=tokens)
+    swapped = paired_bootstrap(b.tolist(), a.tolist(), 0, 2000, sizes=tokens)
     assert (swapped.difference, swapped.low, swapped.high) == pytest.approx((-found.difference, -found.high, -found.low))
-    assert paired_bootstrap(a.tolist(), b.tolist(), 0, 2000, window_tokens=tokens) == found
-    assert paired_bootstrap(a.tolist(), b.tolist(), 1, 2000, window_tokens=tokens) != found
+    assert paired_bootstrap(a.tolist(), b.tolist(), 0, 2000, sizes=tokens) == found
+    assert paired_bootstrap(a.tolist(), b.tolist(), 1, 2000, sizes=tokens) != found
     narrow = paired_bootstrap(a.tolist(), b.tolist(), 0, 2000, window_tokens=tokens, level=0.5)
     assert found.low < narrow.low < narrow.high < found.high
 
@@ -349,7 +344,7 @@ def test_real_model_prefers_the_text_it_was_made_for(shared_data):
         assert 2 < result.ppl < 512, name  # better than the uniform model over its 512 tokens
     # A shuffled text is far worse, so the order of tokens was read.
     shuffled = windows["english"][:, torch.randperm(127, generator=torch.Generator().manual_seed(0)).add(1)]
-    assert perplexity(model, shuffled).nats > dense["english"].nats + 1
+    assert perplexity(model, shuffled).nll > dense["english"].nll + 1
     # Layer sets on the real checkpoint, and the paired test between two of them.
     sets = [(), (1,), (2,), (1, 2), (4,)]
     shared = layer_set_perplexity(model, windows["english"], sets, progress=False)

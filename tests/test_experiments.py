@@ -113,7 +113,7 @@ def test_depth_measures_a_set_as_the_saved_model_without_those_layers(place, sta
     windows = consecutive_windows(corpora.load(place / "text.txt"), tokenizer, 16, 8)
     pruned = models.remove_layers(dense, [int(layer) for layer in row["removed_layers"].split()])
     models.save(pruned, tokenizer, place / "pruned")
-    measured = perplexity(models.load(place / "pruned", dtype=torch.float32), windows).nats
+    measured = perplexity(models.load(place / "pruned", dtype=torch.float32), windows).nll
     assert row["value"] == pytest.approx(measured, abs=1e-6)
 
 
@@ -187,7 +187,7 @@ def test_the_optimum_is_that_of_all_sets_one_by_one(place, truth):
     dense = models.load(place / "model")
     windows = consecutive_windows(corpora.load(place / "text.txt"), models.load_tokenizer(place / "model"), 16, 6)
     alone = {
-        removed: perplexity(models.remove_layers(dense, removed), windows).nats
+        removed: perplexity(models.remove_layers(dense, removed), windows).nll
         for removed in itertools.combinations(range(6), 2)
     }
     assert arrays["all_k2"] == pytest.approx(list(alone.values()), abs=1e-6)

@@ -94,8 +94,8 @@ def test_a_choice_is_that_of_the_criterion_and_costs_what_the_pruned_model_loses
     assert choice.alpha is None
     assert choice.path == ()
     pruned = models.remove_layers(tiny_llama, choice.removed)
-    assert choice.measured == pytest.approx(perplexity(pruned, windows).nats, abs=1e-6)
-    assert choice.dense == pytest.approx(perplexity(tiny_llama, windows).nats, abs=1e-6)
+    assert choice.measured == pytest.approx(perplexity(pruned, windows).nll, abs=1e-6)
+    assert choice.dense == pytest.approx(perplexity(tiny_llama, windows).nll, abs=1e-6)
     assert 5 not in explorer.choose_layers(stats, losses, "deepest", 3).removed, "protected as published"
 
 
@@ -275,5 +275,5 @@ def test_the_notebook_draws_static_pictures_of_any_model(place):
     dense, tokenizer = models.load(place / "model"), models.load_tokenizer(place / "model")
     held_out = consecutive_windows(corpora.load(text), tokenizer, 16, 4)
     value = {(row["method"], row["metric"]): row["value"] for row in run["rows"]}
-    assert value["dense", "nll"] == pytest.approx(perplexity(dense, held_out).nats, abs=1e-6)
+    assert value["dense", "nll"] == pytest.approx(perplexity(dense, held_out).nll, abs=1e-6)
     assert {row["layers_removed"] for row in run["rows"] if row["method"] == "progress"} == {1, 2, 3}

@@ -25,10 +25,9 @@ from batch_project import Project, write_notebook
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
-from prunelib import io, models
+from prunelib import evaluation, io, models
 from prunelib.criteria import statistics
 from prunelib.depth import search
-from prunelib.evaluation import perplexity as evaluation
 from prunelib.lab import batch, provenance
 from prunelib.lab import run_notebook as notebook
 from prunelib.lab import runs as results

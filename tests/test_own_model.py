@@ -9,11 +9,11 @@ from word_model import write_project
 
 from prunelib import models
 from prunelib.apps import model_card, own_model, publishing
-from prunelib.criteria.loss_based import ABLATIONS
-from prunelib.criteria.similarity import CRITERIA, criterion
+from prunelib.criteria import ABLATIONS, CRITERIA, criterion
 from prunelib.criteria.statistics import collect
-from prunelib.depth.search import lowest
-from prunelib.evaluation.perplexity import PerplexityProtocol, paired_bootstrap, perplexity
+from prunelib.depth import lowest
+from prunelib.evaluation.intervals import paired_bootstrap
+from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
 from prunelib.io import at_root
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, ParameterError, run_notebook
@@ -78,7 +78,7 @@ def test_every_method_chooses_as_it_does_elsewhere(tiny_llama, windows):
     block = own_model.choose("angular", tiny_llama, windows, 3)
     assert block == tuple(range(block[0], block[0] + 3))
     without = {
-        layer: perplexity(models.remove_layers(tiny_llama, [layer]), windows).nats for layer in range(1, 5)
+        layer: perplexity(models.remove_layers(tiny_llama, [layer]), windows).nll for layer in range(1, 5)
     }  # SLEB keeps the first and the last
     assert own_model.choose("greedy", tiny_llama, windows, 1) == (min(without, key=without.get),)
     with pytest.raises(ValueError, match="unknown method 'gredy'; there are: greedy, greedy_kl, block_influence"):
@@ -109,13 +109,13 @@ def test_rows_hold_every_state_and_paired_intervals(tiny_llama, windows):
     }
     rows = {(row["state"], row["metric"]): row for row in own_model.loss_rows(states, seed=3)}
     for state, texts in states.items():
-        assert rows[state, "nll"]["value"] == texts["a"].nats
-        assert rows[state, "ppl"]["value"] == pytest.approx(math.exp(texts["a"].nats))
+        assert rows[state, "nll"]["value"] == texts["a"].nll
+        assert rows[state, "ppl"]["value"] == pytest.approx(math.exp(texts["a"].nll))
     for state, other in (("pruned", "dense"), ("healed", "dense"), ("healed", "pruned")):
         a, b = states[state]["a"], states[other]["a"]
-        gap = paired_bootstrap(a.window_nll, b.window_nll, 3, window_tokens=a.window_tokens)
+        gap = paired_bootstrap(a.window_nll, b.window_nll, 3, sizes=a.window_tokens)
         row = rows[state, f"nats_over_{other}"]
-        assert (row["value"], row["low"], row["high"], row["level"]) == (gap.difference, gap.low, gap.high, 0.95)
+        assert (row["value"], row["low"], row["high"], row["level"]) == (gap.value, gap.low, gap.high, 0.95)
     assert len(rows) == 3 * 3 + 3
 
 
@@ -198,12 +198,12 @@ def test_the_saved_model_loads_and_loses_what_the_run_says(place, run):
     text = corpora.load(str(place / "report.txt"))
     windows = PerplexityProtocol(window=32, limit=6).windows(text, tokenizer, progress=False)
     value = {(row["state"], row["metric"]): row["value"] for row in run["rows"]}
-    assert value["healed", "nll"] == pytest.approx(perplexity(model.eval(), windows).nats, abs=1e-5)
+    assert value["healed", "nll"] == pytest.approx(perplexity(model.eval(), windows).nll, abs=1e-5)
     dense = models.load(place / "model")
-    assert value["dense", "nll"] == pytest.approx(perplexity(dense, windows).nats, abs=1e-6)
+    assert value["dense", "nll"] == pytest.approx(perplexity(dense, windows).nll, abs=1e-6)
     removed = run["extra"]["card"]["removed"]
     pruned = models.remove_layers(dense, removed)
-    assert value["pruned", "nll"] == pytest.approx(perplexity(pruned, windows).nats, abs=1e-6)
+    assert value["pruned", "nll"] == pytest.approx(perplexity(pruned, windows).nll, abs=1e-6)
     assert value["healed", "removed"] == models.removed_fraction(dense, pruned)
     assert value["healed", "nll"] < value["repaired", "nll"], "words in turn are learnt in a few steps"
     assert len(removed) == 2

@@ -9,10 +9,10 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.criteria.loss_based import ABLATIONS, LayerSetLoss
+from prunelib.criteria import ABLATIONS
 from prunelib.criteria.similarity import angular
 from prunelib.criteria.statistics import from_states
-from prunelib.depth.search import beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
+from prunelib.depth import LayerSetLoss, beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
 from prunelib.evaluation import perplexity
 from prunelib.models import IdentityLayer, decoder_layers, remove_layers, with_layers
 from prunelib.models.layerwise import shared_layer_forwards
@@ -152,9 +152,9 @@ def test_greedy_never_picks_a_protected_layer():
 def test_greedy_on_a_model_equals_pruning_it_again_and_again(family):
     model, windows = build(family), random_windows()
     found = greedy(6, 3, LayerSetLoss(model, windows), progress=False)
-    order = naive_greedy(6, 3, lambda removed: perplexity(remove_layers(model, removed), windows).nats)
+    order = naive_greedy(6, 3, lambda removed: perplexity(remove_layers(model, removed), windows).nll)
     assert [step.removed for step in found.steps] == [tuple(sorted(order[:count])) for count in (1, 2, 3)]
-    assert found.value == pytest.approx(perplexity(remove_layers(model, found.removed), windows).nats, abs=1e-5)
+    assert found.value == pytest.approx(perplexity(remove_layers(model, found.removed), windows).nll, abs=1e-5)
 
 
 def test_sleb_at_one_layer_is_the_leave_one_out_argmin_with_its_barriers():
@@ -164,7 +164,7 @@ def test_sleb_at_one_layer_is_the_leave_one_out_argmin_with_its_barriers():
     alone = exhaustive(6, 1, LayerSetLoss(model, windows), progress=False)
     assert alone.removed == lowest(importance, 1)
     values = np.array([alone.values[(layer,)] for layer in range(6)])
-    np.testing.assert_allclose(values - perplexity(model, windows).nats, importance, atol=1e-6)
+    np.testing.assert_allclose(values - perplexity(model, windows).nll, importance, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
 
     def pruned_loss(removed) -> float:
         slots = [IdentityLayer(layer) if index in removed else layer for index, layer in enumerate(decoder_layers(model))]
-        return perplexity(with_layers(model, slots), windows, batch_size=3).nats
+        return perplexity(with_layers(model, slots), windows, batch_size=3).nll
 
     shared = counted(model, lambda: found.append(greedy(24, 2, loss, progress=False)))
     naive = counted(model, lambda: found.append(naive_greedy(24, 2, pruned_loss)))
@@ -263,7 +263,7 @@ def test_exhaustive_equals_itertools_on_a_model():
     model, windows = build("gpt_neox"), random_windows()
     found = exhaustive(6, 2, LayerSetLoss(model, windows), chunk=4, progress=False)
     alone = {
-        removed: perplexity(remove_layers(model, removed), windows).nats for removed in itertools.combinations(range(6), 2)
+        removed: perplexity(remove_layers(model, removed), windows).nll for removed in itertools.combinations(range(6), 2)
     }
     assert found.removed == min(alone, key=alone.get)
     assert list(found.values) == list(alone)

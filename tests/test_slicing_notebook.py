@@ -7,7 +7,7 @@ from word_model import drawn_words, write_project
 from prunelib import models
 from prunelib.criteria.similarity import layer_redundancy
 from prunelib.criteria.statistics import LayerStats
-from prunelib.evaluation import perplexity
+from prunelib.evaluation.perplexity import perplexity
 from prunelib.io import at_root
 from prunelib.lab import profile as grid
 from prunelib.lab import runs as results
@@ -73,10 +73,10 @@ def test_the_rows_are_those_of_the_sliced_models(place):
         assert len(found) == 1, (metric, where, found)
         return found[0]["value"]
 
-    assert value("nll", role="dense") == pytest.approx(perplexity(dense, report).nats, abs=1e-6)
+    assert value("nll", role="dense") == pytest.approx(perplexity(dense, report).nll, abs=1e-6)
     for method, plan in (("constant", constant(4, 32, 0.25)), ("dynamic", dynamic(redundancy, 32, 0.25, 0.125))):
         for seed, part in ((0, "sweep"), (1, "windows")):
-            nats = perplexity(slice_model(dense, plan, windows[seed], progress=False), report).nats
+            nll = perplexity(slice_model(dense, plan, windows[seed], progress=False), report).nll
             assert value("nll", role="plan", part=part, method=method) == pytest.approx(nats, abs=1e-6)
         counted = count_parameters(dense.config, plan)
         assert value("removed", role="plan", part="sweep", method=method) == counted.removed

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
-
-from prunelib.criteria.loss_based import LayerSetLoss
-from prunelib.depth.search import beam, exhaustive, greedy, swap_descent
 from prunelib.depth.stopping import finals
-from prunelib.evaluation.perplexity import layer_set_divergence, layer_set_perplexity
+
+from prunelib.depth import LayerSetLoss, beam, exhaustive, greedy, swap_descent
+from prunelib.evaluation.layer_sets import layer_set_divergence, layer_set_perplexity
 from prunelib.models import decoder_layers
 from prunelib.models.layerwise import SharedPrefixEvaluator, shared_layer_forwards
 

@@ -15,9 +15,8 @@ from architectures import ARCHITECTURES, build
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunelib import models
+from prunelib import evaluation, models
 from prunelib.criteria import statistics
-from prunelib.evaluation import perplexity as evaluation
 from prunelib.models import CheckpointError, UnsupportedModel, keep_layers
 from prunelib.scale import offload as streaming
 from prunelib.scale.footprint import GIB, planned

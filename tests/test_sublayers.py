@@ -9,9 +9,9 @@ import torch
 from architectures import build
 from transformers import AutoModelForCausalLM
 
-from prunelib.criteria.loss_based import LayerSetLoss
-from prunelib.depth.search import evolutionary, greedy
-from prunelib.evaluation.perplexity import NotFinite, layer_set_divergence, layer_set_perplexity, perplexity
+from prunelib.depth import LayerSetLoss, evolutionary, greedy
+from prunelib.evaluation.layer_sets import layer_set_divergence, layer_set_perplexity
+from prunelib.evaluation.perplexity import NotFinite, perplexity
 from prunelib.models import UnsupportedModel, decoder_layers, parameter_count, remove_layers, removed_fraction, save
 from prunelib.models.layerwise import layer_forwards_alone, shared_layer_forwards
 from prunelib.models.plans import SublayerPlan
@@ -201,7 +201,7 @@ def test_losses_of_units_are_those_of_the_checkpoints(name):
     sets = [(), (0,), (3,), (2, 3), PLAN.removed, (0, 2, 4, 6, 8, 10), (1, 3, 5, 7, 9, 10, 11)]
     nll = LayerSetLoss(model, windows, batch_size=3, unit="sublayer")(sets)
     pruned = [remove_sublayers(model, SublayerPlan.from_units(6, removed, "test")) for removed in sets]
-    np.testing.assert_allclose(nll, [perplexity(one, windows).nats for one in pruned], atol=1e-5)
+    np.testing.assert_allclose(nll, [perplexity(one, windows).nll for one in pruned], atol=1e-5)
     kl = LayerSetLoss(model, windows, "kl", batch_size=3, unit="sublayer")(sets)
     with torch.no_grad():
         dense, *others = [one(windows, use_cache=False).logits[:, :-1].double().log_softmax(-1) for one in pruned]
@@ -249,7 +249,7 @@ def test_greedy_over_units_is_brute_force():
     chosen: tuple[int, ...] = ()
     for step in found.steps:
         candidates = [tuple(sorted((*chosen, unit))) for unit in range(6) if unit not in chosen]
-        losses = [perplexity(remove_sublayers(model, SublayerPlan.from_units(3, c, "x")), windows).nats for c in candidates]
+        losses = [perplexity(remove_sublayers(model, SublayerPlan.from_units(3, c, "x")), windows).nll for c in candidates]
         chosen = candidates[int(np.argmin(losses))]
         assert step.removed == chosen
         assert step.value == pytest.approx(min(losses), abs=1e-5)

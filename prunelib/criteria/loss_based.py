@@ -1,13 +1,8 @@
-"""Importance that needs the model itself: what its loss says when a layer is left out, its weights, their gradients.
-
-`ABLATIONS` holds the rules, each called with a model, calibration windows and its own options; like every importance,
-higher = keep. `LayerSetLoss` is the loss of many sets of layers as the searches of `prunelib.depth.search` ask for it.
-"""
+"""Importance that needs the model itself: its loss without a layer, its weights, their gradients, the entropy of its states."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -17,142 +12,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.criteria.registry import Rules
-from prunelib.depth.stopping import finals
-from prunelib.evaluation.perplexity import check_windows, layer_set_divergence, layer_set_perplexity
+from prunelib.criteria.registry import ablation
+from prunelib.evaluation.layer_sets import layer_set_divergence, layer_set_perplexity
+from prunelib.evaluation.perplexity import check_windows
 from prunelib.models import decoder_layers
-from prunelib.models.layerwise import (
-    UNITS,
-    LayerSet,
-    SharedPrefixEvaluator,
-    Shell,
-    check_layer_set,
-    layer_forwards_alone,
-    shared_layer_forwards,
-)
-from prunelib.models.sublayers import MLP
-
-
-class LayerSetLoss:
-    """Loss of one model without sets of layers, on fixed windows, in nats per token: the evaluation that searches call.
-
-    Two metrics (`METRICS`): "nll", the negative log-likelihood, and "kl", the divergence from the dense model. The sets of
-    one call share the hidden states of their common beginnings. With unit="sublayer" the sets are made of attention (2 l) and
-    MLP (2 l + 1) sublayers: BlockPruner (arXiv 2406.10594) is ``greedy(loss.n_units, K, loss, 0, 0)`` with "nll", and EvoPress
-    (arXiv 2410.14649) ``evolutionary(loss.n_units, 2 * k, loss, len(windows), groups=2)`` with "kl".
-
-    ``n_units`` is the number of units to choose from. `together` branches go through a layer in one call, as in
-    `prefix.SharedPrefixEvaluator`. With `keep_dense`, "kl" runs the dense model once and keeps its logits (windows x positions x
-    vocabulary), which otherwise runs along with every call.
-    ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense model of "kl" included),
-    ``layer_windows_unstopped`` what they would have run if `finalists` dropped nothing, and ``layer_windows_alone`` what
-    evaluating every set by itself would have run. Raises ValueError for an unknown metric or unit and windows that do not fit
-    the model; a call raises as `evaluation.layer_set_perplexity`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        windows: Int64[Tensor, "window position"],
-        metric: str = "nll",
-        *,
-        batch_size: int = 8,
-        progress: bool = False,
-        unit: str = "layer",
-        together: int = 1,
-        keep_dense: bool = False,
-    ):
-        if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(METRICS)}")
-        self.n_layers = len(decoder_layers(model))
-        check_layer_set(self.n_layers, (), unit)
-        check_windows(model, windows, batch_size=batch_size)
-        self.model, self.windows, self.metric, self.unit = model, windows, metric, unit
-        self.n_units = UNITS[unit] * self.n_layers
-        self.batch_size, self.progress, self.together = batch_size, progress, together
-        self.layer_windows = 0
-        self.layer_windows_unstopped = 0
-        self.layer_windows_alone = 0
-        self._starts = list(range(0, len(windows), batch_size))  # of the batches, those that tell most in front
-        self._shell: Shell | None = None
-        self._keeps_dense = keep_dense and metric == "kl"
-        self._dense: Float[Tensor, "window position vocabulary"] | None = None
-
-    def __call__(self, layer_sets: Sequence[LayerSet], rows: Sequence[int] | None = None) -> list[float]:
-        """Nats per token without each of the sets, in their order; on the windows of the indices `rows` only, if given."""
-        where = slice(None) if rows is None else list(rows)
-        found = self._measured(layer_sets, where)
-        self._would_run(layer_sets, len(self.windows[where]))
-        return [found[removed].nats for removed in layer_sets]
-
-    def finalists(self, layer_sets: Sequence[LayerSet], width: int = 1, bound: float = math.inf) -> dict[LayerSet, float]:
-        """Sets → nats per token, for those that are evaluated on all windows; the others cannot be among the `width` lowest.
-
-        As `search.Finalists` promises, by `stopping.finals`: batch by batch, a set is dropped once what it has lost already
-        is above the sum of the best sets, or above `bound`. The values are those of a call, to the last bit while
-        `together` is 1. Batches on which the winner of the previous call lost most come first.
-        """
-        if not layer_sets:
-            return {}
-        tokens = self.windows[:, 1:].numel()
-        found = finals(layer_sets, self._starts, self._window_losses, tokens, width, bound)
-        self._would_run(layer_sets, len(self.windows))
-        self._starts.sort(key=lambda start: -found.part_sums.get(start, 0.0))
-        return found.values
-
-    def _window_losses(self, layer_sets: list[LayerSet], start: int) -> list[tuple[float, ...]]:
-        """For each set its summed losses in the windows of one batch."""
-        found = self._measured(layer_sets, slice(start, start + self.batch_size))
-        by_window = attrgetter(METRICS[self.metric][2])
-        return [by_window(found[removed]) for removed in layer_sets]
-
-    def _measured(self, layer_sets: Sequence[LayerSet], where: slice | list[int]) -> dict:
-        """`METRICS` on some of the windows."""
-        windows = self.windows[where]
-        if self._shell is None and self.unit == "layer":
-            with torch.inference_mode():
-                self._shell = Shell(self.model, decoder_layers(self.model), self.windows[:1, :2].to(self.model.device))
-        how = {"batch_size": self.batch_size, "progress": self.progress, "unit": self.unit, "together": self.together}
-        if self._keeps_dense:
-            self._dense = self._dense_logits() if self._dense is None else self._dense
-            how |= {"dense": self._dense[where]}
-        found = METRICS[self.metric][0](self.model, windows, layer_sets, **how, shell=self._shell)
-        self.layer_windows += shared_layer_forwards(self.n_layers, self._run_for(layer_sets), self.unit) * len(windows)
-        return found
-
-    @torch.inference_mode()
-    def _dense_logits(self) -> Float[Tensor, "window position vocabulary"]:
-        runs = SharedPrefixEvaluator(
-            self.model, self.windows, [()], batch_size=self.batch_size, progress=False, shell=self._shell
-        )
-        ran = self.n_layers * len(self.windows)
-        self.layer_windows += ran
-        self.layer_windows_unstopped += ran
-        self.layer_windows_alone += ran
-        return torch.cat([logits for *_, logits in runs])
-
-    def _run_for(self, layer_sets: Sequence[LayerSet]) -> list[LayerSet]:
-        beside = () if self._keeps_dense else METRICS[self.metric][1]
-        return list(dict.fromkeys([*beside, *layer_sets])) if layer_sets else []
-
-    def _would_run(self, layer_sets: Sequence[LayerSet], windows: int) -> None:
-        sets = self._run_for(layer_sets)
-        self.layer_windows_unstopped += shared_layer_forwards(self.n_layers, sets, self.unit) * windows
-        self.layer_windows_alone += layer_forwards_alone(self.n_layers, sets, self.unit) * windows
-
-
-# How a loss is measured, which sets the measurement runs beside those asked for, and where it holds the losses by window.
-METRICS: dict[str, tuple[Callable, tuple[LayerSet, ...], str]] = {
-    "nll": (layer_set_perplexity, (), "window_nll"),
-    "kl": (layer_set_divergence, ((),), "window_kl"),
-}
-
-
-ABLATIONS = Rules("ablation", data=2)
-"""Ablations by name, called as ``ablation(model, windows, **options)``; the model is left as it was, gradients included."""
-
-ablation = ABLATIONS.register
-
+from prunelib.models.layerwise import LayerwiseModel
 
 # --- leave one out -------------------------------------------------------------------------------------------------------
 
@@ -167,9 +31,9 @@ def leave_one_out_nll(
     paper's "plus" rule protects the first four and the last two layers, for this and the next two of its criteria.
     Published calibration: 10 samples of 128 tokens of BookCorpus.
     """
-    everything = [(), *((layer,) for layer in range(len(decoder_layers(model))))]
-    dense, *without = LayerSetLoss(model, windows, "nll", batch_size=batch_size, progress=progress)(everything)
-    return np.array(without) - dense
+    sets = [(), *((layer,) for layer in range(len(decoder_layers(model))))]
+    found = layer_set_perplexity(model, windows, sets, batch_size=batch_size, progress=progress)
+    return np.array([found[removed].nll for removed in sets[1:]]) - found[()].nll
 
 
 @ablation(title="Leave-one-out KL", source="fitness of EvoPress, arXiv 2410.14649, for one layer")
@@ -177,8 +41,9 @@ def leave_one_out_kl(
     model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8, progress: bool = False
 ) -> Float64[np.ndarray, "layer"]:
     """KL(dense || without the layer) of the predicted distributions, nats per token; >= 0."""
-    singles = [(layer,) for layer in range(len(decoder_layers(model)))]
-    return np.array(LayerSetLoss(model, windows, "kl", batch_size=batch_size, progress=progress)(singles))
+    sets = [(layer,) for layer in range(len(decoder_layers(model)))]
+    found = layer_set_divergence(model, windows, sets, batch_size=batch_size, progress=progress)
+    return np.array([found[removed].kl for removed in sets])
 
 
 # --- weights and their gradients -----------------------------------------------------------------------------------------
@@ -289,7 +154,7 @@ def entropy_gain_attention(
     The released code computes the score of the layer, then ranks whole layers by this one of the attention sublayer alone.
     Raises UnsupportedModel where the sublayers of a layer cannot be told apart, or do not simply add to its input.
     """
-    return _entropy_gains(model, windows, neighbors, batch_size, progress, without=(MLP,))
+    return _entropy_gains(model, windows, neighbors, batch_size, progress, without=("mlp",))
 
 
 def knn_entropy(states: Float[Tensor, "token dim"], neighbors: int = 25) -> float:
@@ -319,23 +184,22 @@ def _entropy_gains(
     neighbors: int,
     batch_size: int,
     progress: bool,
-    without: tuple[int, ...] = (),
+    without: tuple[str, ...] = (),
 ) -> Float64[np.ndarray, "layer"]:
     """Entropy of the output of each layer while its sublayers `without` are silent, minus that of its input; batch mean.
 
     With a silent MLP the output is the input plus what the attention adds, whatever norms and factors stand in between.
     """
     check_windows(model, windows, batch_size=batch_size)
-    layers = decoder_layers(model)
-    shell = Shell(model, layers, windows[:1, :2].to(model.device), range(len(layers)) if without else ())
+    engine = LayerwiseModel(model)
     gains = []
     for start in tqdm(range(0, len(windows), batch_size), desc="entropy", unit="batch", disable=not progress):
-        hidden = shell.enter(windows[start : start + batch_size].to(model.device))
+        hidden = engine.embed(windows[start : start + batch_size])
         entropy = knn_entropy(hidden.flatten(0, 1), neighbors)
         gain = []
-        for index in range(len(layers)):
-            output = shell.run(index, hidden)
-            state = shell.run(index, hidden, without) if without else output
+        for index in range(engine.n_layers):
+            output = engine.run_layer(index, hidden)
+            state = engine.run_layer(index, hidden, without) if without else output
             after = knn_entropy(state.flatten(0, 1), neighbors)
             gain.append(after - entropy)
             hidden, entropy = output, after if state is output else knn_entropy(output.flatten(0, 1), neighbors)

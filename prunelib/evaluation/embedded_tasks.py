@@ -283,7 +283,7 @@ BUILDERS: dict[str, Callable[[Sequence[pydocs.Document]], Iterator[Item]]] = {
 
 
 def main() -> None:
-    """``python -m prunelib.evaluation.embedded_tasks``: write the items to build/tasks, where the YAML files in data/tasks look for them."""
+    """``python -m prunelib.evaluation.embedded_tasks``: write the items to build/tasks, where their YAML reads them."""
     folder = project_root() / "build" / "tasks"
     for task in BUILDERS:
         write(task, folder / f"{task}.jsonl")

@@ -90,7 +90,7 @@ class PerplexityProtocol:
 class Perplexity:
     """Negative log-likelihood, in nats, of the scored tokens.
 
-    ``nll_sum`` and ``tokens`` are sums, which ``window_nll`` and ``window_tokens`` hold by window, for paired tests; ``correct``
+    ``nll_sum`` and ``tokens`` are sums; ``window_nll`` and ``window_tokens`` hold them by window, for paired tests. ``correct``
     counts the scored tokens that were the model's first choice.
     """
 

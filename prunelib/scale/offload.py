@@ -31,7 +31,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from prunelib.criteria.statistics import LayerStats, check_finite, checked_mask, from_states
-from prunelib.evaluation.perplexity import Perplexity, Tally, check_windows
+from prunelib.evaluation.perplexity import NllAccumulator, Perplexity, check_windows
 from prunelib.models import (
     CheckpointError,
     UnsupportedModel,
@@ -792,7 +792,7 @@ def perplexity(
     at_once, _ = streamed.plan(*windows.shape, batch_size=batch_size, windows_at_once=windows_at_once, logits=True)
     setting = {"batch_size": batch_size, "windows_at_once": at_once, "states": False, "progress": progress}
     passes = _Passes(streamed, windows, torch.ones(windows.shape, dtype=torch.bool), **setting)
-    tally = Tally(windows, stride)
+    tally = NllAccumulator(windows, stride)
     for group, states in passes:
         with streamed.head_on_device():
             for window in group:

@@ -1,0 +1,479 @@
+"""Slicing: uncut, the model computes the same; cut, it agrees with an independent float64 reference and with published code."""
+
+import copy
+import math
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from slicing_models import CUT, FAMILIES, FULL, UNCUT_LAYERS, difference, logits, sliced
+from torch import nn
+from torch.nn import functional
+
+from prunelib import models
+from prunelib.evaluation.perplexity import perplexity
+from prunelib.models import UnsupportedModel, parameter_count
+from prunelib.models.architectures import ARCHITECTURES as SLICEABLE
+from prunelib.slicing import SlicePlan, constant, principal_axes, random_axes, rotate, slice_model
+from prunelib.slicing.modeling import positions
+from prunelib.text import corpora
+from prunelib.text.windows import consecutive_windows, sample_windows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 97, (5, 24))
+
+
+class ExactNorm(nn.Module):
+    """RMSNorm in float64: those of the families fall back to float32, which is noise beside 1e-9."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.weight = norm.weight
+        self.offset = 1.0 if "Gemma" in type(norm).__name__ else 0.0
+        self.eps = getattr(norm, "variance_epsilon", None) or norm.eps
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.weight + self.offset)
+
+
+def exact(model):
+    """`model` in float64, its RMSNorms too."""
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if "RMSNorm" in type(module).__name__:
+            model.set_submodule(name, ExactNorm(module))
+    return model
+
+
+def test_every_family_is_tested():
+    assert {ARCHITECTURES[name][0] for name in FAMILIES} == set(SLICEABLE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_cuts_the_model_is_the_dense_model(name, tokens):
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for shortcuts in ("folded", "full"):
+        assert difference(sliced(model, FULL, tokens, shortcuts=shortcuts), model, tokens) < 1e-4
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model = exact(model)
+    for shortcuts in ("folded", "full"):
+        assert difference(exact(sliced(model, FULL, tokens, shortcuts=shortcuts)), model, tokens) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "opt"])
+def test_architectures_that_the_configuration_chooses(name, tokens):
+    changes = {"gpt_neox": {"use_parallel_residual": False}, "opt": {"layer_norm_elementwise_affine": False}}
+    model = build(name, **changes[name])
+    assert difference(sliced(model, FULL, tokens, shortcuts="full"), model, tokens) < 1e-5
+    assert difference(sliced(model, CUT, tokens), sliced(model, CUT, tokens, shortcuts="full"), tokens) < 1e-4
+
+
+def test_biases_that_a_norm_leaves_behind_are_kept(tokens):
+    model = build("gpt_neox", attention_bias=False)  # the norms have biases, the maps behind them have none
+    assert difference(sliced(model, FULL, tokens, shortcuts="full"), model, tokens) < 1e-5
+
+
+def test_a_layer_norm_model_loses_nothing_by_one_dimension(tokens):
+    model = build("opt").double()
+    one_less = SlicePlan(32, (31,) * 6, "test")
+    assert difference(sliced(model, one_less, tokens), model, tokens) < 1e-9  # the stream has no component along its mean
+
+
+def test_full_rotation_leaves_perplexity_unchanged(tiny_llama, tokens):
+    rotated = sliced(tiny_llama, FULL, tokens, shortcuts="full")
+    assert perplexity(rotated, tokens).ppl == pytest.approx(perplexity(tiny_llama, tokens).ppl, rel=1e-6)
+    turned = [layer.shortcuts[0].weight.detach() for layer in models.decoder_layers(rotated)]
+    assert all(float((weight.abs() - torch.eye(32)).abs().max()) > 0.1 for weight in turned)  # it is not the identity
+    for weight in turned:
+        assert torch.allclose(weight @ weight.T, torch.eye(32), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("plan", [CUT, UNCUT_LAYERS], ids=["cut", "uncut_layers"])
+def test_folded_shortcuts_compute_the_same(name, plan, tokens):
+    model = build(name).double()
+    small, large = sliced(model, plan, tokens), sliced(model, plan, tokens, shortcuts="full")
+    assert difference(small, large, tokens) < 1e-6  # some norms of the families round to float32
+    assert difference(small, model, tokens) > 1e-2
+    assert parameter_count(small) < parameter_count(large)
+
+
+def reference_perplexity(model, widths, calibration, evaluation) -> float:
+    """Perplexity of a Llama sliced as SliceGPT does it, in float64, from the weights alone: every matrix written out."""
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    config = model.config
+    size, heads, groups, eps = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+    width = size // heads
+
+    def rotate(x):  # [sample, head, token, width]
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angles = torch.cat([torch.arange(x.shape[2], dtype=torch.float64)[:, None] * frequencies] * 2, dim=1)
+        turned = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], dim=-1)
+        return x * angles.cos() + turned * angles.sin()
+
+    def normed(x):
+        return x / (x.square().sum(-1, keepdim=True) / size + eps).sqrt()
+
+    def attention(x, q, k, v):
+        samples, length, _ = x.shape
+        q, k, v = (rotate_or_not(x @ w.T) for w, rotate_or_not in ((q, split_turned), (k, split_turned), (v, split)))
+        k, v = (y.repeat_interleave(heads // groups, dim=1) for y in (k, v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(width)
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(samples, length, heads * width)
+
+    def split(x):
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def split_turned(x):
+        return rotate(split(x))
+
+    def principal(x, kept):
+        flat = x.flatten(0, 1)
+        return torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :kept]
+
+    sets = [weights["model.embed_tokens.weight"][ids] for ids in (calibration, evaluation)]
+    kept = [*widths, size]
+    q_in = principal(sets[0], kept[0])
+    sets = [x @ q_in for x in sets]
+    for index in range(config.num_hidden_layers):
+        layer = {
+            name.removeprefix(f"model.layers.{index}."): weight
+            for name, weight in weights.items()
+            if name.startswith(f"model.layers.{index}.")
+        }
+        scale = layer["input_layernorm.weight"]
+        q, k, v = ((layer[f"self_attn.{name}_proj.weight"] * scale) @ q_in for name in "qkv")
+        mixed = [attention(normed(x), q, k, v) for x in sets]
+        whole = sets[0] @ q_in.T + mixed[0] @ layer["self_attn.o_proj.weight"].T
+        q_mid = principal(whole, kept[index])
+        o = q_mid.T @ layer["self_attn.o_proj.weight"]
+        sets = [x @ (q_in.T @ q_mid) + y @ o.T for x, y in zip(sets, mixed, strict=True)]
+        scale = layer["post_attention_layernorm.weight"]
+        gate, up = ((layer[f"mlp.{name}_proj.weight"] * scale) @ q_mid for name in ("gate", "up"))
+        hidden = [functional.silu(normed(x) @ gate.T) * (normed(x) @ up.T) for x in sets]
+        whole = sets[0] @ q_mid.T + hidden[0] @ layer["mlp.down_proj.weight"].T
+        q_out = principal(whole, kept[index + 1])
+        down = q_out.T @ layer["mlp.down_proj.weight"]
+        sets = [x @ (q_mid.T @ q_out) + y @ down.T for x, y in zip(sets, hidden, strict=True)]
+        q_in = q_out
+    head = (weights["lm_head.weight"] * weights["model.norm.weight"]) @ q_in
+    scores = normed(sets[1]) @ head.T
+    return float(functional.cross_entropy(scores[:, :-1].flatten(0, 1), evaluation[:, 1:].flatten()).exp())
+
+
+@pytest.mark.parametrize("widths", [CUT.widths, (24,) * 6, UNCUT_LAYERS.widths], ids=["varied", "constant", "uncut_layers"])
+def test_agrees_with_the_reference(widths, tokens):
+    model = build("llama").double()
+    calibration = torch.randint(0, 97, (12, 24))
+    expected = reference_perplexity(model, widths, calibration, tokens)
+    found = perplexity(sliced(model, SlicePlan(32, widths, "test"), calibration), tokens).ppl
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(perplexity(model, tokens).ppl, rel=1e-2)
+    single = perplexity(sliced(build("llama"), SlicePlan(32, widths, "test"), calibration), tokens).ppl
+    assert single == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt"])
+def test_bases_are_orthonormal_and_widths_chain(name, tokens):
+    seen = []
+
+    def axes(moments, width):
+        assert torch.allclose(moments, moments.T)
+        seen.append(principal_axes(moments, width))
+        return seen[-1]
+
+    model = sliced(build(name).double(), CUT, tokens, axes=axes)
+    steps = 1 if name == "gpt_neox" else 2
+    assert [basis.shape[1] for basis in seen] == positions(CUT.widths, steps, 32)[:-1]
+    for basis in seen:
+        assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-12)
+        if SLICEABLE[name].centered:
+            assert float(basis.sum(dim=0).abs().max()) < 1e-10
+    layers = models.decoder_layers(model)
+    places = [module for layer in layers for module in layer.shortcuts]
+    for index, (module, kind) in enumerate(zip(places, model.config.slicing["shortcuts"], strict=True)):
+        before, after = positions(CUT.widths, steps, 32)[index : index + 2]
+        assert module(torch.randn(2, 3, before, dtype=torch.float64)).shape == (2, 3, after)
+        if kind == "dense":
+            assert torch.linalg.matrix_norm(module.weight, ord=2) <= 1 + 1e-9
+        if kind == "diagonal":
+            assert module.weight.shape == (min(before, after),)
+            assert module.weight.min() >= 0
+            assert module.weight.max() <= 1 + 1e-9
+    path = SLICEABLE[name].layers
+    for index, layer in enumerate(layers):
+        last = (*CUT.widths, 32)[index + 1]
+        read = layer.get_submodule(SLICEABLE[name].attn.inputs[0]).in_features
+        assert (read, layer.get_submodule(SLICEABLE[name].mlp.output).out_features) == (CUT.widths[index], last)
+    assert model.get_submodule(path) is layers
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
+def test_singular_vectors(shape):
+    left = torch.linalg.qr(torch.randn(12, shape[0], dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(12, shape[1], dtype=torch.float64)).Q
+    matrix = left.T @ right
+    matrix[:, 0] = 0  # a singular value of 0
+    u, v = rotate._singular_vectors(matrix)
+    for basis in (u, v):
+        assert torch.allclose(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64), atol=1e-12)
+    between = u.T @ matrix @ v
+    singular = between.diagonal().clone()
+    between.diagonal().zero_()
+    assert float(between.abs().max()) < 1e-8
+    assert torch.allclose(singular, torch.linalg.svdvals(matrix), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_basis_needs_no_shortcuts(name, tokens):
+    model = build(name).double()
+    shared = sliced(model, UNCUT_LAYERS, tokens, shortcuts="shared_basis")
+    assert set(shared.config.slicing["shortcuts"]) == {"identity"}
+    assert difference(sliced(model, FULL, tokens, shortcuts="shared_basis"), model, tokens) < 1e-6
+    assert 1e-2 < difference(shared, model, tokens) < 10
+
+
+def test_one_basis_is_that_of_the_dense_stream(tokens):
+    model = build("llama").double()
+    moments = []
+
+    def axes(total, width):
+        moments.append(total.clone())
+        return principal_axes(total, width)
+
+    shared = sliced(model, CUT, tokens, shortcuts="shared_basis", axes=axes, damping=0.0)
+    states = []
+    for layer in models.decoder_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    logits(model, tokens)
+    flat = [state.flatten(0, 1) for state in states]
+    expected = sum(x.T @ x / x.square().sum() for x in flat)
+    assert len(moments) == 1
+    assert torch.allclose(moments[0], expected, atol=1e-6)
+    basis = principal_axes(expected, 32)[:, : CUT.widths[0]]
+    table, expected = shared.model.embed_tokens.weight, model.model.embed_tokens.weight @ basis
+    assert torch.allclose(table @ table.T, expected @ expected.T, atol=1e-4)
+
+
+def test_moments_are_filled_in_by_blocks(tokens, monkeypatch):
+    model = build("llama")
+    whole = sliced(model, CUT, tokens)
+    monkeypatch.setattr(rotate, "_BLOCK", 10)  # no divisor of the width
+    assert difference(sliced(model, CUT, tokens), whole, tokens) < 1e-4
+    stream = torch.randn(2, 7, 32)
+    flat, moments = stream.flatten(0, 1).double(), torch.zeros(32, 32, dtype=torch.float64)
+    rotate._add_moments(moments, stream)
+    assert torch.allclose(rotate._mirrored(moments), flat.T @ flat, atol=1e-12)
+
+
+def test_what_is_cut_may_be_taken_off_or_what_is_kept_be_kept(tokens):
+    model = build("llama").double()
+    kept = sliced(model, CUT, tokens, axes=lambda moments, width: principal_axes(moments, width))  # tells nothing of the rest
+    assert difference(sliced(model, CUT, tokens), kept, tokens) < 1e-9
+
+
+def test_every_sublayer_runs_once(tokens):
+    model = build("llama")
+    calls = []
+    for index, layer in enumerate(models.decoder_layers(model)):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: calls.append(f"{index} attn"))
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(f"{index} mlp"))
+    sliced(model, CUT, tokens)
+    order = [f"{index} {part}" for index in range(6) for part in ("attn", "mlp") for _ in range(3)]
+    probe = ["0 attn", "0 mlp"]  # two tokens, to see what a layer returns
+    assert calls == probe + order[:-3]  # nothing is cut behind the last MLP
+    calls.clear()
+    sliced(model, SlicePlan(32, (20, 20, 32, 32, 32, 32), "test"), tokens)
+    assert calls == probe + order[:9]
+
+
+def test_batches_and_where_activations_are_kept_change_nothing(tokens):
+    model = build("qwen3").double()
+    one = slice_model(model, CUT, tokens, batch_size=5, progress=False)
+    for options in ({}, {"activation_device": "cpu", "device": "cpu"}):
+        assert difference(one, sliced(model, CUT, tokens, **options), tokens) < 1e-6
+
+
+def test_one_layer_at_a_time_is_on_the_device(tiny_llama, tokens, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = []
+
+    def copied(layer, device):
+        most.append(sum(reference() is not None for reference in alive))
+        on_device = copy.deepcopy(layer)
+        alive.append(weakref.ref(on_device))
+        return on_device
+
+    monkeypatch.setattr("prunelib.slicing.rotate._on", copied)
+    sliced(tiny_llama, CUT, tokens)
+    assert len(most) == 6
+    assert max(most) == 0  # when a layer comes, none of those before is there
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen2_sliding"])
+def test_streamed_through_a_device_agrees(name, tokens):
+    model = build(name).double()
+    expected = sliced(model, CUT, tokens)
+    for options in ({}, {"activation_device": "cpu"}):
+        streamed = sliced(model, CUT, tokens, device="cuda", **options)
+        assert streamed.device.type == "cpu"
+        assert difference(streamed, expected, tokens) < 1e-6
+    assert difference(sliced(model.cuda(), CUT, tokens).cpu(), expected, tokens) < 1e-6
+
+
+def test_a_model_in_half_precision(tokens):
+    model = build("llama")
+    expected = sliced(model, constant(6, 32, 0.2), tokens)
+    half = sliced(copy.deepcopy(model).bfloat16(), constant(6, 32, 0.2), tokens)
+    assert {weight.dtype for weight in half.state_dict().values()} == {torch.bfloat16}
+    assert perplexity(half, tokens).ppl == pytest.approx(perplexity(expected, tokens).ppl, rel=0.05)
+
+
+def test_mean_subtraction_changes_rms_norm_models_only(tokens):
+    llama, neox = build("llama"), build("gpt_neox")
+    with torch.no_grad():
+        llama.model.embed_tokens.weight += 0.05
+    centered = copy.deepcopy(llama)
+    with torch.no_grad():
+        table = centered.model.embed_tokens.weight
+        table -= table.mean(dim=1, keepdim=True)
+    with_mean = sliced(llama, FULL, tokens, subtract_mean=True)
+    assert difference(with_mean, llama, tokens) > 1e-2
+    assert difference(with_mean, centered, tokens) < 1e-5
+    assert difference(sliced(llama, CUT, tokens, subtract_mean=True), sliced(centered, CUT, tokens), tokens) < 1e-4
+    assert difference(sliced(neox, CUT, tokens, subtract_mean=True), sliced(neox, CUT, tokens), tokens) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_random_axes_are_a_control(name, tokens):
+    model = build(name).double()
+    drawn = [sliced(model, CUT, tokens, axes=random_axes(seed)) for seed in (0, 0, 1)]
+    assert difference(drawn[0], drawn[1], tokens) == 0
+    assert difference(drawn[0], drawn[2], tokens) > 1e-2
+    assert difference(sliced(model, SlicePlan(32, (31,) * 6, "test"), tokens, axes=random_axes(0)), model, tokens) < (
+        1e-9 if name == "opt" else 10  # the one direction that nothing needs is the one that is never drawn
+    )
+
+
+def test_the_epsilon_is_the_models_own(tokens):
+    model = build("llama", rms_norm_eps=0.3)
+    assert difference(sliced(model, FULL, tokens), model, tokens) < 1e-5
+    assert difference(sliced(model, FULL, tokens), build("llama"), tokens) > 1e-2
+
+
+def test_a_shallower_model_can_be_sliced(tiny_llama, tokens):
+    shallow = models.keep_layers(tiny_llama, [0, 2, 3, 5])
+    narrow = sliced(shallow, SlicePlan(32, (24, 20, 20, 28), "test"), tokens)
+    assert len(models.decoder_layers(narrow)) == 4
+    assert difference(sliced(shallow, SlicePlan(32, (32,) * 4, "test"), tokens), shallow, tokens) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_step_2", "gpt_oss", "deepseek_v3", "gemma2", "olmo2", "gpt2", "bloom"])
+def test_other_families_are_refused_by_name(name, tokens):
+    model = build(name)
+    with pytest.raises(UnsupportedModel, match=rf"model type '{model.config.model_type}' cannot be sliced; the families"):
+        slice_model(model, FULL, tokens)
+
+
+def test_models_that_no_plan_fits(tokens):
+    before = build("opt", do_layer_norm_before=False)
+    with pytest.raises(UnsupportedModel, match=r"opt model cannot be sliced: it has no model\.decoder\.final_layer_norm"):
+        slice_model(before, FULL, tokens)
+    once = sliced(build("llama"), CUT, tokens)
+    with pytest.raises(UnsupportedModel, match="sliced already"):
+        slice_model(once, CUT, tokens)
+    with pytest.raises(UnsupportedModel, match="cannot remove these layers of a prunelib_sliced model"):
+        models.keep_layers(once, [0, 1, 2, 3])
+    spread = build("llama")
+    spread.model.layers[0]._hf_hook = object()
+    with pytest.raises(UnsupportedModel, match="spread over several devices"):
+        slice_model(spread, FULL, tokens)
+    backbone = build("llama").model
+    with pytest.raises(UnsupportedModel, match="LlamaModel is not the causal language model of type 'llama'"):
+        slice_model(backbone, FULL, tokens)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (SlicePlan(64, (32,) * 6, "test"), "the plan is for a hidden size of 64, this model has 32"),
+        (SlicePlan(32, (32,) * 5, "test"), "the plan has the widths of 5 layers, this model has 6"),
+    ],
+)
+def test_plans_of_another_model(tiny_llama, tokens, plan, message):
+    tiny_llama.model.embed_tokens.register_forward_hook(lambda *_: pytest.fail("work was done before the refusal"))
+    with pytest.raises(ValueError, match=message):
+        slice_model(tiny_llama, plan, tokens)
+
+
+def test_windows_that_cannot_calibrate(tiny_llama, tokens):
+    with pytest.raises(ValueError, match="20 calibration tokens cannot say which 30 of 32 directions to keep"):
+        slice_model(tiny_llama, CUT, tokens[:1, :20])
+    with pytest.raises(ValueError, match="unknown shortcuts 'short'; there are: folded, full, shared_basis"):
+        slice_model(tiny_llama, CUT, tokens, shortcuts="short")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        slice_model(tiny_llama, CUT, tokens, batch_size=0)
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        slice_model(tiny_llama, CUT, tokens + 97)
+
+
+def test_the_first_nan_is_named(tiny_llama, tokens):
+    with torch.no_grad():
+        tiny_llama.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN or infinity in the hidden states after mlp of layer 2; check the weights"):
+        sliced(tiny_llama, CUT, tokens)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The main reference model, its tokenizer, calibration and evaluation windows of its own corpus."""
+    folder = ROOT / "data" / "reference" / "ref-llama-32l"
+    model, tokenizer = models.load(folder), models.load_tokenizer(folder)
+    windows = sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 8, 128, 0, progress=False)
+    held_out = consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 128, 4, progress=False)
+    return model, tokenizer, windows, held_out
+
+
+# Numbers of TransformerCompression (commit 6b12cde) on the same weights and tokens: `benchmarks/slicing_vs_reference.py`.
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "published"), [(128, 21.80511342258781), (112, 45.650792126735745)])
+@pytest.mark.parametrize("shortcuts", ["folded", "full"])
+def test_agrees_with_transformer_compression(reference, width, published, shortcuts):
+    model, tokenizer, _, _ = reference
+    windows = sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 16, 256, 0, progress=False)
+    held_out = consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 256, 20, progress=False)
+    alike = copy.deepcopy(model)  # it takes this epsilon for every model, and the mean off the embeddings
+    alike.config.rms_norm_eps = 1e-5
+    for module in alike.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1e-5
+    plan = SlicePlan(160, (width,) * 32, "constant")
+    narrow = slice_model(alike, plan, windows, shortcuts=shortcuts, subtract_mean=True, progress=False)
+    assert perplexity(narrow, held_out, batch_size=8).ppl == pytest.approx(published, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_principal_directions_are_the_ones_to_keep(reference, tmp_path):
+    model, tokenizer, windows, held_out = reference
+    plan = constant(32, 160, 0.1, multiple=8)
+    dense = perplexity(model, held_out).nll
+    principal = slice_model(model, plan, windows, progress=False)
+    cost = perplexity(principal, held_out).nll - dense
+    random = perplexity(slice_model(model, plan, windows, axes=random_axes(0), progress=False), held_out).nll - dense
+    assert 0.05 < cost < 1.0
+    assert random > 5 * cost
+    models.save(principal, tokenizer, tmp_path / "sliced")
+    again = models.load(tmp_path / "sliced")
+    assert perplexity(again, held_out).nll == pytest.approx(dense + cost, abs=1e-6)
+    assert models.load_tokenizer(tmp_path / "sliced")("x = 1")["input_ids"] == tokenizer("x = 1")["input_ids"]
