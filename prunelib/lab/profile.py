@@ -201,11 +201,13 @@ def read(config: Mapping) -> Profile:
         if key not in config and item.default is MISSING and item.default_factory is MISSING:
             raise ProfileError(f"the profile has no `{key}`")
     profile = Profile(**config)
-    known = {name for experiment in profile.experiments for name in _known(experiment_notebook(experiment))}
+    used = [name for name in EXPERIMENTS if name == "statistics" or getattr(profile, name)]
+    known = {name for experiment in used for name in _known(experiment_notebook(experiment))}
     for name, entry in profile.models.items():
         _refuse_unknown(entry, known, f"models.{name}", "the experiments that the profile runs")
     for chapter in profile.chapters:
         chapter_values(profile, chapter)
+    _ = profile.experiments  # looks at every parameter of every run
     return profile
 
 

@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -69,12 +68,18 @@ class Parameter:
         """`value` as plain data of this parameter's type; a text, as from a command line, is read. Raises ParameterError."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        elif hasattr(value, "tolist"):  # numpy's
+            value = value.tolist()
         if self.optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))):
             return None
         found = self._read(value.strip()) if isinstance(value, str) and self.kind is not str else value
+        try:
+            found = json.loads(json.dumps(found, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            found = None
         if self.kind is float and type(found) is int:
             found = float(found)
-        if type(found) is not self.kind or (isinstance(found, float) and not math.isfinite(found)):
+        if type(found) is not self.kind:
             wanted = f"{self.kind.__name__} or None" if self.optional else self.kind.__name__
             raise ParameterError(f"{self.name} = {value!r} is not of type {wanted} (the default is {self.default!r})")
         if self.kind is list and self.default:  # elements of the type of the first default
@@ -83,14 +88,14 @@ class Parameter:
 
     def _read(self, text: str) -> object:
         """The value of a text; the text itself where it is not of this parameter's type."""
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             if self.kind is bool:
                 return {"true": True, "false": False}.get(text.lower(), text)
             if self.kind is not list:
                 return self.kind(text)  # int refuses "1e3" and "1.0": whole numbers are written as such
             if not text.startswith("["):  # `1,2` for short
                 return [item.strip() for item in text.split(",") if item.strip()]
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(text)
             return ast.literal_eval(text)
         return text

@@ -57,7 +57,7 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     old, new = old.loc[both], new.loc[both]
     for name in (name for name in MEASURES if name in expected):
         # Whatever belongs to answers of a model moves with them: intervals and standard errors, too.
-        answers = old["metric"].isin(ANSWERS) if name not in ("n", "mcnemar_p") else False
+        answers = old["metric"].isin(ANSWERS) & (name not in ("n", "mcnemar_p"))
         kind = old["metric"].where(answers | (name == "value"), name)
         allowed = kind.map(TOLERANCES).fillna(RELATIVE * old[name].abs())
         differs = ~((new[name] - old[name]).abs() <= allowed) & ~(old[name].isna() & new[name].isna())
@@ -68,7 +68,7 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> list[str]:
 
 
 def _by_coordinates(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Rows by their coordinates as text; several with the same ones, such as intervals of alpha, are told apart by their order."""
+    """Rows by their coordinates as text; their order tells those with the same ones apart (intervals of alpha)."""
 
     def text(value: object) -> str:
         return "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)

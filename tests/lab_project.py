@@ -1,0 +1,156 @@
+"""A small project for the tests of the runner and the Snakefile: real Snakefile and package, notebooks without torch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+COMPUTE = """
+import os, signal, time
+from prunelib.io import at_root
+from prunelib.lab import runs
+recorder = runs.start(EXPERIMENT, globals())
+with open(os.environ["BATCH_LOG"], "a") as log:
+    log.write(f"{EXPERIMENT} {os.path.basename(output)}\\n")
+time.sleep(float(os.environ.get("BATCH_SLEEP", "0")))
+"""
+STATISTICS = {
+    "parameters": """
+model = "tiny"  # folder or hub name
+corpus = "pydocs"  # corpus to calibrate on
+n_samples = 4  # windows
+seed = 0  # of the windows
+crash = []  # seeds that fail
+dtype = "float32"  # of the weights
+output = "build/statistics.json"  # result
+""",
+    "compute": COMPUTE.replace("EXPERIMENT", "'statistics'")
+    + """
+if seed in crash:
+    os.kill(os.getpid(), signal.SIGKILL)
+at_root(output).with_suffix(".safetensors").write_bytes(bytes([seed]))
+_ = recorder.write([{"metric": "windows", "value": n_samples, "role": corpus + dtype + model}])
+""",
+}
+BLOCKS = {
+    "parameters": """
+model = "tiny"  # folder or hub name
+statistics = []  # run files of the statistics of this model
+sizes = [0]  # how many layers go
+dtype = "float32"  # of the weights
+output = "build/blocks.json"  # result
+""",
+    "compute": COMPUTE.replace("EXPERIMENT", "'blocks'")
+    + """
+total = sum(at_root(path).with_suffix(".safetensors").read_bytes()[0] for path in statistics)
+rows = [{"metric": "ppl", "value": total + size, "size": size, "role": f"{model} {dtype}", "n": 1} for size in sizes]
+_ = recorder.write(rows)
+""",
+}
+CHAPTER = {
+    "parameters": """
+blocks = "blocks.csv"  # the table
+figures = "figures"  # where the pictures go
+output = "build/chapter.json"  # result
+""",
+    "# Chapter": None,
+    "## Figure 1: perplexity against `size` (`own_sizes`)": None,
+    "compute": COMPUTE.replace("EXPERIMENT", "'chapter'"),
+    "draw": """
+assert runs.read_table(blocks)["value"].notna().all() and at_root(figures).is_dir()
+_ = recorder.write([])
+""",
+}
+FIGURE = '''
+"""The figure of the chapter."""
+
+from matplotlib.figure import Figure
+
+from prunelib.figures.save import Chapter, Drawing, figure
+
+CHAPTER = "01_chapter"
+
+
+@figure("own_sizes", reads={"blocks": ["some"]}, models=0)
+def own_sizes(chapter: Chapter) -> Drawing:
+    """Perplexity against the number of layers removed."""
+    rows = chapter.table("blocks")
+    return Drawing(Figure(), rows[["run", "size", "value"]], rows)
+'''
+PROFILE = {
+    "runs": "data/runs/test",
+    "tables": "data",
+    "figures": "figures",
+    "models": {"tiny": {"model": "data/tiny", "dtype": "float32"}, "other": {"model": "data/tiny", "dtype": "float32"}},
+    "calibration": {"pydocs": {"n_samples": 4}},
+    "calibration_seeds": [0, 1],
+    "statistics": {"crash": []},
+    "blocks": {"some": {"sizes": [2]}, "more": {"models": ["tiny"], "sizes": [4]}},
+    "chapters": {"01_chapter": {}},
+}
+
+
+def write_notebook(path: Path, cells: dict) -> Path:
+    """A notebook of the cells: text None makes the key a markdown cell, the key `parameters` is the tag."""
+    notebook = {"cells": [], "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}}
+    notebook |= {"nbformat": 4, "nbformat_minor": 5}
+    for name, source in cells.items():
+        cell = {"id": f"cell{len(notebook['cells'])}", "metadata": {}}
+        if source is None:
+            cell |= {"cell_type": "markdown", "source": name}
+        else:
+            cell |= {"cell_type": "code", "source": source.strip(), "execution_count": None, "outputs": []}
+            cell["metadata"] = {"tags": ["parameters"]} if name == "parameters" else {}
+        notebook["cells"].append(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(notebook))
+    return path
+
+
+class Project:
+    """A copy of the project's machinery in `root` with the notebooks above; `run` starts Snakemake in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.log = root, root / "log.txt"
+        for package in ("lab", "figures"):
+            shutil.copytree(ROOT / "prunelib" / package, root / "prunelib" / package)
+        for name in ("Snakefile", "pyproject.toml", "prunelib/io.py", "profiles/default/config.yaml"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+        (root / "prunelib/__init__.py").touch()
+        for path in (root / "prunelib/figures").glob("*.py"):
+            if path.stem not in ("__init__", "__main__", "save", "style"):
+                path.unlink()
+        (root / "prunelib/figures/__init__.py").write_text("")
+        (root / "prunelib/figures/chapter.py").write_text(FIGURE.lstrip())
+        (root / "data/tiny").mkdir(parents=True)
+        (root / "data/tiny/model.safetensors").write_bytes(b"weights")
+        write_notebook(root / "notebooks/experiments/statistics.ipynb", STATISTICS)
+        write_notebook(root / "notebooks/experiments/blocks.ipynb", BLOCKS)
+        write_notebook(root / "notebooks/01_chapter.ipynb", CHAPTER)
+        self.profile()
+
+    def profile(self, **changes: object) -> None:
+        """Write the profile, with these keys changed (JSON is YAML)."""
+        (self.root / "profile.yaml").write_text(json.dumps(PROFILE | changes))
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        return clean | {"BATCH_LOG": str(self.log), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.root)} | extra
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "snakemake", *arguments, "--configfile", "profile.yaml"]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        command = self.command(*arguments)
+        return subprocess.run(command, cwd=self.root, env=self.environment(), capture_output=True, text=True, timeout=240)
+
+    def started(self) -> list[str]:
+        """What the notebooks logged so far, sorted; then forgets it."""
+        lines = sorted(self.log.read_text().splitlines()) if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return lines

@@ -1,0 +1,63 @@
+"""Numbers that agree within their tolerances, and how those that do not are named."""
+
+import pandas as pd
+import pytest
+
+from prunelib.lab import verify
+
+
+def table(**changes) -> pd.DataFrame:
+    rows = [
+        {"run": "selection/m", "method": "dense", "size": 2, "metric": "nll", "value": 2.0, "n": 100, "stderr": None},
+        {"run": "selection/m", "method": "random", "size": None, "metric": "accuracy", "value": 0.5, "n": 100, "stderr": 0.1},
+        {"run": "statistics/m", "method": None, "size": 2, "metric": "mssd", "value": 40.0, "n": 64, "stderr": None},
+        {"run": "tasks/m", "method": None, "size": 2, "metric": "acc", "value": 0.4, "n": 10, "stderr": 0.15},
+    ]
+    for place, (name, value) in changes.items():
+        rows[int(place[1:])][name] = value
+    return pd.DataFrame(rows)
+
+
+def test_equal_numbers_and_numbers_within_tolerance_agree_in_any_order():
+    assert verify.compare(table(), table()[::-1]) == []
+    assert verify.compare(table(), table(_0=("value", 2.0015), _2=("value", 40.05), _3=("value", 0.5))) == []
+    assert verify.compare(table(), table(_3=("stderr", 0.2))) == [], "the error of an answer moves with the answer"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_0": ("value", 2.01)}, "selection/m, dense, 2, nll: value is 2.01, expected 2 ± 0.002 (+0.01)"),
+        ({"_1": ("value", 0.49)}, "accuracy: value is 0.49, expected 0.5 ± 0.004 (-0.01)"),
+        ({"_2": ("value", 40.2)}, "mssd: value is 40.2, expected 40 ± 0.08 (+0.2)"),
+        ({"_2": ("value", float("nan"))}, "mssd: value is nan"),
+        ({"_0": ("n", 99)}, "n is 99, expected 100"),
+        ({"_0": ("stderr", 0.1)}, "stderr is 0.1, expected nan"),
+    ],
+)
+def test_other_numbers_are_named_with_what_was_expected(change, said):
+    lines = verify.compare(table(), table(**change))
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_missing_and_new_rows_and_missing_columns_are_named():
+    lines = verify.compare(table(), table(_1=("method", "deepest")))
+    assert lines == [
+        "no such row any more: selection/m, random, accuracy",
+        "a row that was not there: selection/m, deepest, accuracy",
+    ]
+    assert verify.compare(table(), table().drop(columns="n")) == ["the table has no column n"]
+
+
+def test_two_tables_are_compared_but_for_times(tmp_path, capsys):
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    times = pd.DataFrame([{"run": "a", "metric": "seconds", "value": 9.0}])
+    pd.concat([table(), times]).to_csv(old, index=False)
+    pd.concat([times.assign(value=3.0), table()]).to_csv(new, index=False)
+    assert verify.main([str(old), str(new)]) == 0
+    assert "all 4 numbers agree" in capsys.readouterr().out
+    table(_0=("value", 2.1)).to_csv(new, index=False)
+    assert verify.main([str(old), str(new)]) == 1
+    assert "old: selection/m, dense, 2, nll: value is 2.1, expected 2" in capsys.readouterr().err
+    assert verify.main([str(old), "nowhere.csv"]) == 2
