@@ -170,3 +170,9 @@ def hub_unreachable() -> str | None:
     except Exception as error:  # httpx or requests, depending on the client's version
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

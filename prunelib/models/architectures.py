@@ -1,4 +1,4 @@
-"""How the blocks of each model family hang on the residual stream: which modules read it and which write to it."""
+"""What is known about model families: where layers are, what a configuration says about them, how blocks connect."""
 
 from dataclasses import dataclass, replace
 
@@ -9,6 +9,84 @@ SLICED_MODEL_TYPE = "prunelib_sliced"
 
 SUBLAYERS = ("attn", "mlp")
 """The sublayers of a decoder layer, in order; (3, "attn") is the attention of layer 3."""
+
+
+class UnsupportedModel(ValueError):
+    """The request cannot be met for this kind of model; the message names the model type and the reason."""
+
+
+# ------------------------------------------------------------------------------------------------- any model: layers
+
+# Where the decoder layers are, and where their final norm may be. The first path that leads to a ModuleList is taken.
+PATHS = {
+    "model.layers": (
+        "model.norm",
+        "model.final_layernorm",
+        "model.final_norm",
+        "model.embedding_norm",
+        "model.norm_f",
+        "model.layer_norm",
+    ),
+    "model.language_model.layers": ("model.language_model.norm",),  # text tower of a multimodal model
+    "model.decoder.layers": ("model.decoder.final_layer_norm",),  # OPT
+    "gpt_neox.layers": ("gpt_neox.final_layer_norm",),
+    "transformer.h": ("transformer.ln_f", "transformer.layernorm"),  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
+    "transformer.blocks": ("transformer.norm_f",),  # MPT
+    "biogpt.layers": ("biogpt.layer_norm",),
+    "backbone.layers": ("backbone.norm_f",),  # Mamba
+}
+
+# Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
+SUBLAYER_NAMES = {
+    "attn": ("self_attn", "attention", "attn", "self_attention", "linear_attn"),
+    "mlp": ("mlp", "feed_forward", "ffn", "fc2"),  # OPT's layer holds the two matrices itself
+}
+
+# The last matrix of a sublayer, attention or MLP; each expert of a mixture has one, and so has a shared expert.
+OUTPUT_NAMES = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
+
+# Attributes in which a module remembers which layer it belongs to (the key-value cache is addressed by it).
+LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_index")
+
+# Configuration fields with one entry per layer. By name only: another list may have L entries by coincidence.
+PER_LAYER_LISTS = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "no_rope_layers",
+    "attention_layers",  # GPT-Neo
+    "layer_rope_theta",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+    "indexer_types",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+    "num_experts",  # Hunyuan: one number, or one per layer; likewise the next two
+    "moe_topk",
+    "num_shared_expert",
+)
+
+# Configuration fields that list the indices of certain layers.
+LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
+
+# Configuration fields that count how many of the first layers are dense; the others are mixtures of experts.
+DENSE_PREFIX_COUNTS = ("first_k_dense_replace", "num_dense_layers")
+
+# Families whose checkpoint format cannot say what is left after a free choice of layers.
+SHARED_KV = "later layers reuse the keys and values of earlier ones, and per-layer embeddings share one packed table"
+_SHARED_BLOCKS = "one attention block is shared by layers at fixed places"
+INEXPRESSIBLE = {
+    "gemma3n": SHARED_KV,
+    "gemma3n_text": SHARED_KV,
+    "gemma4": SHARED_KV,
+    "gemma4_text": SHARED_KV,
+    "jamba": "attention and expert layers are placed by period and offset (attn_layer_period, expert_layer_period)",
+    "zamba": _SHARED_BLOCKS,
+    "zamba2": _SHARED_BLOCKS,
+}
+
+
+# ----------------------------------------------------------------------- families whose residual stream can be rewritten
 
 
 @dataclass(frozen=True)

@@ -1,328 +1,39 @@
-"""Load a causal language model, take decoder layers out of it, and save what is left as an ordinary checkpoint.
+"""Find the decoder layers of a model, remove some of them, and view a model with other modules in their place.
 
-Layers are found through a small table of attribute paths (`PATHS`). Which fields of a configuration speak about single
-layers is written down in three more tables (`PER_LAYER_LISTS`, `LAYER_INDEX_LISTS`, `DENSE_PREFIX_COUNTS`); what the
-tables do not know is caught, not guessed: the pruned configuration is written to JSON, read back and built once without
-weights, and every parameter and every plain attribute of that model must agree with the pruned one.
+Layers are found, and what a configuration says about single layers is renumbered, by the tables of
+`prunelib.models.architectures`. What the tables do not know is caught, not guessed: the pruned configuration is written to
+JSON, read back and built once without weights, and every parameter and every plain attribute of that model must agree with
+the pruned one.
 """
 
 import contextlib
 import copy
 import itertools
-import json
 import operator
-import os
-import shutil
 import tempfile
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 from typing import SupportsIndex
 
 import torch
 import transformers
-from jaxtyping import Float, Int64
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from prunelib import io
-from prunelib.io import flush, leftovers, temporary_prefix
-from prunelib.models import memory, onednn
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-# Where the decoder layers are, and where their final norm may be. The first path that leads to a ModuleList is taken.
-PATHS = {
-    "model.layers": (
-        "model.norm",
-        "model.final_layernorm",
-        "model.final_norm",
-        "model.embedding_norm",
-        "model.norm_f",
-        "model.layer_norm",
-    ),
-    "model.language_model.layers": ("model.language_model.norm",),  # text tower of a multimodal model
-    "model.decoder.layers": ("model.decoder.final_layer_norm",),  # OPT
-    "gpt_neox.layers": ("gpt_neox.final_layer_norm",),
-    "transformer.h": ("transformer.ln_f", "transformer.layernorm"),  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
-    "transformer.blocks": ("transformer.norm_f",),  # MPT
-    "biogpt.layers": ("biogpt.layer_norm",),
-    "backbone.layers": ("backbone.norm_f",),  # Mamba
-}
-
-# Attributes in which a module remembers which layer it belongs to (the key-value cache is addressed by it).
-LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_index")
-
-# Configuration fields with one entry per layer. By name only: another list may have L entries by coincidence.
-PER_LAYER_LISTS = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "no_rope_layers",
-    "attention_layers",  # GPT-Neo
-    "layer_rope_theta",
-    "num_attention_heads_per_layer",
-    "num_key_value_heads_per_layer",
-    "indexer_types",
-    "swiglu_limits",
-    "swiglu_limits_shared",
-    "num_experts",  # Hunyuan: one number, or one per layer; likewise the next two
-    "moe_topk",
-    "num_shared_expert",
+from prunelib.io import first_line
+from prunelib.models.architectures import (
+    DENSE_PREFIX_COUNTS,
+    INEXPRESSIBLE,
+    LAYER_INDEX_ATTRIBUTES,
+    LAYER_INDEX_LISTS,
+    PATHS,
+    PER_LAYER_LISTS,
+    SHARED_KV,
+    SUBLAYER_NAMES,
+    UnsupportedModel,
 )
-
-# Configuration fields that list the indices of certain layers.
-LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
-
-# Configuration fields that count how many of the first layers are dense; the others are mixtures of experts.
-DENSE_PREFIX_COUNTS = ("first_k_dense_replace", "num_dense_layers")
-
-# Families whose checkpoint format cannot say what is left after a free choice of layers.
-_SHARED_KV = "later layers reuse the keys and values of earlier ones, and per-layer embeddings share one packed table"
-_SHARED_BLOCKS = "one attention block is shared by layers at fixed places"
-INEXPRESSIBLE = {
-    "gemma3n": _SHARED_KV,
-    "gemma3n_text": _SHARED_KV,
-    "gemma4": _SHARED_KV,
-    "gemma4_text": _SHARED_KV,
-    "jamba": "attention and expert layers are placed by period and offset (attn_layer_period, expert_layer_period)",
-    "zamba": _SHARED_BLOCKS,
-    "zamba2": _SHARED_BLOCKS,
-}
-
-
-class UnsupportedModel(ValueError):
-    """The request cannot be met for this kind of model; the message names the model type and the reason."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be trusted: missing or damaged files, wrong keys, non-finite weights, or a failed reload."""
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
-@memory.says_what_fits("dtype", "dtype='bfloat16', device='auto' with several GPUs, or stream it (prunelib.scale.offload)")
-def load(
-    name_or_path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "float32",
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """A causal language model in evaluation mode, checked: every weight present, none left over, all finite.
-
-    `name_or_path` is a local folder (then nothing is asked of the network) or a name on the Hugging Face hub, fixed by
-    `revision`. `dtype` is the type of the weights in memory: from_pretrained's own default is the type in the file, which
-    would silently calibrate in bfloat16. `device` "auto" spreads the model over all accelerators; such a model can be
-    evaluated but not pruned.
-
-    Raises ValueError for a bad argument, CheckpointError for a missing, damaged, incomplete or non-finite checkpoint.
-    """
-    torch_dtype, target = checked_dtype(dtype), checked_device(device)
-    folder = _local_folder(name_or_path, revision)
-    if folder is not None:
-        _check_files(folder)
-    source, silent = str(folder or name_or_path), None if folder is not None else io.hub_unreachable()
-    local = folder is not None or silent is not None
-    _config(source, revision, trust_remote_code, local=local, silent=silent)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision or "main",
-            dtype=torch_dtype,
-            device_map="auto" if device == "auto" else None,
-            trust_remote_code=trust_remote_code,
-            local_files_only=local,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they are reported by name, below
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if memory.is_out_of_memory(error):
-            raise
-        raise CheckpointError(f"cannot load a causal language model from {source!r}: {_first_line(error)}") from error
-    _check_keys(info, source)
-    if target is not None:
-        model = model.to(target)
-    check_finite(model)
-    return onednn.use_onednn(model).eval()
-
-
-def load_tokenizer(
-    name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, from a local folder (no network) or the hub. Raises CheckpointError when there is none."""
-    folder = _local_folder(name_or_path, revision)
-    source, silent = str(folder or name_or_path), None if folder is not None else io.hub_unreachable()
-    local = folder is not None or silent is not None
-    try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code, local_files_only=local
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        where = "" if folder is not None else f": {_not_from_the_hub(source, silent)}"
-        raise CheckpointError(f"cannot load a tokenizer from {source!r}{where} ({_first_line(error)})") from error
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise CheckpointError naming the first parameter or buffer of `model` that holds a NaN or an infinity."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
-                "the checkpoint is damaged, or its values overflow this dtype (try dtype='float32')"
-            )
-
-
-def check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
-    """Raise ValueError when token ids are not in the vocabulary of `model`: on a GPU they would end the process."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: another model's tokenizer?")
-
-
-def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name. Raises ValueError for one that is not in `DTYPES`."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (name it: results depend on it)")
-    return DTYPES[dtype]
-
-
-def checked_device(device: str | torch.device) -> torch.device | None:
-    """The device to move to, None for "auto" (then from_pretrained places the weights). Raises ValueError for a bad one."""
-    if device == "auto":
-        return None
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not a torch device such as 'cpu' or 'cuda:0', nor 'auto'") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch finds no CUDA device; use device='cpu'")
-    return target
-
-
-def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a complete safetensors checkpoint with a readable configuration, checked without reading weights.
-
-    Raises as `load`, and ValueError for a name that can only be one on the hub.
-    """
-    folder = _local_folder(name_or_path, None)
-    if folder is None:
-        raise ValueError(f"{os.fspath(name_or_path)!r} is no local folder: download the model first (`hf download`)")
-    _check_files(folder)
-    _config(str(folder), None, False, local=True)
-    return folder
-
-
-def _local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path | None:
-    """The folder meant by `name_or_path`, None if it can only be a name on the hub."""
-    text = os.fspath(name_or_path)
-    path = Path(text).expanduser()
-    _recover(path)
-    if path.is_dir():
-        if revision:
-            raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
-        return path
-    if path.exists():
-        raise ValueError(f"{text!r} is a file; give the folder that holds config.json and model.safetensors")
-    looks_local = not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1
-    if looks_local or not text:
-        raise CheckpointError(f"model folder {text!r} does not exist (working directory {str(Path.cwd())!r})")
-    return None
-
-
-def _check_files(folder: Path) -> None:
-    """Every file a safetensors checkpoint needs is there and complete, seen without reading the weights."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"no config.json in {str(folder)!r}: this is not a saved model")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{str(config)!r} is not valid JSON: {error}") from error
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is not an index of weight files: {error}") from error
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        file = folder / name
-        if not file.is_file():
-            others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            hint = f"; {', '.join(others)} is pickled and is not read: convert it to safetensors" if others else ""
-            raise CheckpointError(f"weight file {name!r} is missing from {str(folder)!r}{hint}")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{str(file)!r} is truncated or damaged ({_first_line(error)}); copy it again") from error
-
-
-def _not_from_the_hub(name: str, silent: str | None) -> str:
-    """Why a name gave no files, and what to do. `silent` is why the hub does not answer, if it does not."""
-    why = "the hub did not give it" if silent is None else f"the hub cannot be reached ({silent}) and its client has no copy"
-    return (
-        f"it is no local folder, and {why}; check the name, or download it where there is a network "
-        f"(hf download {name} --local-dir FOLDER) and give that folder"
-    )
-
-
-def _config(source: str, revision: str | None, trust_remote_code: bool, *, local: bool, silent: str | None = None) -> None:
-    """Fail early, and in one line, where the configuration cannot be read or is of an unknown kind."""
-    try:
-        config = AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code, local_files_only=local
-        )
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot find model {source!r}: {_not_from_the_hub(source, silent)} ({_first_line(error)})"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"cannot read the configuration of {source!r} with transformers {transformers.__version__}: {_first_line(error)}"
-        ) from error
-    if config.is_encoder_decoder:
-        raise UnsupportedModel(f"{source!r} ({config.model_type}) is an encoder-decoder model, not a causal language model")
-
-
-def _check_keys(info: Mapping, source: str) -> None:
-    problems = {
-        "missing": _names(info.get("missing_keys", ())),
-        "unexpected": _names(info.get("unexpected_keys", ())),
-        "of another shape": _names(info.get("mismatched_keys", ())),
-    }
-    found = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in problems.items() if keys]
-    if found:
-        raise CheckpointError(
-            f"the weights in {source!r} do not fit their config.json: {'; '.join(found)}. "
-            "Was the model pruned without its configuration? Save it again with prunelib.models.save"
-        )
-
-
-def _names(keys: Collection) -> list[str]:
-    """Sorted names; a key of another shape comes as (name, shape in the file, shape in the model)."""
-    return sorted(key if isinstance(key, str) else f"{key[0]}: {[tuple(shape) for shape in key[1:]]}" for key in keys)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _some(items: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(items[:limit]) + (f", … {len(items) - limit} more" if len(items) > limit else "")
-
+from prunelib.models.onednn import use_onednn_like
 
 # ---------------------------------------------------------------------------------------------------- finding layers
 
@@ -335,11 +46,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output head. Raises UnsupportedModel when there is none (OPT-350m)."""
     paths = PATHS[layers_path(model)]
-    for path in paths:
-        norm = _get(model, path)
-        if isinstance(norm, nn.Module):
-            return norm
-    raise UnsupportedModel(f"model type {_model_type(model)!r}: no final norm at {', '.join(paths)}")
+    norms = [norm for norm in (_get(model, path) for path in paths) if isinstance(norm, nn.Module)]
+    if not norms:
+        raise UnsupportedModel(f"model type {_model_type(model)!r}: no final norm at {', '.join(paths)}")
+    return norms[0]
 
 
 def _get(module: nn.Module, path: str) -> nn.Module | None:
@@ -363,7 +73,7 @@ def layers_path(model: nn.Module) -> str:
             return path
     raise UnsupportedModel(
         f"model type {_model_type(model)!r}: no decoder layers at {', '.join(PATHS)}; "
-        "for a decoder-only model, add its path to prunelib.models.PATHS"
+        "for a decoder-only model, add its path to prunelib.models.architectures.PATHS"
     )
 
 
@@ -378,24 +88,63 @@ def removed_fraction(dense: nn.Module, pruned: nn.Module) -> float:
 
 
 def parameter_fraction(model: nn.Module, removed: Collection[int]) -> float:
-    """Fraction of the parameters that these decoder layers alone hold: `removed_fraction` without making a pruned model.
+    """`removed_fraction` of these decoder layers, without making a pruned model: also of a model spread over devices.
 
-    So it is known for a model that is spread over devices, too. Raises ValueError for a layer that does not exist.
+    Raises ValueError for a layer that does not exist.
     """
     layers = decoder_layers(model)
     wrong = [index for index in removed if not 0 <= index < len(layers)]
     if wrong:
         raise ValueError(f"layers {wrong} do not exist in a model of {len(layers)} layers (0 to {len(layers) - 1})")
-    gone = {id(parameter): parameter.numel() for index in removed for parameter in layers[index].parameters()}
-    inside = {id(module) for index in removed for module in layers[index].modules()}
-    others = (module for module in model.modules() if id(module) not in inside)
-    kept = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    return sum(count for name, count in gone.items() if name not in kept) / parameter_count(model)
+    view = with_layers(model, [IdentityLayer(layer) if index in removed else layer for index, layer in enumerate(layers)])
+    return removed_fraction(model, view)
+
+
+def sublayers_of(model: PreTrainedModel, index: int) -> tuple[nn.Module, nn.Module]:
+    """Attention and MLP of a decoder layer. Raises UnsupportedModel where one of them has none of the known names."""
+    layer = decoder_layers(model)[index]
+    attention, mlp = (getattr(layer, sublayer_name(model, index, part)) for part in SUBLAYER_NAMES)
+    return attention, mlp
+
+
+def sublayer_name(model: PreTrainedModel, index: int, part: str) -> str:
+    """The attribute of a decoder layer that holds its sublayer `part` ("attn", "mlp"). Raises as `sublayers_of`."""
+    layer = decoder_layers(model)[index]
+    for name in SUBLAYER_NAMES[part]:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return name
+    raise UnsupportedModel(
+        f"{describe_layer(model, index)}: no sublayer {' or '.join(SUBLAYER_NAMES[part])}; look at whole layers instead"
+    )
+
+
+def describe_layer(model: PreTrainedModel, index: int) -> str:
+    """What error messages call a layer."""
+    return f"model type {model.config.model_type!r}, layer {index}, a {type(decoder_layers(model)[index]).__name__}"
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether accelerate has placed the model on several devices: it can be evaluated, not pruned."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def probe_tokens(model: PreTrainedModel) -> Int64[Tensor, "sample token"]:
+    """A fixed batch of token ids, 2 x 16 or as long as the model allows, spread over the vocabulary, on the model's device."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    return (torch.arange(2 * length).reshape(2, length) * 7919 + 3).remainder(config.vocab_size).to(model.device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While this lasts `model` is in evaluation mode; then every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # --------------------------------------------------------------------------------------------------- removing layers
@@ -413,7 +162,11 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTra
     """
     path = layers_path(model)
     old = _get(model, path)
-    kept = _checked_keep(keep, len(old), _model_type(model))
+    kept = [operator.index(index) for index in keep]
+    if not kept:
+        raise ValueError(f"cannot remove {len(old)} of {len(old)} layers: at least one must stay")
+    if any(a >= b for a, b in itertools.pairwise(kept)) or kept[0] < 0 or kept[-1] >= len(old):
+        raise ValueError(f"keep={kept}: give distinct layers in ascending order, from 0 to {len(old) - 1}")
     _check_prunable(model, len(old), kept)
 
     # The memo makes deepcopy share what it holds: tensors, and nothing at all for layers that go.
@@ -441,18 +194,7 @@ def remove_layers(model: PreTrainedModel, removed: Collection[SupportsIndex]) ->
     gone = [operator.index(index) for index in removed]
     if len(set(gone)) < len(gone) or any(not 0 <= index < n_layers for index in gone):
         raise ValueError(f"removed={gone}: give distinct layers from 0 to {n_layers - 1}")
-    if len(gone) == n_layers:
-        raise ValueError(f"cannot remove {len(gone)} of {n_layers} layers: at least one must stay")
     return keep_layers(model, [index for index in range(n_layers) if index not in set(gone)])
-
-
-def _checked_keep(keep: Sequence[SupportsIndex], n_layers: int, model_type: str) -> list[int]:
-    kept = [operator.index(index) for index in keep]
-    if not kept:
-        raise ValueError(f"cannot remove {n_layers} of {n_layers} layers of this {model_type} model: at least one must stay")
-    if any(a >= b for a, b in itertools.pairwise(kept)) or kept[0] < 0 or kept[-1] >= n_layers:
-        raise ValueError(f"keep={kept}: give distinct layers in ascending order, from 0 to {n_layers - 1}")
-    return kept
 
 
 def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) -> None:
@@ -471,18 +213,15 @@ def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) 
     if len(kept) == n_layers:
         return
     reason = INEXPRESSIBLE.get(config.model_type) or INEXPRESSIBLE.get(model_type)
-    if reason is None and getattr(config, "num_kv_shared_layers", 0):
-        reason = f"num_kv_shared_layers={config.num_kv_shared_layers}: {_SHARED_KV}"
-    if reason is None and getattr(config, "is_heterogeneous", False):
-        reason = "its configuration overrides single layers by index (per_layer_config)"
-    if reason is not None:
-        raise UnsupportedModel(f"cannot remove layers of a {model_type} model: {reason}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        reason = reason or f"num_kv_shared_layers={config.num_kv_shared_layers}: {SHARED_KV}"
+    if getattr(config, "is_heterogeneous", False):
+        reason = reason or "its configuration overrides single layers by index (per_layer_config)"
     kinds = getattr(config, "layer_types", None) or ()
     if _with_attention(kinds) and not _with_attention([kinds[index] for index in kept]):
-        raise UnsupportedModel(
-            f"cannot keep only layers {list(kept)} of this {model_type} model: its key-value cache needs an attention layer; "
-            f"keep one of {_with_attention(kinds)}"
-        )
+        reason = reason or f"its key-value cache needs an attention layer; keep one of {_with_attention(kinds)}"
+    if reason is not None:
+        raise UnsupportedModel(f"cannot remove these layers of a {model_type} model: {reason}")
 
 
 def _with_attention(kinds: Sequence[str]) -> list[int]:
@@ -492,8 +231,33 @@ def _with_attention(kinds: Sequence[str]) -> list[int]:
 
 def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_layers: int) -> None:
     """Rewrite, in place, everything `config` says about single layers. Lists keep their identity: modules may hold them."""
+    _renumber_experts(config, kept, n_layers)
     new_index = {old: new for new, old in enumerate(kept)}
+    done = set()
+    for name in (*LAYER_INDEX_LISTS, *PER_LAYER_LISTS):
+        entries = getattr(config, name, None)
+        if isinstance(entries, tuple):
+            entries = list(entries)
+            setattr(config, name, entries)
+        # A property computes its list again each time: changing that copy changes nothing, which is right.
+        if not isinstance(entries, list) or id(entries) in done:
+            continue
+        if name in LAYER_INDEX_LISTS:
+            entries[:] = [new_index[index] for index in entries if index in new_index]
+        elif len(entries) == n_layers:
+            entries[:] = [entries[index] for index in kept]
+        else:
+            raise UnsupportedModel(f"model type {config.model_type!r}: {name} has {len(entries)} entries, not {n_layers}")
+        done.add(id(entries))
+    if getattr(config, "attention_types", None) is not None and hasattr(config, "attention_layers"):
+        config.attention_types = [[list(config.attention_layers), 1]]  # GPT-Neo: [[pattern, repetitions], ...]
+    if isinstance(getattr(config, "block_types", None), list):  # RecurrentGemma repeats a short pattern
+        config.block_types = [config.block_types[index % len(config.block_types)] for index in kept]
+    config.num_hidden_layers = len(kept)
 
+
+def _renumber_experts(config: transformers.PretrainedConfig, kept: Sequence[int], n_layers: int) -> None:
+    """Which layers of the kept ones are mixtures of experts."""
     step = getattr(config, "decoder_sparse_step", None)
     if step is not None:  # Qwen MoE: every step-th layer is sparse, unless listed in mlp_only_layers
         only = getattr(config, "mlp_only_layers", None) or []
@@ -506,35 +270,10 @@ def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_laye
         config.moe_layer_end_index = max(sum(index <= end for index in kept) - 1, 0)
         if not any(index <= end for index in kept):
             config.moe_layer_start_index = len(kept)
-
     for name in DENSE_PREFIX_COUNTS:
         count = getattr(config, name, None)
         if isinstance(count, int) and not isinstance(count, bool):
             setattr(config, name, sum(index < count for index in kept))
-    done = set()
-    for name in LAYER_INDEX_LISTS:
-        entries = getattr(config, name, None)
-        if isinstance(entries, list) and id(entries) not in done:
-            entries[:] = [new_index[index] for index in entries if index in new_index]
-            done.add(id(entries))
-    for name in PER_LAYER_LISTS:
-        entries = getattr(config, name, None)
-        if isinstance(entries, tuple):
-            entries = list(entries)
-            setattr(config, name, entries)
-        # A property computes its list anew: slicing that copy changes nothing, which is right.
-        if isinstance(entries, list) and id(entries) not in done:
-            if len(entries) != n_layers:
-                raise UnsupportedModel(
-                    f"model type {config.model_type!r}: {name} has {len(entries)} entries for {n_layers} layers"
-                )
-            entries[:] = [entries[index] for index in kept]
-            done.add(id(entries))
-    if getattr(config, "attention_types", None) is not None and hasattr(config, "attention_layers"):
-        config.attention_types = [[list(config.attention_layers), 1]]  # GPT-Neo: [[pattern, repetitions], ...]
-    if isinstance(getattr(config, "block_types", None), list):  # RecurrentGemma repeats a short pattern
-        config.block_types = [config.block_types[index % len(config.block_types)] for index in kept]
-    config.num_hidden_layers = len(kept)
 
 
 def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
@@ -550,17 +289,15 @@ def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
             as_saved = type(config).from_pretrained(folder, local_files_only=True)
         as_saved._attn_implementation = config._attn_implementation
         with torch.device("meta"):
-            rebuilt = onednn.adopt_as(pruned, type(pruned)(as_saved))
+            rebuilt = use_onednn_like(pruned, type(pruned)(as_saved))
     except Exception as error:
-        raise UnsupportedModel(
-            f"cannot remove these layers of a {model_type} model: its configuration does not allow it ({_first_line(error)})"
-        ) from error
+        reason = f"its configuration does not allow it ({first_line(error)})"
+        raise UnsupportedModel(f"cannot remove these layers of a {model_type} model: {reason}") from error
     differences = list(_differences(pruned, rebuilt, path))
     if differences:
         raise UnsupportedModel(
-            f"cannot remove these layers of a {model_type} model: a checkpoint of its configuration would load differently: "
-            + "; ".join(differences[:3])
-            + (f"; and {len(differences) - 3} more differences" if len(differences) > 3 else "")
+            f"cannot remove these layers of a {model_type} model: a checkpoint of its configuration would load with "
+            f"{len(differences)} differences, such as {'; '.join(differences[:3])}"
         )
 
 
@@ -601,8 +338,8 @@ def with_layers(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleLi
     """A view of `model` whose L decoder slots are the modules `slots`; everything else, weights included, is shared.
 
     The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put
-    `IdentityLayer(layer)`
-    where a layer is to be left out. For evaluation with `use_cache=False`; to keep a smaller model, use `keep_layers`.
+    `IdentityLayer(layer)` where a layer is to be left out. For evaluation with `use_cache=False`; to keep a smaller model, use
+    `keep_layers`.
     Raises ValueError when the number of slots is not L.
     """
     path = layers_path(model)
@@ -678,141 +415,3 @@ class IdentityLayer(nn.Module):
             if "stands_for" not in self.__dict__:
                 raise
             return getattr(self.stands_for, name)
-
-
-# ------------------------------------------------------------------------------------------------------------ saving
-
-
-def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write `model` (and `tokenizer`) to `folder` as an ordinary safetensors checkpoint, and prove that it loads.
-
-    Everything is written to a temporary folder beside it, loaded from there with AutoModelForCausalLM, compared (no missing,
-    unexpected or reshaped key, equal weights, equal logits on a probe batch), and only then renamed: `folder` is complete or
-    absent. The check needs the memory of a second model on the device of `model`.
-
-    Raises ValueError when `folder` holds something and `overwrite` is False, CheckpointError when the reload differs.
-    """
-    target = Path(folder).expanduser()
-    _recover(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"cannot save to {str(target)!r}: it is a file")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{str(target)!r} is not empty; choose another folder or pass overwrite=True")
-    layers_path(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_beside(target)
-    try:
-        written = scratch / "new"
-        _write(model, tokenizer, written)
-        _check_reload(model, tokenizer, written)
-        flush(written)
-        if target.is_dir():
-            target.rename(scratch / "old")
-        written.rename(target)
-    except BaseException:
-        if (scratch / "old").exists() and not target.exists():
-            (scratch / "old").rename(target)
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def scratch_beside(target: Path) -> Path:
-    """A new folder for what is to become `target`; those that killed processes left behind for it go."""
-    for left in leftovers(target):
-        shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
-
-
-def _recover(target: Path) -> None:
-    """Bring back a folder that a save had moved away when it was killed, just before the new one took its place."""
-    if not target.exists():
-        for old in (left / "old" for left in leftovers(target)):
-            if old.is_dir():
-                old.rename(target)
-                return
-
-
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    generation = model.generation_config
-    if generation is not None:
-        try:
-            generation.validate(strict=True)
-        except ValueError as error:
-            # Several published models set a temperature without do_sample, which save_pretrained refuses to write.
-            warnings.warn(f"generation_config saved with do_sample=True: {_first_line(error)}", stacklevel=3)
-            model.generation_config = copy.deepcopy(generation)
-            model.generation_config.do_sample = True
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = generation
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    # Code that already runs in this process may run once more; nothing new is trusted.
-    trusted = type(model).__module__.startswith("transformers_modules")
-    try:
-        again, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
-            trust_remote_code=trusted,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the saved model does not load again: {_first_line(error)}") from error
-    _check_keys(info, "the saved copy")
-    again = onednn.adopt_as(model, again.to(model.device).eval())
-    weights = again.state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in weights or not torch.equal(tensor, weights[name].to(tensor)):
-            raise CheckpointError(f"tensor {name!r} of the saved model is not the one in memory (or is not finite)")
-
-    probe = probe_tokens(model)
-    expected, actual = _logits(model, probe), _logits(again, probe)
-    if not bool(torch.isfinite(expected).all()):
-        raise CheckpointError("the model gives logits that are not finite; it is not worth saving")
-    difference, scale = float((expected - actual).abs().max()), float(expected.abs().max())
-    # Same weights, same code, same device: the sums may still be ordered differently.
-    if difference > 8 * torch.finfo(model.dtype).eps * max(scale, 1.0):
-        raise CheckpointError(f"the saved model gives other logits: they differ by up to {difference:.3g} (of {scale:.3g})")
-    if tokenizer is not None:
-        text = "One clone, two commands: 3.14 (naïve)\n"
-        if load_tokenizer(folder, trust_remote_code=trusted)(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            raise CheckpointError("the saved tokenizer does not load as the one in memory")
-
-
-def probe_tokens(model: PreTrainedModel) -> Int64[Tensor, "sample token"]:
-    """A fixed batch of token ids, 2 x 16 or as long as the model allows, spread over the vocabulary, on the model's device."""
-    config = model.config.get_text_config(decoder=True)
-    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
-    return (torch.arange(2 * length).reshape(2, length) * 7919 + 3).remainder(config.vocab_size).to(model.device)
-
-
-def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "sample token"]) -> Float[Tensor, "sample token vocabulary"]:
-    with evaluating(model):
-        return model(input_ids=tokens, use_cache=False).logits.float()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While this lasts `model` is in evaluation mode; then every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,7 +11,7 @@ A layer set holds layers, such as ``(3, 7)``, or single sublayers, such as ``((3
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models.architectures import SLICED_MODEL_TYPE, SUBLAYERS
-from prunelib.models.layers import IdentityLayer, UnsupportedModel, decoder_layers, with_layers
-from prunelib.models.sublayers import check_additive, silent, sublayers_of
+from prunelib.models.architectures import SLICED_MODEL_TYPE, SUBLAYERS, UnsupportedModel
+from prunelib.models.layers import IdentityLayer, decoder_layers, describe_layer, sublayers_of, with_layers
 
 LayerSet = tuple[int | tuple[int, str], ...]
 """What is removed, ascending: layers, or sublayers (layer, "attn" | "mlp"). ``()`` is the dense model."""
@@ -132,11 +131,15 @@ class LayerwiseModel:
         Raises UnsupportedModel where sublayers cannot be told apart or do not simply add to the input of the layer; this is
         checked when the layer first runs without one.
         """
-        if not without:
-            return self._run(index, hidden)
-        if index not in self._sublayers:
-            check_additive(self.model, index, hidden, lambda: self._run(index, hidden))
-            self._sublayers[index] = dict(zip(SUBLAYERS, sublayers_of(self.model, index), strict=True))
+        if without and index not in self._sublayers:
+            sublayers = sublayers_of(self.model, index)
+            with silent(*sublayers):
+                output = self._run(index, hidden)
+            # Whatever norms and factors stand in between then give zero for zero: silence means absence.
+            if not torch.equal(output.to(hidden.device), hidden):
+                where = describe_layer(self.model, index)
+                raise UnsupportedModel(f"{where}, does not add its attention and its MLP to its input; look at whole layers")
+            self._sublayers[index] = dict(zip(SUBLAYERS, sublayers, strict=True))
         with silent(*(self._sublayers[index][part] for part in without)):
             return self._run(index, hidden)
 
@@ -158,6 +161,21 @@ class LayerwiseModel:
             return self._view(input_ids=ids, use_cache=False).logits.to(device or self.device)
         finally:
             self._state.replacement = None
+
+
+@contextmanager
+def silent(*modules: nn.Module) -> Iterator[None]:
+    """While this lasts, the modules return zeros, in the form of their output."""
+
+    def zeroed(module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return torch.zeros_like(output)
+        return type(output)([torch.zeros_like(output[0]), *output[1:]])
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(zeroed).remove)
+        yield
 
 
 class _Slot(IdentityLayer):

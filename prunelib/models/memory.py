@@ -1,34 +1,27 @@
-"""Out of memory, in words: which setting to make smaller."""
+"""Name the setting to reduce when memory runs out."""
 
 import functools
 import inspect
 from collections.abc import Callable
 
-import torch
-
-ALLOCATOR = "can't allocate memory"  # torch's words on a processor, where it raises a plain RuntimeError
+from prunelib.io import first_line
 
 
 class OutOfMemory(RuntimeError):
-    """Work did not fit into the memory; the message names the setting that takes less."""
+    """Work did not fit into memory; the message names the setting that takes less."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's and numpy's, torch's on an accelerator and on a processor."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory) and ALLOCATOR in str(error)
-    )
+    """Whether an error says that memory ran out, of Python or of torch on a processor or an accelerator."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or (not isinstance(error, OutOfMemory) and should_reduce_batch_size(error))
 
 
 def says_what_fits(setting: str, otherwise: str) -> Callable[[Callable], Callable]:
-    """Decorator: where memory runs out, raise `OutOfMemory` with half of the keyword argument `setting`.
-
-    Where that is 1 already, or None, the remedy is `otherwise`.
-    """
+    """Decorator: where memory runs out, raise `OutOfMemory` with half of the keyword argument `setting`, else `otherwise`."""
 
     def decorate(function: Callable) -> Callable:
-        default = inspect.signature(function).parameters[setting].default
-
         @functools.wraps(function)
         def wrapper(*args: object, **kwargs: object) -> object:
             try:
@@ -36,11 +29,9 @@ def says_what_fits(setting: str, otherwise: str) -> Callable[[Callable], Callabl
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                now = kwargs.get(setting, default)
+                now = kwargs.get(setting, inspect.signature(function).parameters[setting].default)
                 remedy = f"{setting}={now // 2} instead of {now}" if isinstance(now, int) and now > 1 else otherwise
-                first_line = (str(error).splitlines() or [""])[0]
-                reason = f" ({first_line})" if first_line else ""
-                raise OutOfMemory(f"{function.__name__} ran out of memory{reason}: take {remedy}") from error
+                raise OutOfMemory(f"{function.__name__} ran out of memory ({first_line(error)}): take {remedy}") from error
 
         return wrapper
 

@@ -1,8 +1,8 @@
-"""Linear layers of float32 models on a processor, multiplied by oneDNN instead of MKL.
+"""Linear layers of float32 models on a CPU, multiplied by oneDNN instead of MKL.
 
 MKL, which PyTorch calls for float32 matrix products, leaves the wide vector units of AMD's processors idle: there oneDNN takes
 half of the time or less for most shapes of small models (`benchmarks/linear_cost.py`), forwards and backwards. The sums are
-added in another order, so results agree to float32 rounding, as they do between two processors.
+added in another order, so results agree to float32 rounding.
 """
 
 import torch
@@ -15,10 +15,9 @@ ROWS = 16
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """`model`, in which every plain linear layer multiplies through oneDNN wherever that is possible.
+    """`model`, in which every plain linear layer multiplies through oneDNN where possible (`OneDnnLinear`).
 
-    Weights, names and `isinstance(layer, nn.Linear)` stay as they are, subclasses are left alone. Elsewhere than in float32 on
-    a processor the layers do what they did before, so a model may be moved or converted later.
+    Weights, names and `isinstance(layer, nn.Linear)` stay as they are; subclasses are left alone.
     """
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
@@ -27,30 +26,27 @@ def use_onednn(model: nn.Module) -> nn.Module:
     return model
 
 
-def adopt_as(example: nn.Module, model: nn.Module) -> nn.Module:
-    """`model`, multiplying as `example` does: two builds of one model are compared without a difference of rounding."""
+def use_onednn_like(example: nn.Module, model: nn.Module) -> nn.Module:
+    """`model`, multiplying as `example` does: two builds of one model then compare without a difference of rounding."""
     return use_onednn(model) if any(isinstance(module, OneDnnLinear) for module in example.modules()) else model
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` through oneDNN for at least `ROWS` rows of float32 on a processor, outside autocast."""
+    """`nn.Linear` through oneDNN for at least `ROWS` rows of float32 on a CPU outside autocast, else PyTorch's own product."""
 
     def forward(self, input: Float[Tensor, "... features"]) -> Float[Tensor, "... outputs"]:
-        if not _possible(input, self.weight):
+        possible = (
+            input.dtype == self.weight.dtype == torch.float32
+            and input.device.type == self.weight.device.type == "cpu"
+            and input.shape[-1] == self.weight.shape[1]  # the error of a wrong width is PyTorch's
+            and input.numel() >= ROWS * input.shape[-1]
+            and not torch.is_autocast_enabled("cpu")
+        )
+        if not possible:
             return functional.linear(input, self.weight, self.bias)
         if torch.is_grad_enabled():
             return _Product.apply(input, self.weight, self.bias)
         return _product(input, self.weight, self.bias)
-
-
-def _possible(input: Tensor, weight: Tensor) -> bool:
-    return (
-        input.dtype == weight.dtype == torch.float32
-        and input.device.type == weight.device.type == "cpu"
-        and input.shape[-1] == weight.shape[1]  # the error of a wrong width is PyTorch's
-        and input.numel() >= ROWS * input.shape[-1]
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

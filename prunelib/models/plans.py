@@ -12,9 +12,6 @@ from prunelib.models.architectures import SUBLAYERS
 
 P = TypeVar("P", bound="JsonPlan")
 
-# What EvoPress writes for a layer that loses its attention and its MLP, or not.
-_EVOPRESS = {(False, False): "none", (True, False): "attn", (False, True): "mlp", (True, True): "attn+mlp"}
-
 
 class JsonPlan:
     """A frozen dataclass of numbers, tuples of numbers, texts and plain settings as a JSON object, one field per line."""
@@ -147,27 +144,6 @@ class SublayerPlan(JsonPlan):
             raise ValueError(f"sublayers {wrong} do not exist: a sublayer is (layer, {' or '.join(map(repr, SUBLAYERS))})")
         attention, mlp = (tuple(index for index, part in gone if part == name) for name in SUBLAYERS)
         return cls(n_layers, attention, mlp, method, settings or {})
-
-    def to_evopress(self) -> str:
-        """The plan as a drop list of EvoPress: one line for each layer, "none", "attn", "mlp" or "attn+mlp"."""
-        lines = (_EVOPRESS[index in self.attention, index in self.mlp] for index in range(self.n_layers))
-        return "".join(f"{line}\n" for line in lines)
-
-    @classmethod
-    def from_evopress(cls, text: str, method: str = "evopress", settings: dict[str, Any] | None = None) -> "SublayerPlan":
-        """The plan of a drop list (a text of EvoPress's ``drop_configs/``); inverse of `to_evopress`.
-
-        Raises ValueError naming the line for anything but the four words, an empty line before the end included.
-        """
-        words = {word: lost for lost, word in _EVOPRESS.items()}
-        lines = [line.strip() for line in text.rstrip().splitlines()]
-        for number, line in enumerate(lines, start=1):
-            if line not in words:
-                raise ValueError(f"line {number} of a drop list must be one of {', '.join(words)}; it is {line!r}")
-        if not lines:
-            raise ValueError("an empty drop list: it has one line for each layer of the model")
-        attention, mlp = (tuple(index for index, line in enumerate(lines) if words[line][part]) for part in (0, 1))
-        return cls(len(lines), attention, mlp, method, settings or {})
 
 
 def _check_n_layers(n_layers: int) -> None:

@@ -6,6 +6,7 @@ embeddings, norms and head stay as they are, as in bitsandbytes.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int8
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from prunelib.models import UnsupportedModel, decoder_layers, nf4
+from prunelib.models.architectures import UnsupportedModel
+from prunelib.models.layers import decoder_layers
 
 
 class Int8Linear(nn.Module):
@@ -43,19 +45,59 @@ def absmax_int8(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"]
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
 
-def _int8(model: PreTrainedModel) -> None:
-    for layer in decoder_layers(model):
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
-                layer.set_submodule(name, Int8Linear(module))
+class NF4Linear(nn.Linear):
+    """A frozen linear map with 4-bit normal-float weights in blocks of 64 (QLoRA), dequantized whenever it is applied.
+
+    Quantized by bitsandbytes; its own layer changes its weights to a layout without derivatives when it is evaluated on some
+    CPUs, so that measuring in the middle would spoil training.
+    """
+
+    BLOCK: ClassVar[int] = 64
+
+    def __init__(self, linear: nn.Linear):
+        from bitsandbytes.functional import quantize_4bit
+
+        nn.Module.__init__(self)  # the weights are those of `linear`, not new ones
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        packed, state = quantize_4bit(linear.weight.detach().flatten(), blocksize=self.BLOCK, quant_type="nf4")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("absmax", state.absmax)
+        self.register_parameter("bias", linear.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The weights as they are applied."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        # As one long row: for a matrix whose rows are no whole number of blocks, bitsandbytes 0.50 takes the wrong scales on a
+        # CPU, without an error.
+        shape = torch.Size((self.out_features * self.in_features,))
+        state = QuantState(self.absmax, shape=shape, blocksize=self.BLOCK, quant_type="nf4", dtype=dtype)
+        return dequantize_4bit(self.weight, state).view(self.out_features, self.in_features)
+
+    def forward(self, states: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        output = _Dequantized.apply(states, self)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-def _bf16(model: PreTrainedModel) -> None:
-    model.to(torch.bfloat16)
+class _Dequantized(torch.autograd.Function):
+    """states @ weights.T; the weights are dequantized once more for the derivative instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, linear: NF4Linear) -> Tensor:
+        ctx.linear, ctx.dtype = linear, states.dtype
+        return functional.linear(states, linear.dequantized(states.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient @ ctx.linear.dequantized(gradient.dtype)).to(ctx.dtype), None
 
 
-FORMATS: dict[str, Callable[[PreTrainedModel], None]] = {"bf16": _bf16, "int8": _int8, "nf4": nf4.quantize}
-"""Each changes a model in place: weights and activations in bfloat16; weights in 8 bits; weights in 4 bits (bitsandbytes)."""
+FORMATS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "bf16": lambda linear: linear.to(torch.bfloat16),
+    "int8": Int8Linear,
+    "nf4": NF4Linear,
+}
+"""What becomes of each linear map of the decoder layers; in "bf16" everything else, activations too, is bfloat16 as well."""
 
 
 def to_format(model: PreTrainedModel, name: str) -> None:
@@ -66,9 +108,13 @@ def to_format(model: PreTrainedModel, name: str) -> None:
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; there are: {', '.join(FORMATS)}")
     for index, layer in enumerate(decoder_layers(model)):
-        if not any(isinstance(module, nn.Linear) for module in layer.modules()):
+        linears = [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        if not linears:
             raise UnsupportedModel(f"model type {model.config.model_type!r}: layer {index} has no linear map to quantize")
-    FORMATS[name](model)
+        for path, linear in linears:
+            layer.set_submodule(path, FORMATS[name](linear))
+    if name == "bf16":
+        model.to(torch.bfloat16)
 
 
 def weight_bytes(model: nn.Module) -> int:

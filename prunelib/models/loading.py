@@ -1,0 +1,236 @@
+"""Load a causal language model and its tokenizer, checked, with errors of one line."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelib import io
+from prunelib.models.architectures import UnsupportedModel
+from prunelib.models.memory import is_out_of_memory, says_what_fits
+from prunelib.models.onednn import use_onednn
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be trusted: missing or damaged files, wrong keys, non-finite weights, or a failed reload."""
+
+
+@says_what_fits("dtype", "dtype='bfloat16', device='auto' with several GPUs, or stream it (prunelib.scale.offload)")
+def load(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, checked: every weight present, none left over, all finite.
+
+    `name_or_path` is a local folder (then nothing is asked of the network) or a name on the Hugging Face hub, fixed by
+    `revision`. `dtype` is the type of the weights in memory: from_pretrained's own default is the type in the file, which
+    would silently calibrate in bfloat16. `device` "auto" spreads the model over all accelerators; such a model can be
+    evaluated but not pruned.
+
+    Raises ValueError for a bad argument, CheckpointError for a missing, damaged, incomplete or non-finite checkpoint.
+    """
+    torch_dtype, target = checked_dtype(dtype), checked_device(device)
+    source, options = _source(name_or_path, revision, trust_remote_code)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch_dtype,
+            device_map="auto" if device == "auto" else None,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are reported by name, below
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"cannot load a causal language model from {source!r}: {io.first_line(error)}") from error
+    check_keys(info, source)
+    if target is not None:
+        model = model.to(target)
+    check_finite(model)
+    return use_onednn(model).eval()
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, from a local folder (no network) or the hub. Raises CheckpointError when there is none."""
+    folder = _local_folder(name_or_path, revision)
+    source = str(folder or name_or_path)
+    options, remedy = _hub_options(source, folder is not None, revision, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot load a tokenizer from {source!r}{remedy} ({io.first_line(error)})") from error
+
+
+def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
+    """The folder of a complete safetensors checkpoint with a readable configuration, checked without reading weights.
+
+    Raises the same errors as `load`, and ValueError for a name that can only be one on the hub.
+    """
+    folder = _local_folder(name_or_path, None)
+    if folder is None:
+        raise ValueError(f"{os.fspath(name_or_path)!r} is no local folder: download the model first (`hf download`)")
+    _source(folder, None, False)
+    return folder
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise CheckpointError naming the first parameter or buffer of `model` that holds a NaN or an infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
+                "the checkpoint is damaged, or its values overflow this dtype (try dtype='float32')"
+            )
+
+
+def check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
+    """Raise ValueError when token ids are not in the vocabulary of `model`: on a GPU they would end the process."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: another model's tokenizer?")
+
+
+def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of a name. Raises ValueError for one that is not in `DTYPES`."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} (name it: results depend on it)")
+    return DTYPES[dtype]
+
+
+def checked_device(device: str | torch.device) -> torch.device | None:
+    """The device to move to, None for "auto" (then from_pretrained places the weights). Raises ValueError for a bad one."""
+    if device == "auto":
+        return None
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not a torch device such as 'cpu' or 'cuda:0', nor 'auto'") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch finds no CUDA device; use device='cpu'")
+    return target
+
+
+def check_keys(info: Mapping, source: str) -> None:
+    """Raise CheckpointError unless from_pretrained found exactly the weights that the configuration asks for."""
+    found = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        # A key of another shape comes as (name, shape in the file, shape in the model).
+        keys = sorted(
+            key if isinstance(key, str) else f"{key[0]}: {[tuple(shape) for shape in key[1:]]}"
+            for key in info.get(f"{kind}_keys", ())
+        )
+        if keys:
+            what = "of another shape" if kind == "mismatched" else kind
+            found.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' * (len(keys) > 4)})")
+    if found:
+        raise CheckpointError(
+            f"the weights in {source!r} do not fit their config.json: {'; '.join(found)}. "
+            "Was the model pruned without its configuration? Save it again with prunelib.models.save"
+        )
+
+
+# --- where a model comes from --------------------------------------------------------------------------------------------
+
+
+def _source(name_or_path: str | os.PathLike, revision: str | None, trust_remote_code: bool) -> tuple[str, dict]:
+    """What from_pretrained is called with, after looking at the files and the configuration of the model."""
+    folder = _local_folder(name_or_path, revision)
+    if folder is not None:
+        _check_files(folder)
+    source = str(folder or name_or_path)
+    options, remedy = _hub_options(source, folder is not None, revision, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except OSError as error:
+        raise CheckpointError(f"cannot find model {source!r}{remedy} ({io.first_line(error)})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        version = f"transformers {transformers.__version__}"
+        raise CheckpointError(f"cannot read the configuration of {source!r} with {version}: {io.first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{source!r} ({config.model_type}) is an encoder-decoder model, not a causal language model")
+    return source, options
+
+
+def _hub_options(source: str, local: bool, revision: str | None, trust_remote_code: bool) -> tuple[dict, str]:
+    """Options of from_pretrained, and what to do where the hub gives no files."""
+    silent = None if local else io.hub_unreachable()
+    options = {
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": local or silent is not None,
+    }
+    why = "the hub did not give it" if silent is None else f"the hub cannot be reached ({silent}) and its client has no copy"
+    remedy = (
+        f": it is no local folder, and {why}; check the name, or download it where there is a network "
+        f"(hf download {source} --local-dir FOLDER) and give that folder"
+    )
+    return options, "" if local else remedy
+
+
+def _local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path | None:
+    """The folder meant by `name_or_path`, None if it can only be a name on the hub."""
+    text = os.fspath(name_or_path)
+    path = Path(text).expanduser()
+    recover(path)
+    if path.is_dir():
+        if revision:
+            raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
+        return path
+    if path.exists():
+        raise ValueError(f"{text!r} is a file; give the folder that holds config.json and model.safetensors")
+    looks_local = not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1
+    if looks_local or not text:
+        raise CheckpointError(f"model folder {text!r} does not exist (working directory {str(Path.cwd())!r})")
+    return None
+
+
+def recover(target: Path) -> None:
+    """Bring back a folder that a save had moved away when it was killed, just before the new one took its place."""
+    if not target.exists():
+        old = [left / "old" for left in io.leftovers(target) if (left / "old").is_dir()]
+        if old:
+            old[0].rename(target)
+
+
+def _check_files(folder: Path) -> None:
+    """Every file a safetensors checkpoint needs is there and complete, seen without reading the weights."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    try:
+        reading = folder / "config.json"
+        if not reading.is_file():
+            raise CheckpointError(f"no config.json in {str(folder)!r}: this is not a saved model")
+        json.loads(reading.read_text(encoding="utf-8"))
+        if index.is_file():
+            reading = index
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{str(reading)!r} is not valid JSON, or of another form: {error}") from error
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"weight file {name!r} is missing from {str(folder)!r}; pickled weights are not read")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(file)!r} is truncated or damaged ({io.first_line(error)}); copy it again") from error

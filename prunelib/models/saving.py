@@ -1,0 +1,125 @@
+"""Save a model as an ordinary safetensors checkpoint, and prove that it loads."""
+
+import copy
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelib.io import first_line, flush, leftovers, temporary_prefix
+from prunelib.models.layers import evaluating, layers_path, probe_tokens
+from prunelib.models.loading import CheckpointError, check_keys, load_tokenizer, recover
+from prunelib.models.onednn import use_onednn_like
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write `model` (and `tokenizer`) to `folder` as an ordinary safetensors checkpoint, and prove that it loads.
+
+    Everything is written to a temporary folder beside it, loaded from there with AutoModelForCausalLM, compared (no missing,
+    unexpected or reshaped key, equal weights, equal logits on a probe batch), and only then renamed: `folder` is complete or
+    absent. The check needs the memory of a second model on the device of `model`.
+
+    Raises ValueError when `folder` holds something and `overwrite` is False, CheckpointError when the reload differs.
+    """
+    target = Path(folder).expanduser()
+    recover(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"cannot save to {str(target)!r}: it is a file")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{str(target)!r} is not empty; choose another folder or pass overwrite=True")
+    layers_path(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_beside(target)
+    try:
+        written = scratch / "new"
+        _write(model, tokenizer, written)
+        _check_reload(model, tokenizer, written)
+        flush(written)
+        if target.is_dir():
+            target.rename(scratch / "old")
+        written.rename(target)
+    except BaseException:
+        if (scratch / "old").exists() and not target.exists():
+            (scratch / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def scratch_beside(target: Path) -> Path:
+    """A new folder for what is to become `target`; those that killed processes left behind for it are removed."""
+    for left in leftovers(target):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    generation = model.generation_config
+    if generation is not None:
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            # Several published models set a temperature without do_sample, which save_pretrained refuses to write.
+            warnings.warn(f"generation_config saved with do_sample=True: {first_line(error)}", stacklevel=3)
+            model.generation_config = copy.deepcopy(generation)
+            model.generation_config.do_sample = True
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    # Code that already runs in this process may run once more; nothing new is trusted.
+    trusted = type(model).__module__.startswith("transformers_modules")
+    try:
+        again, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            trust_remote_code=trusted,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the saved model does not load again: {first_line(error)}") from error
+    check_keys(info, "the saved copy")
+    again = use_onednn_like(model, again.to(model.device).eval())
+    weights = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in weights or not torch.equal(tensor, weights[name].to(tensor)):
+            raise CheckpointError(f"tensor {name!r} of the saved model is not the one in memory (or is not finite)")
+
+    probe = probe_tokens(model)
+    expected, actual = _logits(model, probe), _logits(again, probe)
+    if not bool(torch.isfinite(expected).all()):
+        raise CheckpointError("the model gives logits that are not finite; it is not worth saving")
+    difference, scale = float((expected - actual).abs().max()), float(expected.abs().max())
+    # Same weights, same code, same device: the sums may still be ordered differently.
+    if difference > 8 * torch.finfo(model.dtype).eps * max(scale, 1.0):
+        raise CheckpointError(f"the saved model gives other logits: they differ by up to {difference:.3g} (of {scale:.3g})")
+    if tokenizer is not None:
+        text = "One clone, two commands: 3.14 (naïve)\n"
+        if load_tokenizer(folder, trust_remote_code=trusted)(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise CheckpointError("the saved tokenizer does not load as the one in memory")
+
+
+def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "sample token"]) -> Float[Tensor, "sample token vocabulary"]:
+    with evaluating(model):
+        return model(input_ids=tokens, use_cache=False).logits.float()
