@@ -1,7 +1,8 @@
 """Named rules for the importance of layers, and the registries that hold them.
 
-A rule is one function of data (statistics, or a model and its calibration windows) and keyword options. Its decorator says what
-it is called in plots, where it was published and which layers its paper never removes.
+A rule is one function of data and keyword options, under one of three decorators: `criterion` (of layer statistics),
+`block_criterion` (of a contiguous block) or `ablation` (of a model and calibration windows). The decorator says what the rule
+is called in plots, where it was published and which layers its paper never removes; experiments take rules by name.
 """
 
 import inspect
@@ -17,8 +18,8 @@ class Rule:
     """A named rule for importance, called as ``rule(*data, **options)``; importance has one sign, higher = keep.
 
     kind: what messages call it. title: label in plots. source: where the rule was published. protect_first, protect_last: how
-    many layers at either end the published method never removes; callers pass them on to `prunelib.depth.search`. data: how many
-    leading arguments of `importance` are data, the others are options.
+    many layers at either end the published method never removes; callers pass them on to `prunelib.depth.lowest`. data: how
+    many leading arguments of `importance` are data, the others are options.
     """
 
     kind: str
@@ -81,3 +82,17 @@ class Rules(dict[str, Rule]):
             return self[name]
 
         return add
+
+
+CRITERIA = Rules("criterion", data=1)
+"""Criteria by name, each called as ``criterion(stats, **options)`` for the importance of every layer."""
+
+BLOCK_CRITERIA = Rules("criterion of blocks", data=2)
+"""Criteria of contiguous blocks, each called as ``criterion(stats, n, **options)``: element l is for layers l .. l+n-1."""
+
+ABLATIONS = Rules("ablation", data=2)
+"""Ablations by name, called as ``ablation(model, windows, **options)``; the model is left as it was, gradients included."""
+
+criterion = CRITERIA.register
+block_criterion = BLOCK_CRITERIA.register
+ablation = ABLATIONS.register

@@ -1,8 +1,4 @@
-"""From `LayerStats` to the importance of every layer: higher = keep. Numpy only, no model.
-
-`CRITERIA` holds the rules for single layers, `BLOCK_CRITERIA` those that judge a whole contiguous block. One more takes a
-function of the statistics and the decorator `criterion` (`block_criterion`).
-"""
+"""From `LayerStats` to the importance of every layer or block of layers: higher = keep. Numpy only, no model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,44 +6,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from prunelib.criteria.registry import Rules
+from prunelib.criteria.registry import block_criterion, criterion
 from prunelib.criteria.statistics import SUBSETS, LayerStats
-
-CRITERIA = Rules("criterion", data=1)
-"""Criteria by name, each called as ``criterion(stats, **options)`` for the importance of every layer."""
-
-BLOCK_CRITERIA = Rules("criterion of blocks", data=2)
-"""Criteria of contiguous blocks, each called as ``criterion(stats, n, **options)``: element l is for layers l .. l+n-1."""
-
-criterion = CRITERIA.register
-block_criterion = BLOCK_CRITERIA.register
 
 
 @criterion(title="Block influence", source="ShortGPT, arXiv 2403.03853; SimDiff Eq. 2")
 def block_influence(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
     """1 - mean over tokens of cos(layer input, layer output); in [0, 2]."""
-    subset, count = _subset(stats, tokens)
+    subset, count = token_subset(stats, tokens)
     return 1 - np.diagonal(stats.cosine[subset], offset=1) / count
-
-
-@criterion(title="SimDiff (MSSD)", source="SimDiff, arXiv 2604.19520, Eq. 3 and 5-7")
-def simdiff_mssd(
-    stats: LayerStats, alpha: float | int = 0.5, reduce: str = "mean", tokens: str = "all"
-) -> Float64[np.ndarray, "layer"]:
-    """alpha I_diff + (1 - alpha) I_sim with the squared difference; `reduce` as in `layer_difference`; in [0, 1]."""
-    return _mixed(stats, alpha, "mssd", reduce, tokens)
-
-
-@criterion(title="SimDiff (MASD)", source="SimDiff, arXiv 2604.19520, Eq. 4-7")
-def simdiff_masd(stats: LayerStats, alpha: float | int = 0.5, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
-    """alpha I_diff + (1 - alpha) I_sim with the mean absolute difference; in [0, 1]."""
-    return _mixed(stats, alpha, "masd", "mean", tokens)
 
 
 @criterion(title="Relative magnitude", source="ablation in ShortGPT, arXiv 2403.03853")
 def relative_magnitude(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
     """Mean over tokens of |f(x)| / |x + f(x)|, where f is what the layer adds to the residual stream; >= 0."""
-    subset, count = _subset(stats, tokens)
+    subset, count = token_subset(stats, tokens)
     return stats.relative_magnitude[subset] / count
 
 
@@ -84,10 +57,10 @@ def layer_redundancy(
 
     Raises ValueError for an unknown normalization, or a quantile outside [0, 0.5).
     """
-    rule = _known("normalize", normalize, NORMALISATIONS)
+    rule = known_option("normalize", normalize, NORMALISATIONS)
     if not 0 <= quantile < 0.5:
         raise ValueError(f"quantile={quantile}: at least 0 and below 0.5")
-    importance = _finite(block_influence(stats, tokens=tokens), "block influence").copy()
+    importance = finite(block_influence(stats, tokens=tokens), "block influence").copy()
     if last is not None:
         importance[-1] = last
     return 1 - rule(importance, quantile)
@@ -117,36 +90,8 @@ NORMALISATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 """Ways of bringing block influence to [0, 1] for `layer_redundancy`."""
 
 
-def similarity_term(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
-    """SimDiff's I_sim, half of block influence (Eq. 6); in [0, 1]."""
-    return _finite(block_influence(stats, tokens=tokens) / 2, "similarity term")
-
-
-def layer_difference(
-    stats: LayerStats, kind: str = "mssd", reduce: str = "mean", tokens: str = "all"
-) -> Float64[np.ndarray, "layer"]:
-    """SimDiff's L_diff: squared (`mssd`, Eq. 3) or absolute (`masd`, Eq. 4) difference of output and input, mean over tokens.
-
-    reduce="mean" also divides by the width, reduce="sum" does not. Eq. 3 prints the sum and Eq. 4 the mean, but a sum over
-    thousands of dimensions saturates the sigmoid of Eq. 5, and the paper's Fig. 4 shows MSSD acting more weakly than MASD,
-    not more strongly: hence the default.
-    """
-    sums = _known("kind", kind, {"mssd": stats.squared_difference, "masd": stats.absolute_difference})
-    width = _known("reduce", reduce, {"mean": stats.hidden_size, "sum": 1})
-    subset, count = _subset(stats, tokens)
-    return _finite(sums[subset] / (count * width), kind)
-
-
-def difference_term(
-    stats: LayerStats, kind: str = "mssd", reduce: str = "mean", tokens: str = "all"
-) -> Float64[np.ndarray, "layer"]:
-    """SimDiff's I_diff, the sigmoid of `layer_difference` (Eq. 5); in [0.5, 1]."""
-    # The same function as 1 / (1 + exp(-x)), without overflow on either side.
-    return 0.5 + 0.5 * np.tanh(layer_difference(stats, kind, reduce, tokens) / 2)
-
-
 # The formula of Gromov et al. lets a block end at the last layer, which ruins any model that is not healed; their text keeps
-# it in the simple rule. protect_last=0 in `prunelib.depth.search.lowest_block` is the formula as printed.
+# it in the simple rule. protect_last=0 in `prunelib.depth.lowest_block` is the formula as printed.
 @block_criterion(title="Angular distance", source="Gromov et al., arXiv 2403.17887", protect_last=1)
 def angular(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.ndarray, "start"]:
     """Angular distance between input and output of every block of n layers: element l is for layers l .. l+n-1.
@@ -173,31 +118,25 @@ def block_cosine(stats: LayerStats, n: int, tokens: str = "all") -> Float64[np.n
 def _block(stats: LayerStats, n: int, tokens: str) -> tuple[int, float]:
     if not 1 <= n <= stats.n_layers:
         raise ValueError(f"a block of {n} layers does not exist in {stats.n_layers} layers; n must be 1 to {stats.n_layers}")
-    return _subset(stats, tokens)
+    return token_subset(stats, tokens)
 
 
-def _mixed(stats: LayerStats, alpha: float | int, kind: str, reduce: str, tokens: str) -> np.ndarray:
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
-    return alpha * difference_term(stats, kind, reduce, tokens) + (1 - alpha) * similarity_term(stats, tokens)
-
-
-def _known(option: str, value: str, choices: dict[str, Any]) -> Any:
+def known_option(option: str, value: str, choices: dict[str, Any]) -> Any:
     if value not in choices:
         raise ValueError(f"unknown {option} {value!r}; there are: {', '.join(choices)}")
     return choices[value]
 
 
-def _subset(stats: LayerStats, tokens: str) -> tuple[int, float]:
+def token_subset(stats: LayerStats, tokens: str) -> tuple[int, float]:
     """Index of a token subset on axis 0 of the statistics, and its number of tokens."""
-    subset = _known("tokens", tokens, {name: index for index, name in enumerate(SUBSETS)})
+    subset = known_option("tokens", tokens, {name: index for index, name in enumerate(SUBSETS)})
     count = float(stats.count[subset])
     if not count > 0:
         raise ValueError(f"the statistics hold no tokens in subset {tokens!r}; collect them on longer or more windows")
     return subset, count
 
 
-def _finite(values: np.ndarray, what: str) -> np.ndarray:
+def finite(values: np.ndarray, what: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values)).tolist()
     if bad:
         raise RuntimeError(f"{what} is NaN or infinite at {bad}; the statistics are damaged, collect them again")

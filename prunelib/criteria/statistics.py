@@ -226,7 +226,7 @@ def from_states(
     """Statistics of L + 1 given hidden states, reduced in chunks of tokens whose float64 copy stays in cache.
 
     `mask` is on the CPU, true on real tokens. The work is done where the states are, or on `device`, to which they go chunk by
-    chunk. NaN and infinity pass through into the sums. On a CUDA device one kernel (`prunelib.criteria.fused`) does what is large of it.
+    chunk. NaN and infinity pass through into the sums. On a CUDA device the kernel of `prunelib.criteria.fused` does most of it.
     """
     mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
     device, (n_states, width) = device or states.device, states.shape[2:]

@@ -1,0 +1,219 @@
+"""Which layers an importance removes: the lowest ones, the lowest contiguous block, and SimDiff's alpha.
+
+SimDiff's importance (arXiv 2604.19520, Eq. 7) of each layer is linear in alpha. A set of K layers is therefore the K least
+important on at most one interval of alpha, few sets occur at all, and each needs only one evaluation: `alpha_path`,
+`exact_alpha`, and the paper's `ternary_alpha`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Float64
+
+from prunelib.models.layerwise import LayerSet
+
+# Where several lines meet in one point, their rounded coefficients make them cross a few 1e-16 apart. The sets in between
+# are artifacts, and no floating-point alpha would reproduce them.
+_NARROWEST = 1e-12
+
+
+@dataclass(frozen=True)
+class AlphaInterval:
+    """For alpha between low and high the layers `removed` (ascending) are the least important ones."""
+
+    low: float
+    high: float
+    removed: LayerSet
+
+    @property
+    def midpoint(self) -> float:
+        """The alpha that stands for the interval."""
+        return (self.low + self.high) / 2
+
+
+@dataclass(frozen=True)
+class AlphaProbe:
+    """One alpha looked at, the layers removed there and the value of the evaluation."""
+
+    alpha: float
+    removed: LayerSet
+    value: float
+
+
+@dataclass(frozen=True)
+class AlphaChoice:
+    """The best probe, how many distinct sets were evaluated for it, and every probe in order."""
+
+    alpha: float
+    removed: LayerSet
+    value: float
+    evaluations: int
+    trace: tuple[AlphaProbe, ...]
+
+
+def lowest(
+    importance: Float64[np.ndarray, "layer"],
+    layers_removed: int,
+    protect_first: int = 0,
+    protect_last: int = 0,
+) -> LayerSet:
+    """The `layers_removed` layers of lowest importance, ascending; the first and last few can be protected.
+
+    Among equals the shallower layer goes first. Raises ValueError when so many cannot be removed, or for NaN importance.
+    """
+    candidates = candidates_for(len(importance), layers_removed, protect_first, protect_last)
+    if np.isnan(importance).any():
+        raise ValueError(f"importance of layers {np.flatnonzero(np.isnan(importance)).tolist()} is NaN")
+    order = np.argsort(importance[candidates.start : candidates.stop], kind="stable")
+    return tuple(sorted((order[:layers_removed] + candidates.start).tolist()))
+
+
+def lowest_block(
+    importance: Float64[np.ndarray, "start"], n_layers: int, protect_first: int = 0, protect_last: int = 0
+) -> LayerSet:
+    """The contiguous block of lowest importance: l*(n) = argmin over l (Gromov et al., arXiv 2403.17887).
+
+    Element l of `importance` is that of the layers l .. l+n-1, as `criteria.angular` gives it, so its length
+    n_layers + 1 - n states the size n of the block. Among equals the shallower block goes. Raises ValueError when no block of
+    that size may go, or for NaN importance.
+    """
+    size = n_layers + 1 - len(importance)
+    if not 1 <= size <= n_layers:
+        raise ValueError(f"{len(importance)} blocks do not exist in {n_layers} layers: give one number per first layer")
+    candidates = candidates_for(n_layers, size, protect_first, protect_last)
+    starts = importance[candidates.start : candidates.stop - size + 1]
+    if np.isnan(starts).any():
+        raise ValueError(f"importance of blocks {(np.flatnonzero(np.isnan(starts)) + candidates.start).tolist()} is NaN")
+    first = candidates.start + int(np.argmin(starts))
+    return tuple(range(first, first + size))
+
+
+def alpha_path(
+    similarity: Float64[np.ndarray, "layer"],
+    difference: Float64[np.ndarray, "layer"],
+    layers_removed: int,
+    protect_first: int = 0,
+    protect_last: int = 0,
+) -> list[AlphaInterval]:
+    """All sets of layers that ``alpha * difference + (1 - alpha) * similarity`` removes, in order of alpha from 0 to 1.
+
+    Intervals touch, cover [0, 1], and no set occurs twice. A set that is lowest at a single alpha only, by a tie, is not
+    listed (nor on less than 1e-12). Layers equal at every alpha are ordered as in `lowest`.
+    Raises ValueError like `lowest`, and for terms that are not finite or of different length.
+    """
+    if len(similarity) != len(difference):
+        raise ValueError(f"{len(similarity)} similarity terms but {len(difference)} difference terms: one of each per layer")
+    if not (np.isfinite(similarity).all() and np.isfinite(difference).all()):
+        raise ValueError("similarity and difference terms must be finite")
+    candidates = candidates_for(len(similarity), layers_removed, protect_first, protect_last)
+    sweep = _sweep(similarity.tolist(), difference.tolist(), candidates, layers_removed)
+    found = [(float(low), removed) for low, high, removed in sweep if high - low >= _NARROWEST]
+    lows = [0.0, *(low for low, _ in found[1:])]
+    highs = [*lows[1:], 1.0]
+    return [AlphaInterval(low, high, removed) for low, high, (_, removed) in zip(lows, highs, found, strict=True)]
+
+
+def _sweep(
+    similarity: list[float], difference: list[float], candidates: range, layers_removed: int
+) -> Iterator[tuple[Fraction, Fraction, LayerSet]]:
+    """Walk alpha from 0 to 1 and yield (low, high, removed), in exact arithmetic: no tolerance decides an order."""
+    start = {i: Fraction(similarity[i]) for i in candidates}
+    slope = {i: Fraction(difference[i]) - Fraction(similarity[i]) for i in candidates}
+    alpha = Fraction(0)
+    while alpha < 1:
+        # Order just right of alpha: among layers that are equal there, the one that grows more slowly is about to be lower.
+        order = sorted(candidates, key=lambda i: (start[i] + alpha * slope[i], slope[i], i))
+        removed, kept = order[:layers_removed], order[layers_removed:]
+        # The set lasts until a removed layer overtakes a kept one, which takes a steeper slope.
+        crossings = ((start[k] - start[r]) / (slope[r] - slope[k]) for r in removed for k in kept if slope[r] > slope[k])
+        following = min((crossing for crossing in crossings if crossing > alpha), default=Fraction(1))
+        following = min(following, Fraction(1))
+        yield alpha, following, tuple(sorted(removed))
+        alpha = following
+
+
+def exact_alpha(path: list[AlphaInterval], evaluate: Callable[[LayerSet], float]) -> AlphaChoice:
+    """Evaluate every set of the path once and choose the lowest value; on equal values the lower alpha.
+
+    alpha is the midpoint of the best interval. Raises ValueError for an empty path and RuntimeError for a NaN value.
+    """
+    if not path:
+        raise ValueError("the alpha path is empty; make it with alpha_path")
+    return _choice([interval.midpoint for interval in path], [interval.removed for interval in path], _Memo(evaluate))
+
+
+def ternary_alpha(
+    removed_at: Callable[[float], LayerSet], evaluate: Callable[[LayerSet], float], eps: float = 1e-3, max_steps: int = 20
+) -> AlphaChoice:
+    """SimDiff's Algorithm 1: ternary search for the alpha of lowest value on [0, 1].
+
+    Probes stand at a third and two thirds of the bracket; both may improve the best (strictly, lower probe first). If the
+    lower probe is worse, the left end moves up to it, otherwise the right end moves down to the upper probe. Stops at width
+    eps or after max_steps steps (neither is given in the paper). The value is a step function of alpha, so the search can
+    miss the minimum; 0 and 1 are never probed. Each distinct set is evaluated once.
+
+    Raises ValueError for eps outside (0, 1) or max_steps below 1, and RuntimeError for a NaN value.
+    """
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must lie between 0 and 1, got {eps}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    memo = _Memo(evaluate)
+    alphas: list[float] = []
+    sets: list[LayerSet] = []
+    left, right = 0.0, 1.0
+    for _ in range(max_steps):
+        third = (right - left) / 3
+        if 3 * third <= eps:
+            break
+        lower, upper = left + third, right - third
+        alphas += [lower, upper]
+        sets += [removed_at(lower), removed_at(upper)]
+        if memo(sets[-2]) > memo(sets[-1]):
+            left = lower
+        else:
+            right = upper
+    return _choice(alphas, sets, memo)
+
+
+class _Memo:
+    """An evaluation of layer sets that runs once per set."""
+
+    def __init__(self, evaluate: Callable[[LayerSet], float]):
+        self.evaluate = evaluate
+        self.values: dict[LayerSet, float] = {}
+
+    def __call__(self, removed: LayerSet) -> float:
+        if removed not in self.values:
+            value = float(self.evaluate(removed))
+            # Infinity is a result (a ruined model's perplexity); NaN would make every comparison false.
+            if math.isnan(value):
+                raise RuntimeError(f"the evaluation of the model without layers {list(removed)} gave NaN")
+            self.values[removed] = value
+        return self.values[removed]
+
+
+def _choice(alphas: list[float], sets: list[LayerSet], memo: _Memo) -> AlphaChoice:
+    trace = tuple(AlphaProbe(alpha, removed, memo(removed)) for alpha, removed in zip(alphas, sets, strict=True))
+    best = min(trace, key=lambda probe: probe.value)  # the first among equals
+    return AlphaChoice(best.alpha, best.removed, best.value, len(memo.values), trace)
+
+
+def candidates_for(n_layers: int, layers_removed: int, protect_first: int, protect_last: int) -> range:
+    """The layers that may go, after checking that `layers_removed` of them can."""
+    counts = {"layers_removed": layers_removed, "protect_first": protect_first, "protect_last": protect_last}
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"{name} must not be negative, got {count}")
+    if layers_removed >= n_layers:
+        raise ValueError(f"cannot remove {layers_removed} of {n_layers} layers: at least one must stay")
+    candidates = range(protect_first, n_layers - protect_last)
+    if layers_removed > len(candidates):
+        raise ValueError(
+            f"cannot remove {layers_removed} of {n_layers} layers with the first {protect_first} and the last {protect_last} "
+            f"protected: only {len(candidates)} may go"
+        )
+    return candidates
