@@ -9,7 +9,7 @@ is **not testable here** and says why. Where a profile lacks the rows, there is 
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,8 @@ class ClaimError(ValueError):
 class Tables:
     """The tables of a profile, each read when it is first asked for: `tables.selection`, `tables.blocks`, …
 
-    parameters: name → CSV file, folder of run files, None where a profile has no such table (it has no rows then), or a
-    setting such as `calibration`, the text behind the scores. A table gets the column `entry`, the name of a run in its
+    parameters: name → CSV file, folder or list of run files, None where a profile has no such table (it has no rows then),
+    or a setting such as `calibration`, the text behind the scores. A table gets the column `entry`, the name of a run in its
     profile, and `model` is the last part of the model's name.
     """
 
@@ -62,18 +62,22 @@ class Tables:
             self._read[name] = _read(value)
         return self._read[name]
 
+    def code(self, used: Collection[str]) -> pd.DataFrame:
+        """The given runs with the hash of the library that made each: columns `run` and `code`."""
+        parts = [table.loc[table["run"].isin(used), ["run", "code"]] for table in self._read.values() if len(table)]
+        return pd.concat([pd.DataFrame({"run": [], "code": []}), *parts]).drop_duplicates()
 
-def _read(place: str | None) -> pd.DataFrame:
-    if place is None or not at_root(place).exists():
+
+def _read(place: str | list[str] | None) -> pd.DataFrame:
+    folder = at_root(place) if isinstance(place, str) and not place.endswith(".csv") else None
+    if place is None or (folder is not None and not any(folder.rglob("[!.]*.json"))):
         return pd.DataFrame()
-    if at_root(place).is_dir():
-        if not any(at_root(place).rglob("[!.]*.json")):
-            return pd.DataFrame()
+    if isinstance(place, str) and folder is None:
+        table = runs.read_table(place)
+    else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # committed runs of several versions of the library; every row names its own
             table = runs.collect(place)
-    else:
-        table = runs.read_table(place)
     entry = table["run"].str.rsplit("__", n=1).str[-1]
     return table.assign(entry=entry, model=table["model"].str.rsplit("/", n=1).str[-1])
 
@@ -101,7 +105,7 @@ def last_step(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["step"] == table.groupby("run")["step"].transform("max")] if len(table) else table
 
 
-def between(low: float, high: float = np.inf) -> Callable[[pd.Series], pd.Series]:
+def between(low: float | int, high: float | int = np.inf) -> Callable[[pd.Series], pd.Series]:
     """A condition of `pick`: a number from `low` to `high`, both included."""
     return lambda column: pd.to_numeric(column, errors="coerce").between(low, high)
 
@@ -187,9 +191,9 @@ class Measured:
     """One model's value. `low` and `high` are NaN without an interval, `interval` says what they are; `runs` are behind it."""
 
     model: str
-    value: float
-    low: float = float("nan")
-    high: float = float("nan")
+    value: float | int
+    low: float | int = float("nan")
+    high: float | int = float("nan")
     n: int = 1
     interval: str = ""
     runs: tuple[str, ...] = ()
@@ -230,7 +234,8 @@ def _measured(model: str, rows: pd.DataFrame, statistic: Statistic, draws: str |
         low, high, words = min(again), max(again), f"least and greatest with one of {n} values left out"
     elif interval == "bootstrap" and n > 2:
         generator = np.random.default_rng(0)
-        again = [statistic(rows.iloc[generator.integers(n, size=n)]) for _ in range(RESAMPLES)]
+        values = rows[["value"]]  # the other columns would cost a hundred times as much
+        again = [statistic(values.iloc[generator.integers(n, size=n)]) for _ in range(RESAMPLES)]
         low, high = (float(end) for end in np.quantile(again, (0.025, 0.975)))
         words = f"95 % bootstrap over {n} values"
     return Measured(model, value, low, high, n, words, used)
@@ -243,11 +248,11 @@ def _measured(model: str, rows: pd.DataFrame, statistic: Statistic, draws: str |
 class Rule:
     """Where a measured value must lie for a claim to hold, ends excluded. within: its distance from the published value."""
 
-    above: float = float("-inf")
-    below: float = float("inf")
-    within: float | None = None
+    above: float | int = float("-inf")
+    below: float | int = float("inf")
+    within: float | int | None = None
 
-    def judge(self, one: Measured, published: float | None = None) -> str:
+    def judge(self, one: Measured, published: float | int | None = None) -> str:
         """Whether a value with its interval obeys the rule: holds, fails, or differs when the border lies inside."""
         if self.within is not None and published is None:
             raise ClaimError("`within` needs a published value")

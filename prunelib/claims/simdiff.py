@@ -92,7 +92,7 @@ def masd_below_mssd(t: Tables) -> list[Measured]:
 def exact_alpha(t: Tables, method: str) -> list[Measured]:
     """The exact best alpha, median over K from 8 on."""
     rows = choices(t, metric="nll", method=method, search="exact", layers_removed=between(8))
-    return measure(rows.assign(value=rows["alpha"]), median, draws="calibration_seed")
+    return measure(rows.rename(columns={"value": "nll", "alpha": "value"}), median, draws="calibration_seed")
 
 
 claim("simdiff-07", lambda p: best_alpha(p, "fig4a"))(partial(exact_alpha, method="simdiff_mssd"))

@@ -88,7 +88,7 @@ def better_than_random_order(t: Tables) -> list[Measured]:
 
 @claim("dynamic-07")
 def better_than_keeping_layer_0(t: Tables) -> list[Measured]:
-    kept = losses(t, "control", "spare_first")
+    kept = losses(t, "control", "keep_first_full")
     gap = paired(losses(t, "sweep", "dynamic"), kept, ["slice_percentage", "slice_base"])
     return measure(gap, mean, interval="leave_one_out")
 
