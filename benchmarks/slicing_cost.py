@@ -18,8 +18,8 @@ import torch
 from report import write_report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from prunelib.slicing import count_parameters, slice_model
 from prunelib.slicing.modeling import SHORTCUTS
-from prunelib.slicing.rotate import account, slice_model
 from prunelib.slicing.schedules import constant
 
 # hidden size, MLP size, layers, heads, heads of keys and values, vocabulary; samples, tokens, batch
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--slice", type=float, default=0.3)
-    parser.add_argument("--shortcuts", choices=SHORTCUTS, default="absorbed")
+    parser.add_argument("--shortcuts", choices=SHORTCUTS, default="folded")
     parser.add_argument("--activations-on-cpu", action="store_true")
     parser.add_argument("--no-floor", action="store_true", help="for models that do not fit on the device")
     parser.add_argument("--output", type=Path, help="JSON file of the numbers")
@@ -121,7 +121,7 @@ def main() -> None:
     model = random_model(shape, device, getattr(torch, settings.dtype), settings.layers)
     windows = torch.randint(0, shape[5], (settings.samples, settings.tokens))
     plan = constant(model.config.num_hidden_layers, shape[0], settings.slice, multiple=8 if shape[0] % 8 == 0 else 1)
-    report = {"removed": round(account(model.config, plan, shortcuts=settings.shortcuts).removed, 4)}
+    report = {"removed": round(count_parameters(model.config, plan, shortcuts=settings.shortcuts).removed, 4)}
     if not settings.no_floor:
         report |= floor(model, windows, settings.batch, device, 2 * model.config.num_hidden_layers)
         if device.type == "cuda":

@@ -42,11 +42,11 @@ import torch
 from report import write_report
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
-from prunelib.evaluation import perplexity
+from prunelib.evaluation.perplexity import perplexity
 from prunelib.io import file_sha256
 from prunelib.models import load, load_tokenizer
-from prunelib.slicing.modeling import SHORTCUTS, architecture_of
 from prunelib.slicing import slice_model
+from prunelib.slicing.modeling import SHORTCUTS, architecture_of
 from prunelib.slicing.schedules import SlicePlan
 from prunelib.text import corpora
 from prunelib.text.windows import consecutive_windows, sample_windows
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--slices", type=float, nargs="+", default=[0.2, 0.25, 0.3])
     parser.add_argument("--multiple", type=int, default=8, help="widths are rounded down to a multiple of it, as in the clone")
-    parser.add_argument("--shortcuts", choices=[kind for kind in SHORTCUTS if kind != "none"], default="absorbed")
+    parser.add_argument("--shortcuts", choices=[kind for kind in SHORTCUTS if kind != "shared_basis"], default="folded")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="of the process instead of the wall, on a busy machine")
     parser.add_argument("--output", type=Path, help="JSON file of the report")

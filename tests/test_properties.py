@@ -184,7 +184,7 @@ def test_slices_stay_between_base_and_cap(redundancy, percentage, part, cap):
 @given(st.integers(1, 40), shares, st.data(), multiples, roundings)
 def test_spared_layers_lose_nothing_and_the_mean_stays(n_layers, percentage, data, multiple, rounding):
     spare = tuple(data.draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers)))
-    options = {"spare": spare, "multiple": multiple, "rounding": rounding}
+    options = {"keep_full": spare, "multiple": multiple, "rounding": rounding}
     if percentage * n_layers > CAP * (n_layers - len(spare)):
         with pytest.raises(ValueError, match="cannot be taken from"):
             schedules.constant(n_layers, 160, percentage, **options)

@@ -1,14 +1,16 @@
 """Models with a narrower residual stream, as ordinary transformers models: built, saved, loaded and generated with.
 
-One table, `ARCHITECTURES`, says for each family which modules read the residual stream and which write to it. A sliced model is the
-family's own model in which exactly these modules are replaced by narrower ones, its norms by norms without weights (they
-were folded into what follows them), and every residual connection by a shortcut between the bases on its two sides.
-Attention, MLP activations, rotary embeddings, masks, caches and generation stay the family's own code.
+`ARCHITECTURES` says for each family which modules read the residual stream and which write to it. A sliced model is the
+family's own model in which exactly these modules are replaced by narrower ones, its norms by norms without weights (these were
+folded into the modules behind them), and every residual connection by a shortcut between the bases on its two sides.
+Attention, MLP activations, rotary embeddings, masks, caches and generation are the family's own code.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,14 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunelib.models import UnsupportedModel
-from prunelib.models.architectures import ARCHITECTURES, Architecture, Sublayer
-from prunelib.models.architectures import SLICED_MODEL_TYPE as MODEL_TYPE
-from prunelib.slicing.registration import register_model_type
+from prunelib.models.architectures import ARCHITECTURES, SLICED_MODEL_TYPE, Architecture, Sublayer
+from prunelib.slicing.schedules import SlicePlan
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The wiring of a dense model's family. Raises UnsupportedModel naming the model type when it has none."""
-    if config.model_type == MODEL_TYPE:
+    """The architecture of a dense model. Raises UnsupportedModel naming the model type when it cannot be sliced."""
+    if config.model_type == SLICED_MODEL_TYPE:
         raise UnsupportedModel("this model is sliced already: slice the dense model with the widths wanted in the end")
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedModel(
@@ -44,42 +45,45 @@ def positions(widths: Sequence[int], steps: int, hidden_size: int) -> list[int]:
     return [width for width in widths for _ in range(steps)] + [hidden_size]
 
 
-def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "absorbed") -> list[str]:
-    """What stands between each two neighboring places of these widths, a key of `SHORTCUT_MODULES`; `shortcuts` is one of
-    `SHORTCUTS`. Raises ValueError for an unknown one."""
+def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "folded") -> list[str]:
+    """The module between each two neighboring positions of these widths, a key of `SHORTCUT_MODULES`.
+
+    Raises ValueError when `shortcuts` is not one of `SHORTCUTS`.
+    """
     if shortcuts not in SHORTCUTS:
         raise ValueError(f"unknown shortcuts {shortcuts!r}; there are: {', '.join(SHORTCUTS)}")
     return SHORTCUTS[shortcuts](widths, hidden_size)
 
 
-def _absorbed(widths: Sequence[int], hidden_size: int) -> list[str]:
-    # A basis may be turned within the space it spans, which the matrices that read and write there take in; and where nothing
-    # is cut, any basis of the whole space will do. So of two shortcuts that meet, one can be made diagonal (singular value
-    # decomposition, both bases turned), and one into or out of an uncut place becomes the identity, with dimensions dropped
-    # or zeros added.
+def _folded(widths: Sequence[int], hidden_size: int) -> list[str]:
+    # A basis may be rotated within the space it spans: the matrices that read and write there absorb the rotation. Where
+    # nothing is cut, any basis of the whole space will do. So of two shortcuts in a row, one can be made diagonal (singular
+    # value decomposition, both bases rotated), and one into or out of an uncut position becomes the identity, with dimensions
+    # dropped or zeros added.
     kinds = []
-    turned = False  # the basis before this shortcut is used up by the diagonal shortcut before it
+    rotated = False  # the diagonal shortcut before this one has fixed the basis between them
     sliced_before = False
     for width, following in itertools.pairwise(widths):
         sliced_before |= width < hidden_size
         if following == hidden_size or (width == hidden_size and not sliced_before):
             kinds.append("identity")
-        elif width == hidden_size or turned:
+        elif width == hidden_size or rotated:
             kinds.append("dense")
         else:
             kinds.append("diagonal")
-        turned = kinds[-1] == "diagonal"
+        rotated = kinds[-1] == "diagonal"
     return kinds
 
 
 SHORTCUTS: dict[str, Callable[[Sequence[int], int], list[str]]] = {
-    "absorbed": _absorbed,
-    "dense": lambda widths, hidden_size: ["dense"] * (len(widths) - 1),
-    "none": lambda widths, hidden_size: ["identity"] * (len(widths) - 1),
+    "folded": _folded,
+    "full": lambda widths, hidden_size: ["dense"] * (len(widths) - 1),
+    "shared_basis": lambda widths, hidden_size: ["identity"] * (len(widths) - 1),
 }
-"""Kinds of shortcut between places of given widths. "dense": a basis of its own at every place, and a matrix between each two,
-as in SliceGPT. "absorbed": the same function, with matrices shrunk to diagonals or nothing wherever that changes nothing.
-"none": one basis for the whole model, of which each place keeps the first directions; no shortcut has parameters."""
+"""Kinds of shortcut between positions of given widths. "full": a basis of its own at every position, and a matrix between each
+two, as in SliceGPT. "folded": the same function, with matrices reduced to diagonals or the identity wherever that changes
+nothing. "shared_basis": one basis for the whole model, of which each position keeps the first directions; no shortcut has
+parameters."""
 
 
 class Identity(nn.Module):
@@ -106,11 +110,7 @@ class Diagonal(nn.Module):
         return functional.pad(scaled, (0, self.added)) if self.added > 0 else scaled
 
 
-def _dense(before: int, after: int) -> nn.Linear:
-    return nn.Linear(before, after, bias=False)
-
-
-SHORTCUT_MODULES = {"identity": Identity, "diagonal": Diagonal, "dense": _dense}
+SHORTCUT_MODULES = {"identity": Identity, "diagonal": Diagonal, "dense": functools.partial(nn.Linear, bias=False)}
 """Modules of a residual connection between two bases, called with the widths before and after."""
 
 
@@ -142,19 +142,19 @@ def norm_eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def branch_output(
-    layer: nn.Module, branch: Sublayer, normed: Float[Tensor, "sample token width"], arguments: dict[str, Any]
+def sublayer_output(
+    layer: nn.Module, sublayer: Sublayer, normed: Float[Tensor, "sample token width"], arguments: dict[str, Any]
 ) -> Float[Tensor, "sample token _"]:
-    """What a branch of a layer, dense or sliced, adds to the stream, from the normed stream and the layer's arguments."""
+    """What a sublayer of a dense or sliced layer adds to the stream, from the normed stream and the layer's arguments."""
     states = normed
-    for index, path in enumerate(branch.modules):
+    for index, path in enumerate(sublayer.modules):
         module = layer.get_submodule(path)
-        states = module(hidden_states=states, **arguments)[0] if branch.attention and index == 0 else module(states)
+        states = module(hidden_states=states, **arguments)[0] if sublayer.attention and index == 0 else module(states)
     return states
 
 
 class SlicedLayer(GradientCheckpointingLayer):
-    """A decoder layer between bases of given widths; takes over the modules of `layer`, under their names.
+    """A decoder layer between bases of given widths; it takes over the modules of `layer`, under their names.
 
     `widths` has one element more than there are steps: before each step, and after the last. In a model, a layer is also an
     instance of its family's own class (`_layer_class`), by which transformers finds the layers to record hidden states of.
@@ -172,21 +172,20 @@ class SlicedLayer(GradientCheckpointingLayer):
         dropout: float,
     ):
         nn.Module.__init__(self)  # not that of the family's class, which would build a dense layer
-        self.steps = steps
-        self.dropout = dropout
-        branches = [branch for step in steps for branch in step]
-        paths = [path for branch in branches for path in (branch.norm, *branch.modules)]
+        self.steps, self.dropout = steps, dropout
+        sublayers = [sublayer for step in steps for sublayer in step]
+        paths = [path for sublayer in sublayers for path in (sublayer.norm, *sublayer.modules)]
         for name, module in layer.named_children():
             if name in paths:
                 self.add_module(name, module)
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
-        norms = {branch.norm: self.get_submodule(branch.norm) for branch in branches}
+        norms = {sublayer.norm: self.get_submodule(sublayer.norm) for sublayer in sublayers}
         for index, step in enumerate(steps):
-            for branch in step:
-                for path in branch.inputs:
-                    _narrow(self, path, inputs=widths[index], bias=getattr(norms[branch.norm], "bias", None) is not None)
-                _narrow(self, branch.output, outputs=widths[index + 1])
+            for sublayer in step:
+                for path in sublayer.inputs:
+                    _narrow(self, path, inputs=widths[index], bias=getattr(norms[sublayer.norm], "bias", None) is not None)
+                _narrow(self, sublayer.output, outputs=widths[index + 1])
         for path, norm in norms.items():
             self.set_submodule(path, Normalize(hidden_size, norm_eps(norm)))
         self.shortcuts = nn.ModuleList(
@@ -196,9 +195,9 @@ class SlicedLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Float[Tensor, "sample token before"], **arguments: Any) -> Tensor:
         for step, shortcut in zip(self.steps, self.shortcuts, strict=True):
             result = shortcut(hidden_states)
-            for branch in step:
-                normed = self.get_submodule(branch.norm)(hidden_states)
-                added = branch_output(self, branch, normed, arguments)
+            for sublayer in step:
+                normed = self.get_submodule(sublayer.norm)(hidden_states)
+                added = sublayer_output(self, sublayer, normed, arguments)
                 result = result + functional.dropout(added, self.dropout, self.training)
             hidden_states = result
         return hidden_states
@@ -210,16 +209,16 @@ def _layer_class(dense: type[nn.Module]) -> type[SlicedLayer]:
 
 
 def _narrow(module: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, bias: bool = False) -> None:
-    """Put an unset linear map of other widths in the place of the one at `path`."""
+    """Replace the linear map at `path` by one of other widths, without values."""
     old = module.get_submodule(path)
     new = nn.Linear(inputs or old.in_features, outputs or old.out_features, bias=bias or old.bias is not None)
     module.set_submodule(path, new)
 
 
-def _narrow_model(model: PreTrainedModel, wiring: Architecture, config: PreTrainedConfig) -> None:
+def _narrow_model(model: PreTrainedModel, architecture: Architecture, config: PreTrainedConfig) -> None:
     """Replace the modules of a model of the dense family, in place, by those its `config.slicing` describes."""
     size = config.hidden_size
-    steps = wiring.steps(config)
+    steps = architecture.steps(config)
     n_steps = len(steps)
     widths = positions(config.slicing["widths"], n_steps, size)
     shortcuts = config.slicing["shortcuts"]
@@ -228,31 +227,31 @@ def _narrow_model(model: PreTrainedModel, wiring: Architecture, config: PreTrain
             f"the slicing of this configuration is that of {len(config.slicing['widths'])} layers and {len(shortcuts)} "
             f"shortcuts, the model has {config.num_hidden_layers} layers: remove layers first, then slice what is left"
         )
-    for path in wiring.embeddings:
+    for path in architecture.embeddings:
         table = model.get_submodule(path)
         table.weight = nn.Parameter(torch.empty(table.num_embeddings, widths[0]))
         table.embedding_dim = widths[0]
-    layers = model.get_submodule(wiring.layers)
-    dropout = float(getattr(config, wiring.dropout)) if wiring.dropout else 0.0
+    layers = model.get_submodule(architecture.layers)
+    dropout = float(getattr(config, architecture.dropout)) if architecture.dropout else 0.0
     for index, layer in enumerate(layers):
         first = index * n_steps
         layers[index] = _layer_class(type(layer))(
             layer, steps, widths[first : first + n_steps + 1], shortcuts[first : first + n_steps], size, dropout
         )
-    norm = model.get_submodule(wiring.final_norm)
-    _narrow(model, wiring.head, bias=getattr(norm, "bias", None) is not None)
-    model.set_submodule(wiring.final_norm, Normalize(size, norm_eps(norm)))
+    norm = model.get_submodule(architecture.final_norm)
+    _narrow(model, architecture.head, bias=getattr(norm, "bias", None) is not None)
+    model.set_submodule(architecture.final_norm, Normalize(size, norm_eps(norm)))
 
 
 @functools.cache
 def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Configuration and model class of a sliced family, registered with AutoModelForCausalLM."""
-    wiring = ARCHITECTURES[family]
+    architecture = ARCHITECTURES[family]
     dense_config = type(AutoConfig.for_model(family))
     dense_model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
 
     # Not a class statement: transformers makes it a dataclass that takes more than its fields, which type checks object to.
-    Config = type(f"Sliced{dense_config.__name__}", (dense_config,), {"model_type": MODEL_TYPE})
+    Config = type(f"Sliced{dense_config.__name__}", (dense_config,), {"model_type": SLICED_MODEL_TYPE})
 
     class Model(dense_model):
         config_class = Config
@@ -260,12 +259,15 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
 
         def __init__(self, config: Config):
             super().__init__(config)
-            _narrow_model(self, wiring, config)
+            _narrow_model(self, architecture, config)
             self.post_init()
 
     Model.__name__ = Model.__qualname__ = f"Sliced{dense_model.__name__}"
     AutoModelForCausalLM.register(Config, Model)
     return Config, Model
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
 
 
 def config_class(record: dict) -> type[PreTrainedConfig]:
@@ -277,4 +279,41 @@ def config_class(record: dict) -> type[PreTrainedConfig]:
     return classes(family)[0]
 
 
-register_model_type()
+def sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, *, shortcuts: str = "folded") -> PreTrainedConfig:
+    """Configuration of the model that `slice_model` makes of a dense one with this configuration.
+
+    Raises ValueError for a plan of another model, and UnsupportedModel for a family that cannot be sliced.
+    """
+    steps = len(architecture_of(config).steps(config))
+    if (plan.hidden_size, plan.n_layers) != (config.hidden_size, config.num_hidden_layers):
+        raise ValueError(
+            f"the plan is for {plan.n_layers} layers of width {plan.hidden_size}, this model has "
+            f"{config.num_hidden_layers} of width {config.hidden_size}"
+        )
+    record = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    record["slicing"] = asdict(plan) | {
+        "family": config.model_type,
+        "shortcuts": shortcut_kinds(positions(plan.widths, steps, plan.hidden_size), plan.hidden_size, shortcuts),
+        "tied": bool(config.tie_word_embeddings),
+    }
+    record["tie_word_embeddings"] = False
+    sliced = classes(config.model_type)[0].from_dict(record)
+    sliced._attn_implementation = config._attn_implementation
+    return sliced
+
+
+def dense_configuration(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of the dense model behind that of a sliced one."""
+    family_config = classes(config.slicing["family"])[0].__mro__[1]
+    left_out = ("model_type", "architectures", "slicing")
+    record = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    return family_config.from_dict(record | {"tie_word_embeddings": config.slicing["tied"]})
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, sliced or not, without its weights: on the meta device."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        if config.model_type == SLICED_MODEL_TYPE:
+            return classes(config.slicing["family"])[1](config)
+        return AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""How much of each layer's width is cut, as data: slice plans, and the schedules that make them. Numpy only, no model.
+"""How wide each layer is, as data: slice plans, and the schedules that make them. Numpy only, no model.
 
 A slice is the fraction of the residual stream's width D that a layer loses. `slice_percentage` (S_P) is the mean slice over the
 L layers, `slice_base` (S_B) the slice of the least redundant layer, both fractions of 1.
@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from prunelib.models.plans import _check_settings, _JsonPlan
+from prunelib.models.plans import JsonPlan, check_settings
 
 CAP = 0.9
-"""No layer loses more than this unless a schedule is told otherwise; what would go beyond is taken from the other layers."""
+"""No layer loses more than this unless a schedule is told otherwise; the other layers lose the difference."""
 
 
 @dataclass(frozen=True)
-class SlicePlan(_JsonPlan):
+class SlicePlan(JsonPlan):
     """Width of the residual stream at every decoder layer.
 
     hidden_size: width D of the dense model. widths: of each layer, 1 to D; the input of its attention and of its MLP are that
@@ -41,7 +41,7 @@ class SlicePlan(_JsonPlan):
         wrong = [(layer, width) for layer, width in enumerate(self.widths) if not 1 <= width <= self.hidden_size]
         if wrong:
             raise ValueError(f"widths must lie between 1 and {self.hidden_size}; (layer, width) that do not: {wrong}")
-        _check_settings(self.settings)
+        check_settings(self.settings)
 
     @property
     def n_layers(self) -> int:
@@ -67,28 +67,28 @@ def constant(
     hidden_size: int,
     slice_percentage: float | int,
     *,
-    spare: Sequence[int] = (),
+    keep_full: Sequence[int] = (),
     multiple: int = 1,
     rounding: str = "remainder",
 ) -> SlicePlan:
-    """Every layer loses the same (SliceGPT, arXiv 2401.15024), except that layers `spare` lose nothing and the others more.
+    """Every layer loses the same (SliceGPT, arXiv 2401.15024), except that layers `keep_full` lose nothing and the others more.
 
-    The mean slice is `slice_percentage` either way: ``spare=(0,)`` is the control for schedules that mostly spare layer 0.
+    The mean slice is `slice_percentage` either way: ``keep_full=(0,)`` is the control for schedules that mostly keep layer 0.
     Raises ValueError for layers that do not exist, for a slice that the others cannot take, and as `from_slices`.
     """
     _check_percentage(slice_percentage)
-    wrong = [layer for layer in spare if not 0 <= layer < n_layers]
-    if wrong or len(set(spare)) < len(spare):
-        raise ValueError(f"spare={list(spare)}: give distinct layers from 0 to {n_layers - 1}")
-    others = n_layers - len(spare)
+    wrong = [layer for layer in keep_full if not 0 <= layer < n_layers]
+    if wrong or len(set(keep_full)) < len(keep_full):
+        raise ValueError(f"keep_full={list(keep_full)}: give distinct layers from 0 to {n_layers - 1}")
+    others = n_layers - len(keep_full)
     if slice_percentage * n_layers > CAP * others:
         raise ValueError(
             f"a mean slice of {slice_percentage} over {n_layers} layers cannot be taken from {others} of them: "
             f"none may lose more than {CAP}"
         )
     slices = np.full(n_layers, slice_percentage * n_layers / max(others, 1))
-    slices[list(spare)] = 0.0
-    settings = {"slice_percentage": slice_percentage, "spare": list(spare)}
+    slices[list(keep_full)] = 0.0
+    settings = {"slice_percentage": slice_percentage, "keep_full": list(keep_full)}
     return from_slices(slices, hidden_size, multiple=multiple, rounding=rounding, method="constant", settings=settings)
 
 
@@ -115,33 +115,16 @@ def dynamic(
     )
 
 
-def dynamic_random(
-    redundancy: Float64[np.ndarray, "layer"],
-    hidden_size: int,
-    slice_percentage: float | int,
-    slice_base: float | int,
-    *,
-    seed: int,
-    **options: Any,
-) -> SlicePlan:
+def dynamic_random(redundancy: Float64[np.ndarray, "layer"], *sizes: float | int, seed: int, **options: Any) -> SlicePlan:
     """Control: the slices of `dynamic`, given to the layers in a random order drawn from `seed`."""
     shuffled = np.random.default_rng(seed).permutation(redundancy)
-    options |= {"method": "layer_redundancy_random", "settings": {"seed": seed}}
-    return dynamic(shuffled, hidden_size, slice_percentage, slice_base, **options)
+    return dynamic(shuffled, *sizes, **options, method="layer_redundancy_random", settings={"seed": seed})
 
 
-def dynamic_inverted(
-    redundancy: Float64[np.ndarray, "layer"],
-    hidden_size: int,
-    slice_percentage: float | int,
-    slice_base: float | int,
-    **options: Any,
-) -> SlicePlan:
+def dynamic_inverted(redundancy: Float64[np.ndarray, "layer"], *sizes: float | int, **options: Any) -> SlicePlan:
     """Control: `dynamic` of 1 - redundancy, so that the least redundant layers lose most."""
     _check_redundancy(redundancy)
-    return dynamic(
-        1 - redundancy, hidden_size, slice_percentage, slice_base, **options | {"method": "layer_redundancy_inverted"}
-    )
+    return dynamic(1 - redundancy, *sizes, **options, method="layer_redundancy_inverted")
 
 
 def from_slices(
@@ -181,7 +164,7 @@ def redundancy_slices(
 ) -> Float64[np.ndarray, "layer"]:
     """SLR_l = v_l (S_P - S_B) / mean(v), v the min-max of the redundancy: what a layer loses beyond the slice base.
 
-    Equal redundancies leave nothing to share out by: then every layer's is S_P - S_B, which makes a constant schedule.
+    Where all redundancies are equal, every layer's is S_P - S_B, which makes a constant schedule.
 
     Raises ValueError unless 0 <= S_B <= S_P < 1 and all redundancies lie in [0, 1], 1 = most redundant. (Block influence,
     which the released code prints where its README asks for redundancies, has the opposite sense and mostly other values.)
@@ -219,7 +202,7 @@ def final_slices(
 
 
 def _filled(slices: Float64[np.ndarray, "layer"], cap: float, mean: float) -> Float64[np.ndarray, "layer"]:
-    """min(slices + t, cap) with the t >= 0 that gives the mean, found exactly: capped layers only ever become more."""
+    """min(slices + t, cap) with the t >= 0 that gives the mean, found exactly: a capped layer stays capped as t grows."""
     capped = slices > cap
     while True:
         if capped.all():
@@ -239,7 +222,7 @@ def _check_percentage(slice_percentage: float | int) -> None:
 def _check_redundancy(redundancy: Float64[np.ndarray, "layer"]) -> None:
     if not len(redundancy) or not bool(((redundancy >= 0) & (redundancy <= 1)).all()):
         raise ValueError(
-            "layer redundancies lie between 0 and 1, 1 = most redundant (prunelib.criteria.similarity.layer_redundancy); "
+            "layer redundancies lie between 0 and 1, 1 = most redundant (prunelib.slicing.layer_redundancy); "
             f"raw importances are not redundancies; got {redundancy.tolist()}"
         )
 
@@ -248,8 +231,8 @@ def _check_redundancy(redundancy: Float64[np.ndarray, "layer"]) -> None:
 
 
 def _remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
-    # Rounded sums: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. Their sum is rounded on its own, since
-    # one of n + 1/2, as bisection meets it, would else go either way with the sums of another processor.
+    # Rounded first: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. The sum is rounded on its own, since
+    # one of n + 1/2, as bisection meets it, would otherwise depend on the order in which a processor adds.
     exact = np.round(units, 9)
     whole = np.floor(exact).astype(np.int64)
     missing = round(round(float(exact.sum()), 6)) - int(whole.sum())
@@ -257,18 +240,10 @@ def _remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"
     return whole
 
 
-def _nearest(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
-    return np.round(units).astype(np.int64)
-
-
-def _down(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
-    return np.floor(np.round(units, 9)).astype(np.int64)
-
-
 ROUNDINGS: dict[str, Callable[[Float64[np.ndarray, "layer"]], Int64[np.ndarray, "layer"]]] = {
     "remainder": _remainder,
-    "nearest": _nearest,
-    "down": _down,
+    "nearest": lambda units: np.round(units).astype(np.int64),
+    "down": lambda units: np.floor(np.round(units, 9)).astype(np.int64),
 }
 """From wanted to whole widths. "remainder" keeps the sum, giving the units left over to the largest remainders (first layers
 first); "nearest" rounds each layer by itself, half to even, as DynamicSlicing does; "down" as SliceGPT does."""

@@ -10,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunelib.criteria.similarity import block_influence, layer_redundancy, statistics
-from prunelib.slicing import schedules
-from prunelib.slicing.schedules import SlicePlan, constant, dynamic, dynamic_inverted, dynamic_random, final_slices, from_slices
+from prunelib.criteria import statistics
+from prunelib.criteria.similarity import block_influence
+from prunelib.slicing import (
+    SlicePlan,
+    constant,
+    dynamic,
+    dynamic_inverted,
+    dynamic_random,
+    final_slices,
+    from_slices,
+    layer_redundancy,
+    schedules,
+)
 
 PLAN = SlicePlan(32, (32, 24, 20), "given", {"slices": [0.0, 0.25, 0.4], "note": "×"})
 TOY = np.array([0.0, 7, 8, 9, 6]) / 9  # 1 - min-max of the importances 10, 3, 2, 1, 4
@@ -107,15 +117,15 @@ def test_what_exceeds_the_cap_is_shared_out():
     assert twice[1] - twice[0] == pytest.approx(0.24)
 
 
-def test_a_constant_schedule_can_spare_layers():
-    plan = constant(4, 1000, 0.3, spare=(0,))
+def test_a_constant_schedule_can_keep_layers():
+    plan = constant(4, 1000, 0.3, keep_full=(0,))
     assert plan.widths == (1000, 600, 600, 600)
     assert plan.mean_slice == pytest.approx(0.3)
-    assert plan.settings["spare"] == [0]
+    assert plan.settings["keep_full"] == [0]
     with pytest.raises(ValueError, match=r"none may lose more than 0\.9"):
-        constant(4, 1000, 0.7, spare=(0,))
+        constant(4, 1000, 0.7, keep_full=(0,))
     with pytest.raises(ValueError, match=r"distinct layers from 0 to 3"):
-        constant(4, 1000, 0.3, spare=(4,))
+        constant(4, 1000, 0.3, keep_full=(4,))
 
 
 def test_rounding_down_is_the_one_of_slicegpt():
@@ -186,14 +196,14 @@ def test_layer_redundancy(tiny_llama):
 def test_normalizations_that_one_layer_does_not_rule(tiny_llama, monkeypatch):
     stats = statistics.collect(tiny_llama, torch.randint(0, 97, (2, 16)), progress=False)
     influence = np.array([0.95, 0.12, 0.10, 0.08, 0.08, 0.14])
-    monkeypatch.setattr("prunelib.criteria.similarity.block_influence", lambda stats, tokens: influence)
+    monkeypatch.setattr("prunelib.slicing.redundancy.block_influence", lambda stats, tokens: influence)
     published = layer_redundancy(stats)
     assert published[1:].min() > 0.9  # layer 0 takes nearly the whole range
     assert layer_redundancy(stats, normalize="rank") == pytest.approx([0, 4 / 9, 6 / 9, 1, 1, 2 / 9])
     clipped = layer_redundancy(stats, normalize="clipped", quantile=0.2)
     assert clipped == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 0])
     assert influence[0] == 0.95  # not changed in place
-    monkeypatch.setattr("prunelib.criteria.similarity.block_influence", lambda stats, tokens: np.full(6, 0.3))
+    monkeypatch.setattr("prunelib.slicing.redundancy.block_influence", lambda stats, tokens: np.full(6, 0.3))
     for name in ("minmax", "rank", "clipped"):
         assert (layer_redundancy(stats, normalize=name) == 1).all()
     with pytest.raises(ValueError, match="unknown normalize 'softmax'; there are: minmax, rank, clipped"):

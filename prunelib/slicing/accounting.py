@@ -1,0 +1,108 @@
+"""Parameters and FLOPs of dense, shallower and sliced models, counted on models without weights: nothing is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prunelib.models import parameter_count
+from prunelib.models.architectures import SLICED_MODEL_TYPE
+from prunelib.slicing.modeling import Diagonal, SlicedLayer, dense_configuration, empty_model, sliced_configuration
+from prunelib.slicing.schedules import SlicePlan
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters and FLOPs of a model beside those of its dense one. FLOPs are per token; a multiply-add is two.
+
+    parameters includes `shortcut_parameters`, and the head, which slicing unties from the embeddings. FLOPs are those of the
+    linear maps, head and shortcuts included, and of attention over `context` earlier tokens; norms, activations and the
+    embedding look-up are not counted.
+    """
+
+    dense_parameters: int
+    parameters: int
+    shortcut_parameters: int
+    dense_flops: int
+    flops: int
+    context: int
+
+    @property
+    def removed(self) -> float:
+        """Fraction of the parameters that is really gone; negative where shortcuts (or the untied head) outweigh the cuts."""
+        return 1 - self.parameters / self.dense_parameters
+
+    @property
+    def flops_removed(self) -> float:
+        """Fraction of the FLOPs that is really gone."""
+        return 1 - self.flops / self.dense_flops
+
+
+def count_parameters(
+    config: PreTrainedConfig, plan: SlicePlan | None = None, *, shortcuts: str = "folded", context: int = 0
+) -> ParameterCount:
+    """Parameters and FLOPs per token of a dense model, of a sliced one, or of a dense one as `plan` would slice it.
+
+    Raises ValueError when the plan does not fit, and UnsupportedModel for a plan of a family that cannot be sliced.
+    """
+    dense_config = config
+    if config.model_type == SLICED_MODEL_TYPE:
+        if plan is not None:
+            raise ValueError("this configuration is of a sliced model, which has its plan: give none, or the dense one")
+        dense_config = dense_configuration(config)
+    elif plan is not None:
+        config = sliced_configuration(config, plan, shortcuts=shortcuts)
+    dense = empty_model(dense_config)
+    counted = dense if config is dense_config else empty_model(config)
+    added = [layer.shortcuts for layer in counted.modules() if isinstance(layer, SlicedLayer)]
+    return ParameterCount(
+        dense_parameters=parameter_count(dense),
+        parameters=parameter_count(counted),
+        shortcut_parameters=sum(map(parameter_count, added)),
+        dense_flops=_flops(dense, context),
+        flops=_flops(counted, context),
+        context=context,
+    )
+
+
+def plan_of_size(
+    config: PreTrainedConfig,
+    removed: float | int,
+    schedule: Callable[[float], SlicePlan],
+    *,
+    shortcuts: str = "folded",
+    highest: float = 0.85,
+    tolerance: float = 1e-3,
+) -> SlicePlan:
+    """The plan of a schedule that removes this fraction of a dense model's parameters, shortcuts included, to `tolerance`.
+
+    `schedule` makes a plan of a slice percentage: ``lambda s: constant(32, 4096, s)``. The smallest one that removes enough is
+    found by bisection up to `highest`. Raises ValueError when even that does not remove so much.
+    """
+
+    def removed_by(plan: SlicePlan) -> float:
+        return count_parameters(config, plan, shortcuts=shortcuts).removed
+
+    low, high, plan = 0.0, highest, schedule(highest)
+    found = removed_by(plan)
+    if not 0 <= removed <= found:
+        raise ValueError(f"removed={removed}: this schedule removes 0 to {found:.3f} of the parameters, at slices up to {high}")
+    while found - removed > tolerance and high - low > 1e-4:
+        middle = (low + high) / 2
+        candidate = schedule(middle)
+        share = removed_by(candidate)
+        if share >= removed:
+            high, plan, found = middle, candidate, share
+        else:
+            low = middle
+    return plan
+
+
+def _flops(model: PreTrainedModel, context: int) -> int:
+    config = model.config
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    diagonal = sum(module.weight.numel() for module in model.modules() if isinstance(module, Diagonal))
+    return linear + diagonal + 4 * context * heads * head_size * config.num_hidden_layers
