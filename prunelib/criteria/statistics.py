@@ -6,7 +6,6 @@ All sums run over tokens, in float64, for every pair of states at once, so block
 MSSD, MASD (with or without division by the width) and relative magnitude all follow from a single pass.
 """
 
-import inspect
 import json
 import os
 import warnings
@@ -22,12 +21,13 @@ import safetensors.numpy
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.io import replacing
-from prunelib.models import check_vocabulary, decoder_layers, final_norm, memory
+from prunelib.models import check_vocabulary, final_norm, memory
+from prunelib.models.layerwise import LayerwiseModel
 
 SUBSETS = ("all", "without_first", "last")
 """Axis 0 of every array of `LayerStats`: all real tokens; all but the first real token of each sample (which often carries
@@ -160,16 +160,13 @@ def collect(
     check_vocabulary(model, windows)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    layers = decoder_layers(model)
-    backbone = _backbone(model, layers)
-    device = model.get_input_embeddings().weight.device
+    engine, states = LayerwiseModel(model), _States()
     total = None
     starts = range(0, len(windows), batch_size)
-    with torch.inference_mode(), _recording(layers) as recorder:
+    with torch.inference_mode():
         for batch, start in enumerate(tqdm(starts, desc="layer statistics", unit="batch", disable=not progress)):
             rows = slice(start, min(start + batch_size, len(windows)))
-            backbone(**inputs_of(backbone, windows[rows].to(device), mask[rows]))
-            stats = from_states(recorder.take(), mask[rows])
+            stats = from_states(states.of(engine, windows[rows], mask[rows]), mask[rows])
             check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
             total = stats if total is None else total + stats
     return total
@@ -191,27 +188,16 @@ def influence_through_final_norm(
     checked_mask(windows, None)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    layers, norm = decoder_layers(model), final_norm(model)
-    backbone = _backbone(model, layers)
-    device = model.get_input_embeddings().weight.device
-    pair: dict[str, Tensor] = {}
-    handles = (
-        layers[-1].register_forward_pre_hook(
-            lambda _, args, kwargs: pair.update(before=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        ),
-        norm.register_forward_hook(lambda _, args, output: pair.update(after=output)),
-    )
-    total = 0.0
-    try:
-        with torch.inference_mode():
-            starts = range(0, len(windows), batch_size)
-            for start in tqdm(starts, desc="influence through the final norm", unit="batch", disable=not progress):
-                backbone(input_ids=windows[start : start + batch_size].to(device), use_cache=False)
-                cosine = torch.cosine_similarity(pair["before"].double(), pair["after"].double(), dim=-1)
-                total += float(cosine.sum())
-    finally:
-        for handle in handles:
-            handle.remove()
+    engine, norm, total = LayerwiseModel(model), final_norm(model), 0.0
+    starts = range(0, len(windows), batch_size)
+    with torch.inference_mode():
+        for start in tqdm(starts, desc="influence through the final norm", unit="batch", disable=not progress):
+            hidden = engine.embed(windows[start : start + batch_size])
+            for index in range(engine.n_layers - 1):
+                hidden = engine.run_layer(index, hidden)
+            before = hidden.double()
+            after = norm(engine.run_layer(engine.n_layers - 1, hidden)).double()
+            total += float(torch.cosine_similarity(before, after.to(before.device), dim=-1).sum())
     if not np.isfinite(total):
         raise RuntimeError("NaN or infinity around the last layer; check the weights, or use a dtype of wider range")
     return 1 - total / windows.numel()
@@ -226,7 +212,7 @@ def from_states(
     """Statistics of L + 1 given hidden states, reduced in chunks of tokens whose float64 copy stays in cache.
 
     `mask` is on the CPU, true on real tokens. The work is done where the states are, or on `device`, to which they go chunk by
-    chunk. NaN and infinity pass through into the sums. On a CUDA device the kernel of `prunelib.criteria.fused` does most of it.
+    chunk. NaN and infinity pass through into the sums. On a CUDA device `prunelib.criteria.fused` does most of it.
     """
     mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
     device, (n_states, width) = device or states.device, states.shape[2:]
@@ -312,84 +298,39 @@ def checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample t
     return mask
 
 
-def _backbone(model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
-    """The model without its LM head, which the statistics do not need; the model itself where that cannot be told apart."""
-    return model.base_model if any(module is layers for module in model.base_model.modules()) else model
-
-
-def inputs_of(
-    backbone: nn.Module, tokens: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
-) -> dict[str, Tensor | bool]:
-    """What the model without its head is called with: ids, and where something is padded a mask and positions."""
-    inputs = {"input_ids": tokens, "use_cache": False}
-    if not bool(mask.all()):
-        inputs["attention_mask"] = mask.long().to(tokens.device)
-        if "position_ids" in inspect.signature(backbone.forward).parameters:
-            # Left padding must not shift the positions of the real tokens.
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    return inputs
-
-
-class _Recorder:
-    """The hidden states of one batch as the layers see them: the inputs of all layers and the output of the last.
+class _States:
+    """The hidden states of one batch: the inputs of all layers and the output of the last, before the final norm.
 
     Each is copied as it appears into one buffer that all batches share. Keeping the tensors themselves costs no copy but
-    makes the forward pass allocate fresh memory for every layer, which measured 10% slower on a CPU; and a later layer that
+    makes the forward pass allocate new memory for every layer, which measured 10% slower on a CPU; and a later layer that
     works in place cannot change the copy.
     """
 
-    def __init__(self, n_states: int):
-        self.n_states = n_states
-        self.seen = 0
+    def __init__(self):
         self.buffer: Tensor | None = None
-        self.output: Tensor | None = None
 
-    def store(self, state: Float[Tensor, "sample token dim"]) -> None:
-        if self.seen == self.n_states:
-            raise RuntimeError(f"the forward pass called more than the model's {self.n_states - 1} decoder layers")
-        shape = (*state.shape[:2], self.n_states, state.shape[2])
-        if self.seen == 0 and (self.buffer is None or self.buffer.shape != shape):
+    def of(
+        self, engine: LayerwiseModel, ids: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
+    ) -> Float[Tensor, "sample token state dim"]:
+        """The states of these windows; the next call overwrites them."""
+        hidden = engine.embed(ids, mask)
+        self._store(0, hidden, engine.n_layers + 1)
+        for index in range(engine.n_layers):
+            hidden = engine.run_layer(index, hidden)
+            self._store(index + 1, hidden, engine.n_layers + 1)
+        return self.buffer
+
+    def _store(self, index: int, state: Float[Tensor, "sample token dim"], n_states: int) -> None:
+        shape = (*state.shape[:2], n_states, state.shape[2])
+        if index == 0 and (self.buffer is None or self.buffer.shape != shape):
             if state.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
                 self.buffer = torch.empty(shape, dtype=state.dtype)
             else:  # each state one piece of memory, which is copied fastest
-                whole = torch.empty((self.n_states, *state.shape), dtype=state.dtype, device=state.device)
+                whole = torch.empty((n_states, *state.shape), dtype=state.dtype, device=state.device)
                 self.buffer = whole.permute(1, 2, 0, 3)
         # Some models widen the residual stream on the way.
         self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, state.dtype))
-        self.buffer[:, :, self.seen].copy_(state)
-        self.seen += 1
-
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of every layer."""
-        self.store(args[0] if args else kwargs["hidden_states"])
-
-    def after(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        """Forward hook of every layer."""
-        # Decoder layers return a tensor in transformers 5 and a tuple before; [0] of a tensor would be the first sample.
-        self.output = output[0] if isinstance(output, tuple) else output
-
-    def take(self) -> Float[Tensor, "sample token state dim"]:
-        """The states of the pass that just ended; the next pass overwrites them."""
-        if self.seen != self.n_states - 1:
-            raise RuntimeError(f"the forward pass called {self.seen} decoder layers where the model has {self.n_states - 1}")
-        self.store(self.output)
-        self.seen, self.output = 0, None
-        return self.buffer
-
-
-@contextmanager
-def _recording(layers: nn.ModuleList) -> Iterator[_Recorder]:
-    recorder = _Recorder(len(layers) + 1)
-    handles = []
-    try:
-        # A module may stand in two slots of a view of the model; it must not be hooked twice.
-        for layer in dict.fromkeys(layers):
-            handles.append(layer.register_forward_pre_hook(recorder.before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(recorder.after))
-        yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
+        self.buffer[:, :, index].copy_(state)
 
 
 def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset real"]:
