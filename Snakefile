@@ -12,6 +12,7 @@ with `--forcerun selection blocks …`.
 """
 
 import json
+import shlex
 import sys
 from glob import glob
 from pathlib import Path
@@ -132,7 +133,9 @@ for stem, entry in DRAWN.items():
         name: f"figure_{stem}"
         input: runs=inputs(entry), published=sorted(glob("data/published/*.csv"))
         output: files(stem)
-        params: arguments=profiles.arguments(sources(entry)), folder=PROFILE.figures
+        params:
+            arguments=" ".join(shlex.quote(f"{name}={json.dumps(value)}") for name, value in sources(entry).items()),
+            folder=PROFILE.figures,
         retries: PROFILE.retries or None
         resources: **DRAWING
         shell: f"{{PYTHON:q}} -m prunelib.figures {stem} {{params.folder:q}} {{params.arguments}}"

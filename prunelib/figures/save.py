@@ -194,11 +194,15 @@ def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
     if missing:
         raise FigureError(f"`rows` has no column {', '.join(sorted(missing))}: give rows of results, published ones apart")
     places = (*PATHS, "figures")
-    settings = {name: value for name, value in chapter.parameters.items() if name not in places and not _is_place(value)}
+    settings = {
+        name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+        for name, value in chapter.parameters.items()
+        if name == "model" or (name not in places and not _is_place(value))
+    }
     return {
         "function": f"{draw.__module__}.{draw.__qualname__}",
         "drawing_code_sha256": _drawing_code(draw.__module__),
-        "parameters": settings,
+        "parameters": dict(sorted(settings.items())),
         "inputs": {from_root(at_root(path)): file_sha256(at_root(path)) for path in sorted(drawing.published)},
         "runs": sorted(drawing.rows["run"].dropna().unique().tolist()),
         "run_code": sorted(drawing.rows["code"].dropna().unique().tolist()),
