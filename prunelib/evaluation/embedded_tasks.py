@@ -1,24 +1,19 @@
 """Multiple-choice items from held-out docstrings: the tasks that run where there is no hub.
 
 All come from the ``evaluation`` split of the embedded corpus ``pydocs``, which no reference model was trained on; few-shot
-examples, where asked for, come in the same way from its ``calibration`` split. They were fixed by reasoning, before any pruned
-model was run on them. Three have four choices (chance 25 %) and score texts of the corpus itself:
+examples come in the same way from its ``calibration`` split. They were fixed before any pruned model was run on them. Three
+have four choices (chance 25 %) and score texts of the corpus:
 
 - ``pydocs_next_line``: some lines of a docstring → its true next line. The other choices are lines of the same docstring that
-  meet the same conditions as the answer, so neither the topic nor the form of a line gives the answer away.
-- ``pydocs_summary``: which of four one-line summaries stood before this paragraph? The others come from the nearest modules of
-  the same package.
-- ``pydocs_parameter``: which of four parameters (``name : type``) is described here? All four stand in the same docstring.
+  meet the same conditions, so neither the topic nor the form of a line gives the answer away.
+- ``pydocs_summary``: which of four one-line summaries stood before this paragraph? The others come from the nearest modules.
+- ``pydocs_parameter``: which of four parameters (``name : type``) of one docstring is described here?
 
-In the last two the scored text is the same for every choice and only what precedes it differs: neither the length nor the
-commonness of a choice can decide. Two more ask in a prompt, as MMLU and BoolQ do, and score the name of the answer:
+In the last two the scored text is the same for every choice: neither the length nor the commonness of a choice can decide. Two
+more ask in a prompt, as MMLU and BoolQ do: ``pydocs_letters`` lists the choices of ``pydocs_summary`` as A to D and scores the
+letter (chance 25 %); ``pydocs_yes_no`` asks whether a summary belongs to a paragraph (yes is right for exactly half of them).
 
-- ``pydocs_letters``: the questions of ``pydocs_summary``, the choices listed as A to D; the letter is scored (chance 25 %).
-- ``pydocs_yes_no``: does this summary belong to this paragraph? Either its own or the nearest of the distractors above; yes is
-  right exactly as often as no (chance 50 %, and no constant answer does better).
-
-Everything follows from names and texts by sha256: the same corpus gives the same items,
-in the same order, with the answer at the same place.
+Everything follows from names and texts by sha256: the same corpus gives the same items in the same order.
 """
 
 import hashlib
@@ -45,10 +40,9 @@ SUMMARY = 100
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question: ``query`` precedes each of ``choices``, or each of them precedes the same ``continuation``.
 
-    Either ``query`` precedes each of ``choices`` (and ``continuation`` is empty), or each of ``choices`` precedes the same
-    ``continuation`` (and ``query`` is empty). ``document`` names the docstring: items of one docstring are not independent.
+    ``document`` names the docstring: items of one docstring are not independent.
     """
 
     document: str
@@ -82,9 +76,8 @@ def _from_corpus(task: str, split: str, modified: int) -> tuple[Item, ...]:
 
 
 def build(task: str, documents: Sequence[pydocs.Document]) -> tuple[Item, ...]:
-    """At most `ITEMS` items of one task from the given documents: those whose hash is lowest, in the order of the hash."""
-    found = sorted(BUILDERS[task](documents), key=lambda item: _hash(task, item.document, *item.choices))
-    return tuple(found[:ITEMS])
+    """At most `ITEMS` items of one task from the given documents, those whose hash is lowest."""
+    return tuple(sorted(BUILDERS[task](documents), key=lambda item: _hash(task, item.document, *item.choices))[:ITEMS])
 
 
 def digest(found: Sequence[Item]) -> str:

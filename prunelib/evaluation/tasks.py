@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -354,7 +355,7 @@ def _evaluate(
         )
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder")
-    with _quiet(), _generators(seed):
+    with _seeded(seed):
         from lm_eval import evaluator
 
         tasks, leaves, sources = _loaded(names, None if data_dir is None else Path(data_dir), num_fewshot)
@@ -414,20 +415,22 @@ def _language_model(model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet],
             texts = [(context + continuation, continuation) for _, context, continuation in requests]
             self.truncated += sum(len(text) > self.max_length + 1 for text, _ in texts)
             asked = [Continuation(tuple(text[-(self.max_length + 1) : -1]), tuple(scored)) for text, scored in texts]
-            how = {"batch_size": batch_size, "softmax_dtype": self.softmax_dtype, "progress": progress and not disable_tqdm}
+            how = {"batch_size": batch_size, "softmax_dtype": self.softmax_dtype, "progress": progress}
             self.latest = layer_set_likelihoods(self.model, asked, sets, **how)
             return self.latest[self.removed]
 
         def generate_until(self, requests, disable_tqdm=False):
             return super().generate_until(requests, disable_tqdm=disable_tqdm or not progress)
 
-    lm = InMemory(pretrained=model, tokenizer=_with_bos(tokenizer) if bos else copy.deepcopy(tokenizer), add_bos_token=bos)
+    # A copy of the tokenizer: lm-eval gives it a pad token and turns its padding side around.
+    copied = _with_bos(tokenizer) if bos else copy.deepcopy(tokenizer)
+    lm = InMemory(pretrained=model, tokenizer=copied, batch_size=batch_size, add_bos_token=bos)
     lm.sets = list(sets)
     return lm
 
 
 def _with_bos(tokenizer):
-    """A copy (lm-eval gives it a pad token) that puts the BOS token before a text: some tokenizers never do by themselves."""
+    """A copy that puts the BOS token before a text: some tokenizers never do by themselves."""
     from tokenizers.processors import TemplateProcessing
 
     first, copied = tokenizer.bos_token, copy.deepcopy(tokenizer)
@@ -442,22 +445,9 @@ def _with_bos(tokenizer):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns about every setting that is made on purpose here."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _generators(seed: int) -> Iterator[None]:
-    """Seed the global generators that lm-eval draws from, and put them back."""
-    import random
-
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that lm-eval draws from, and put them back; keep it from warning of our settings."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         random.seed(seed)

@@ -3,18 +3,16 @@
 import hashlib
 import json
 import random
-import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunelib import models
-from prunelib.evaluation import embedded_tasks as docitems
-from prunelib.evaluation import tasks
+from prunelib.evaluation import embedded_tasks, tasks
+from prunelib.evaluation.intervals import McNemar
 from prunelib.evaluation.tasks import TaskResult, TaskResults, evaluate_layer_sets, evaluate_tasks
 from prunelib.io import project_root
 
@@ -47,25 +45,6 @@ def small() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def small_neox() -> GPTNeoXForCausalLM:
-    """The same in another family, whose layers the rotary positions reach in another way."""
-    config = GPTNeoXConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return GPTNeoXForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
 def stories():
     """A real tiny model with a Llama tokenizer, which puts BOS before every text by itself."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260k"
@@ -82,7 +61,7 @@ def scripted(monkeypatch, small, tokenizer):
         from lm_eval.api.model import LM
 
         class Scripted(LM):
-            max_length, truncated = 512, 0
+            max_length, truncated, sets, answers = 512, 0, [()], None
 
             def loglikelihood(self, requests, disable_tqdm=False):
                 return [(score(request), False) for request in requests]
@@ -107,8 +86,8 @@ def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(s
     assert [(result.task, result.n, result.acc) for result in right.tasks.values()] == [
         (name, 40, 1.0) for name in tasks.EMBEDDED
     ]
-    assert right["pydocs_next_line"].acc_norm == 1.0
-    assert right["pydocs_summary"].acc_norm is None  # one text is scored for all choices: there is nothing to normalize
+    assert right["pydocs_next_line"].value("acc_norm") == 1.0
+    assert "acc_norm" not in right["pydocs_summary"].scores  # one text is scored for all choices: there is nothing to normalize
     wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=40)
     assert [result.acc for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
 
@@ -138,12 +117,12 @@ def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
         assert here[name] == there[name]
     dense = evaluate_tasks(small, tokenizer, "embedded", bos=True, limit=12, progress=False)
     assert any(dense[name].predicted != here[name].predicted for name in tasks.EMBEDDED)
-    kept = json.loads(json.dumps(here.to_json()))
-    assert tasks.compare(TaskResults.from_json(kept), dense) == tasks.compare(here, dense)
-    assert TaskResults.from_json(kept).rows() == here.rows()
+    assert json.loads(json.dumps(here.to_json()))["tasks"][0]["scores"]["acc"].count("1") == sum(
+        here["pydocs_next_line"].scores["acc"]
+    )
     differences = tasks.compare(here, dense)
     assert [entry.task for entry in differences] == [*tasks.EMBEDDED, "average"]
-    assert differences[0].difference.difference == pytest.approx(here["pydocs_next_line"].acc - dense["pydocs_next_line"].acc)
+    assert differences[0].difference.value == pytest.approx(here["pydocs_next_line"].acc - dense["pydocs_next_line"].acc)
 
 
 def test_bos_is_there_or_not_whatever_the_tokenizer_does(small, tokenizer, stories):
@@ -152,7 +131,7 @@ def test_bos_is_there_or_not_whatever_the_tokenizer_does(small, tokenizer, stori
     for model, words in ((small, tokenizer), stories):
         plain = words.encode("a tree", add_special_tokens=False)
         for bos in (True, False):
-            lm = tasks._language_model(model, words, bos, 4, False)
+            lm = tasks._language_model(model, words, [()], bos, 4, False)
             wanted = [words.bos_token_id, *plain] if bos else plain
             assert lm.tok_encode("a tree") == wanted
             assert lm.tok_encode(words.bos_token + "a tree")[:2] == [words.bos_token_id, *plain][:2]
@@ -170,22 +149,13 @@ def test_settings_are_stated_and_the_callers_generators_left_alone(small, tokeni
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
     state = random.getstate()  # not around a whole call: the type checks of the tests draw from this generator
-    with tasks._generators(9):
+    with tasks._seeded(9):
         assert random.random() == random.Random(9).random()
     assert state == random.getstate()
     settings = results.settings
     assert settings["bos"] is False and settings["limit"] == 3 and settings["num_fewshot"] == 0
     assert settings["seeds"] == {"random": 9, "numpy": 9, "torch": 9, "fewshot": 9}
     assert settings["dtype"] == "float32" and settings["lm_eval"] and settings["truncated_requests"] == 0
-
-
-def test_one_answer_to_everything_is_right_half_of_the_time_on_yes_or_no(scripted):
-    result = scripted(lambda request: float(request.args[1] == " yes"), "pydocs_yes_no")["pydocs_yes_no"]
-    assert (result.n, result.acc, result.chance, result.best_constant) == (500, 0.5, 0.5, 0.5)
-    assert result.constant_answer == "yes"
-    letters = scripted(lambda request: float(request.args[1] == " C"), "pydocs_letters")["pydocs_letters"]
-    assert letters.constant_answer == "C" and letters.chance == 0.25
-    assert letters.acc < 0.28 and letters.best_constant < 0.28
 
 
 def test_examples_are_answered_questions_from_other_documents(scripted):
@@ -198,7 +168,7 @@ def test_examples_are_answered_questions_from_other_documents(scripted):
     names = [*tasks.EMBEDDED, *tasks.EMBEDDED_PROMPTS]
     results = scripted(keep, names, limit=3, num_fewshot=2)
     for name in names:
-        examples, items = docitems.items(name, "calibration"), docitems.items(name)
+        examples, items = embedded_tasks.items(name, "calibration"), embedded_tasks.items(name)
         between = {"pydocs_next_line": "\n", "pydocs_letters": " ", "pydocs_yes_no": " "}.get(name, "")
         told = {item.query + between + item.choices[item.label] + item.continuation for item in examples}
         for number, prompt in enumerate(prompts[name]):
@@ -217,13 +187,13 @@ def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path,
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    docitems.write(name, tmp_path / "build" / "tasks" / f"{name}.jsonl")
-    docitems.write(name, tmp_path / "build" / "tasks" / f"{name}_fewshot.jsonl", "calibration")
+    embedded_tasks.write(name, tmp_path / "build" / "tasks" / f"{name}.jsonl")
+    embedded_tasks.write(name, tmp_path / "build" / "tasks" / f"{name}_fewshot.jsonl", "calibration")
     monkeypatch.chdir(tmp_path)
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=small, tokenizer=tokenizer, batch_size=16),
         tasks=[name],
-        task_manager=tasks._task_manager(),
+        task_manager=tasks.task_manager(),
         num_fewshot=1,
         limit=12,
     )
@@ -232,42 +202,24 @@ def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path,
     assert ours.scores["acc"] == tuple(right) and 0 < sum(right) < 12
 
 
-def test_texts_that_two_tasks_split_in_two_ways_are_scored_in_both(small, tokenizer):
-    """lm-eval's own answer to the shorter continuation is that of other positions."""
-    lm = tasks._language_model(small, tokenizer, True, 4, False)
-    text = tokenizer.encode("The larger of two numbers is returned with its place in the list.")
-    requests = [(("", str(cut)), text[:cut], text[cut:]) for cut in (4, 8, 4, 11)]
-    requests.append((("", "other"), text[:4], [*text[4:-1], 7]))
-    with torch.inference_mode():
-        likelihood = small(torch.tensor([text])).logits[0].log_softmax(-1)
-    expected = []
-    for _, context, continuation in requests:
-        rows = likelihood[len(context) - 1 : len(context) + len(continuation) - 1]
-        expected.append(float(rows.gather(-1, torch.tensor(continuation)[:, None]).sum()))
-    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert [value for value, _ in answers] == pytest.approx(expected, rel=1e-5)
-
-
 # --- many sets of layers -------------------------------------------------------------------------------------------------
 
 SETS = [(), (1,), (0, 2), (0, 3)]
 
 
-@pytest.mark.parametrize("family", ["small", "small_neox"])
 @pytest.mark.parametrize(("bos", "shots"), [(True, 0), (False, 1)])
-def test_layer_sets_equal_one_pruned_model_at_a_time(request, tokenizer, family, bos, shots):
-    model, names = request.getfixturevalue(family), ["embedded", "embedded_prompts"]
-    settings = {"bos": bos, "limit": 10, "num_fewshot": shots, "batch_size": 8, "progress": False}
-    found = evaluate_layer_sets(model, tokenizer, names, [*SETS, (1,)], **settings)
+def test_layer_sets_equal_one_pruned_model_at_a_time(small, tokenizer, bos, shots):
+    names = ["embedded", "embedded_prompts"]
+    settings = {"bos": bos, "limit": 8, "num_fewshot": shots, "batch_size": 8, "progress": False}
+    found = evaluate_layer_sets(small, tokenizer, names, [*SETS, (1,)], **settings)
     assert list(found) == SETS
     for removed in SETS:
-        alone = evaluate_tasks(models.remove_layers(model, removed) if removed else model, tokenizer, names, **settings)
+        alone = evaluate_tasks(models.remove_layers(small, removed) if removed else small, tokenizer, names, **settings)
         assert found[removed].settings == alone.settings
         assert found[removed].tasks == alone.tasks  # scores, predictions, prompts, item by item
     assert len({found[removed][name].predicted for removed in SETS for name in tasks.EMBEDDED}) > 8  # the sets differ
     # 4 + 3 + 2 + 2 layers by themselves; together 0123, 023, 1(3), 1 2 behind the embeddings: 4 + 2 + 2 + 1.
     assert found.layer_forwards * 11 == found.layer_forwards_alone * 9
-    assert found.tokens < (0.6 if shots else 0.75) * found.tokens_alone
 
 
 def test_layer_sets_on_official_tasks_from_local_copies(stories, shared_data):
@@ -291,16 +243,6 @@ def test_layer_sets_on_official_tasks_from_local_copies(stories, shared_data):
     assert found[()]["arc_easy"] == evaluate_tasks(model, tokenizer, "arc_easy", **shots)["arc_easy"]
 
 
-def test_layer_sets_of_sublayers(small, tokenizer):
-    from prunelib.models.plans import SublayerPlan
-    from prunelib.models.sublayers import remove_sublayers
-
-    settings = {"bos": True, "limit": 10, "progress": False}
-    found = evaluate_layer_sets(small, tokenizer, "embedded", [(3,)], unit="sublayer", **settings)
-    pruned = remove_sublayers(small, SublayerPlan.from_units(4, (3,), "by hand"))
-    assert found[(3,)].tasks == evaluate_tasks(pruned, tokenizer, "embedded", **settings).tasks
-
-
 def test_layer_sets_refuse_what_they_cannot_do(small, tokenizer, tmp_path):
     def run(task_set, layer_sets, **settings):
         return evaluate_layer_sets(small, tokenizer, task_set, layer_sets, bos=True, progress=False, **settings)
@@ -308,12 +250,10 @@ def test_layer_sets_refuse_what_they_cannot_do(small, tokenizer, tmp_path):
     offline_copy(tmp_path / "xsum", test=[{"document": "A tree stood.", "summary": "A tree.", "id": "1"}])
     with pytest.raises(ValueError, match=r"'xsum' asks for generate_until.*evaluate_tasks"):
         run(["pydocs_summary", "xsum"], [(1,)], data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"removed layers \(4,\)"):
+    with pytest.raises(ValueError, match=r"removed \(4,\)"):
         run("embedded", [(1,), (4,)])
     with pytest.raises(ValueError, match="cannot remove 4 of 4 layers"):
         run("embedded", [(0, 1, 2, 3)])
-    with pytest.raises(ValueError, match="unknown unit 'head'"):
-        run("embedded", [(1,)], unit="head")
     with pytest.raises(ValueError, match="limit=0"):
         run("embedded", [(1,)], limit=0)
     assert run("pydocs_summary", [], limit=1) == {}
@@ -353,7 +293,7 @@ def test_fifty_items_of_piqa_equal_a_computation_by_hand(stories, shared_data, b
     assert result.predicted == tuple(predicted)
     assert result.answers == tuple(answers)
     assert result.acc == np.mean([p == a for p, a in zip(predicted, answers, strict=True)])
-    assert result.acc_norm == np.mean([p == a for p, a in zip(normed, answers, strict=True)])
+    assert result.value("acc_norm") == np.mean([p == a for p, a in zip(normed, answers, strict=True)])
     assert (result.n, result.chance) == (50, 0.5)
 
 
@@ -376,13 +316,13 @@ def test_equals_lm_evals_own_route(stories, shared_data):
     theirs = lm_eval.simple_evaluate(
         model=lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
         tasks=[{"group": "local", "task": [local]}],
-        task_manager=tasks._task_manager(),
+        task_manager=tasks.task_manager(),
         num_fewshot=1,
         limit=20,
         fewshot_random_seed=1234,
         log_samples=False,
     )["results"]["arc_easy"]
-    assert ours.acc == theirs["acc,none"] and ours.acc_norm == theirs["acc_norm,none"]
+    assert ours.acc == theirs["acc,none"] and ours.value("acc_norm") == theirs["acc_norm,none"]
     assert ours.stderr() == pytest.approx(theirs["acc_stderr,none"], rel=1e-12)
 
 
@@ -465,21 +405,15 @@ def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tm
 def test_every_task_of_every_set_resolves():
     for name, members in tasks.TASK_SETS.items():
         assert tasks.task_names(name) == members
-        leaves = {member: tasks._leaves(member, tasks._task_manager().task_index) for member in members}
+        leaves = {member: tasks.leaf_tasks(member, tasks.task_manager().task_index) for member in members}
         assert all(leaves.values())
-    assert len(tasks._leaves("mmlu", tasks._task_manager().task_index)) == 57
-    assert tasks._task_manager() is tasks._task_manager()
+    assert len(tasks.leaf_tasks("mmlu", tasks.task_manager().task_index)) == 57
+    assert tasks.task_manager() is tasks.task_manager()
 
 
 def test_without_hub_and_copy_there_is_one_clear_error(small, tokenizer):
     with pytest.raises(tasks.TaskError, match=r"openbookqa.*hub.*data_dir"):
         evaluate_tasks(small, tokenizer, "openbookqa", bos=True, progress=False)
-
-
-def test_a_missing_lm_eval_is_one_clear_error(small, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(tasks.TaskError, match=r"requirements\.lock"):
-        evaluate_tasks(small, tokenizer, "embedded", bos=True)
 
 
 def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
@@ -499,7 +433,7 @@ def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="evaluated items themselves"):
         run(num_fewshot=1)
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": \n')
-    with pytest.raises(ValueError, match=r"validation\.jsonl, line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"line 1 of validation\.jsonl is not valid JSON"):
         run()
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "Cut bread.", "label": 0}\n')
     with pytest.raises(ValueError, match=r"piqa.*reads the column 'sol1'"):
@@ -524,104 +458,27 @@ def test_averages_with_and_without_the_two_tasks():
         {"wsc": result("wsc", [1, 1, 0, 1]), "boolq": result("boolq", [0, 1]), "piqa": result("piqa", [0, 0, 1])}, {}
     )
     found = {average.label: average for average in three.averages()}
-    assert found["average"].value == pytest.approx((0.75 + 0.5 + 1 / 3) / 3)
-    assert found["average_without_wsc"].value == pytest.approx((0.5 + 1 / 3) / 2)
+    assert found["average"].interval.value == pytest.approx((0.75 + 0.5 + 1 / 3) / 3)
+    assert found["average_without_wsc"].interval.value == pytest.approx((0.5 + 1 / 3) / 2)
     assert found["average_without_boolq"].tasks == ("wsc", "piqa")
-    assert found["average_without_wsc_boolq"].value == pytest.approx(1 / 3)
-    assert all(average.low <= average.value <= average.high for average in found.values())
+    assert found["average_without_wsc_boolq"].interval.value == pytest.approx(1 / 3)
+    assert all(average.interval.low <= average.interval.value <= average.interval.high for average in found.values())
     assert three.averages() == three.averages()
     assert [row["metric"] for row in three.rows() if row["task"] == "all"][:3] == ["average", "average_low", "average_high"]
-    with pytest.raises(ValueError, match="no task is left"):
-        three.average(without=("wsc", "boolq", "piqa"))
     alone = TaskResults({"boolq": result("boolq", [0, 1])}, {})
     assert [average.label for average in alone.averages()] == ["average"]
-
-
-def test_the_interval_of_an_average_is_the_binomial_one():
-    rng = np.random.default_rng(0)
-    hits = [int(x) for x in rng.random(400) < 0.6]
-    average = TaskResults({"piqa": result("piqa", hits)}, {}).average(n=4000)
-    half = 1.96 * np.std(hits) / 20
-    assert average.low == pytest.approx(np.mean(hits) - half, abs=0.006)
-    assert average.high == pytest.approx(np.mean(hits) + half, abs=0.006)
-
-
-def test_mcnemar_golden_values():
-    def pair(both: int, only_a: int, only_b: int, neither: int):
-        a = [1] * (both + only_a) + [0] * (only_b + neither)
-        b = [1] * both + [0] * only_a + [1] * only_b + [0] * neither
-        return tasks.mcnemar(a, b)
-
-    # Exact: 2 * sum of C(10, k) / 2^10 for k = 0, 1, 2 is 112 / 1024.
-    small = pair(5, 8, 2, 4)
-    assert (small.only_a, small.only_b, small.exact) == (8, 2, True)
-    assert small.p == pytest.approx(112 / 1024)
-    assert pair(3, 4, 4, 0).p == 1.0
-    assert pair(7, 0, 0, 2) == tasks.McNemar(0, 0, 1.0, exact=True)
-    # Chi-square with continuity correction: (|700 - 500| - 1)^2 / 1200 = 33.0008.
-    large = pair(10, 700, 500, 10)
-    assert not large.exact and large.p == pytest.approx(9.214e-9, rel=1e-3)
-    assert pair(10, 500, 700, 10).p == large.p
-    with pytest.raises(ValueError, match="same items"):
-        tasks.mcnemar([1, 0], [1])
-    with pytest.raises(ValueError, match="mean_difference"):
-        tasks.mcnemar([0.5, 0.0], [1.0, 0.0])
-
-
-def test_paired_bootstrap_golden_values():
-    a, b = [1] * 60 + [0] * 40, [1] * 50 + [0] * 50
-    found = tasks.mean_difference(a, b, seed=0)
-    # Ten of a hundred differ, all in favour of a: the bootstrap means are Binomial(100, 0.1) / 100.
-    assert found.difference == pytest.approx(0.1)
-    assert (found.low, found.high) == (pytest.approx(0.05, abs=0.0101), pytest.approx(0.16, abs=0.0101))
-    assert found == tasks.mean_difference(a, b, seed=0)
-    assert tasks.mean_difference(b, a, seed=0).difference == pytest.approx(-0.1)
-    same = tasks.mean_difference(a, a)
-    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
-    # Two questions on each document, always answered alike: half as many independent items, an interval wider by sqrt(2).
-    rng = np.random.default_rng(1)
-    once = rng.random(300) < 0.4
-    twice = np.repeat(once, 2).astype(float)
-    names = [str(i // 2) for i in range(600)]
-    clustered = tasks.mean_difference(twice, np.zeros(600), items=names)
-    naive = tasks.mean_difference(twice, np.zeros(600))
-    assert clustered.clusters == 300
-    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(2**0.5, rel=0.06)
-    with pytest.raises(ValueError, match="at least 2"):
-        tasks.mean_difference([1], [0])
 
 
 def test_compare_refuses_other_items_and_other_prompts():
     a = TaskResults({"piqa": result("piqa", [1, 0, 1, 1]), "boolq": result("boolq", [1, 0])}, {"bos": True})
     b = TaskResults({"piqa": result("piqa", [0, 0, 1, 0]), "boolq": result("boolq", [1, 1])}, {"bos": True})
     piqa, boolq, average = tasks.compare(a, b)
-    assert piqa.mcnemar == tasks.McNemar(2, 0, 0.5, exact=True)
-    assert average.difference.difference == pytest.approx((0.5 - 0.5) / 2)
+    assert piqa.mcnemar == McNemar(2, 0, 0.5)
+    assert average.difference.value == pytest.approx((0.5 - 0.5) / 2)
     assert (boolq.n, average.n) == (2, 6)
     with pytest.raises(ValueError, match="not on the same items"):
         tasks.compare(a, TaskResults({"piqa": result("piqa", [1, 0], sha="other")}, {"bos": True}))
-    with pytest.raises(ValueError, match="BOS"):
+    with pytest.raises(ValueError, match="bos=False"):
         tasks.compare(a, TaskResults(b.tasks, {"bos": False}))
     with pytest.raises(ValueError, match="no task in common"):
         tasks.compare(a, TaskResults({"arc_easy": result("arc_easy", [1, 0])}, {"bos": True}))
-
-
-def test_records_survive_json_and_damaged_ones_are_refused():
-    one = TaskResult("xsum", {"rouge1": (0.25, 0.5)}, ("0", "1"), None, (), (), (), "s", {"split": "test"})
-    assert TaskResult.from_json(json.loads(json.dumps(one.to_json()))) == one
-    assert result("piqa", [1, 0, 1]).to_json()["scores"] == {"acc": "101"}
-    with pytest.raises(ValueError, match="not the record"):
-        TaskResult.from_json({"task": "xsum"})
-    with pytest.raises(ValueError, match="1 scores 'rouge1' of 2 items"):
-        TaskResult.from_json({**one.to_json(), "scores": {"rouge1": [0.5]}})
-    with pytest.raises(ValueError, match="not the record"):
-        TaskResults.from_json({"tasks": []})
-
-
-def test_values_name_what_is_missing():
-    one = result("piqa", [1, 0, 1])
-    assert one.acc == pytest.approx(2 / 3) and one.acc_norm is None
-    assert one.stderr() == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
-    assert Counter(row["metric"] for row in one.rows()) == {"acc": 1, "chance": 1}
-    with pytest.raises(ValueError, match="no metric 'acc_norm'"):
-        one.value("acc_norm")

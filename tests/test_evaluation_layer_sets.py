@@ -1,0 +1,173 @@
+"""Many sets of removed layers in one walk: the numbers of one pruned model at a time, for fewer layer calls."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from architectures import build
+
+from prunelib.evaluation.layer_sets import (
+    Continuation,
+    layer_set_divergence,
+    layer_set_likelihoods,
+    layer_set_perplexity,
+)
+from prunelib.evaluation.perplexity import NotFinite, perplexity
+from prunelib.models import decoder_layers, remove_layers
+from prunelib.models.layerwise import shared_layer_forwards
+from prunelib.models.plans import SublayerPlan
+from prunelib.models.sublayers import remove_sublayers
+
+NLL = 1e-4  # nats, over about a hundred tokens in float32
+FAMILIES = ("llama", "gpt_neox", "gemma2", "gpt2", "bloom")
+
+
+def random_windows(count: int = 7, length: int = 17, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --- perplexity and divergence
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_set_equals_the_pruned_model(family):
+    model, windows = build(family), random_windows(5)
+    sets = [(), (0,), (1,), (5,), (1, 2), (1, 3), (0, 5), (2, 3, 4), (0, 1, 2, 3)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shared = layer_set_perplexity(model, windows, sets, batch_size=2, progress=False)
+    assert list(shared) == sets
+    for removed in sets:
+        alone = perplexity(remove_layers(model, removed), windows)
+        assert shared[removed].window_nll == pytest.approx(alone.window_nll, abs=NLL)
+        assert shared[removed].window_tokens == alone.window_tokens
+        assert shared[removed].correct == alone.correct
+    # Different sets are different models: otherwise equality above would say little.
+    assert len({round(result.nll_sum, 3) for result in shared.values()}) == len(sets)
+    # And the model is as it was.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert perplexity(model, windows).window_nll == pytest.approx(shared[()].window_nll, abs=NLL)
+
+
+def test_strides_work_for_layer_sets_too():
+    model, windows = build("gemma2"), random_windows(1, 40)[0].unfold(0, 12, 4)
+    shared = layer_set_perplexity(model, windows, [(2,), (3, 4)], stride=4, batch_size=3, progress=False)
+    for removed, result in shared.items():
+        alone = perplexity(remove_layers(model, removed), windows, stride=4)
+        assert result.window_nll == pytest.approx(alone.window_nll, abs=NLL)
+        assert result.window_tokens == alone.window_tokens == (11, *[4] * 7)
+
+
+def test_each_shared_beginning_runs_once():
+    model, windows = build("llama"), random_windows(5)
+    sets = list(itertools.combinations(range(6), 2))
+    calls = [0] * 6
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    shared = layer_set_perplexity(model, windows, sets, batch_size=2, progress=False)
+    kept = [tuple(layer for layer in range(6) if layer not in removed) for removed in sets]
+    beginnings = {layers[:end] for layers in kept for end in range(1, 5)}
+    batches = 3
+    assert sum(calls) == shared.layer_forwards == batches * len(beginnings)
+    assert shared_layer_forwards(6, sets) == len(beginnings)
+    assert shared.layer_forwards_alone == batches * 15 * 4
+    assert shared.layer_forwards < shared.layer_forwards_alone
+    # A last layer that goes is a beginning of what stays: it costs nothing on top.
+    assert shared_layer_forwards(6, [(), (5,), (4, 5)]) == 6
+
+
+def test_sets_are_checked_before_work():
+    model, windows = build("llama"), random_windows()
+    for removed, message in [
+        ((6,), r"removed \(6,\).*from 0 to 5"),
+        ((-1, 2), "from 0 to 5"),
+        ((2, 1), "ascending"),
+        ((1, 1), "distinct"),
+        (tuple(range(6)), "cannot remove 6 of 6 layers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer_set_perplexity(model, windows, [(), removed], progress=False)
+    twice = layer_set_perplexity(model, windows, [(1,), (1,)], progress=False)
+    assert twice.layer_forwards == 5
+    assert layer_set_perplexity(model, windows, [], progress=False) == {}
+
+
+def test_a_likelihood_that_is_not_finite_names_the_set():
+    model, windows = build("llama"), random_windows()
+    with torch.no_grad():
+        model.model.layers[5].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(NotFinite, match=r"without layers \(1,\): .*window 0"):
+        layer_set_perplexity(model, windows, [(1,)], batch_size=3, progress=False)
+    with pytest.raises(NotFinite, match=r"without layers \(\)"):
+        layer_set_divergence(model, windows, [(1,)], progress=False)
+
+
+# --- likelihoods of continuations
+
+SETS = [(), (1,), (0, 4), (0, 3)]
+
+
+def questions(vocabulary: int = 128) -> list[Continuation]:
+    """Questions with one text before several answers, of one token and of more; and one text split at three places."""
+    numbers, found = random.Random(0), []
+
+    def text(length: int) -> list[int]:
+        return [numbers.randrange(1, vocabulary) for _ in range(length)]
+
+    for item in range(4):
+        context = text(12 + 3 * item)
+        for length in (1, 1, 3) if item % 2 else (4, 5, 6):
+            continuation = text(length)
+            found.append(Continuation(tuple((context + continuation)[:-1]), tuple(continuation)))
+    whole = text(15)
+    return found + [Continuation(tuple(whole[:-1]), tuple(whole[cut:])) for cut in (4, 8, 11)]
+
+
+def one_by_one(model, asked: list[Continuation]) -> list[tuple[float, bool]]:
+    answers = []
+    for one in asked:
+        with torch.inference_mode():
+            logits = model(torch.tensor([one.read]), use_cache=False).logits[0].double()
+        predicted, scored = logits.log_softmax(-1)[-len(one.scored) :], torch.tensor(one.scored)
+        answers.append((float(predicted.gather(-1, scored[:, None]).sum()), bool((predicted.argmax(-1) == scored).all())))
+    return answers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral", "bloom", "qwen3_5_text"])
+def test_every_answer_is_that_of_one_text_on_one_pruned_model(family):
+    model, asked = build(family), questions()
+    # A continuation that the model itself would write, so that not every answer is "not the most likely".
+    with torch.inference_mode():
+        likeliest = int(model(torch.tensor([asked[0].read]), use_cache=False).logits[0, -1].argmax())
+    asked.append(Continuation(asked[0].read, (likeliest,)))
+    sets = [removed for removed in SETS if not removed or removed[-1] < model.config.num_hidden_layers]
+    for batch_size in (5, 100):
+        found = layer_set_likelihoods(model, asked, sets, batch_size=batch_size, progress=False)
+        assert list(found) == sets
+        for removed in sets:
+            expected = one_by_one(remove_layers(model, removed) if removed else model, asked)
+            assert [value for value, _ in found[removed]] == pytest.approx([value for value, _ in expected], abs=2e-5)
+            assert [greedy for _, greedy in found[removed]] == [greedy for _, greedy in expected]
+    assert found[()][-1][1]
+    assert found.layer_forwards < found.layer_forwards_alone
+
+
+def test_sublayers_can_be_removed_too():
+    model, asked = build("gpt_neox"), questions()
+    removed = ((1, "attn"), (1, "mlp"), (3, "mlp"))
+    found = layer_set_likelihoods(model, asked, [removed], progress=False)[removed]
+    pruned = remove_sublayers(model, SublayerPlan.from_units(6, removed, "by hand"))
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in one_by_one(pruned, asked)], abs=2e-5)
+
+
+def test_bad_continuations_are_refused():
+    model, asked = build("llama"), questions()
+    with pytest.raises(ValueError, match="batch_size=0"):
+        layer_set_likelihoods(model, asked, SETS, batch_size=0)
+    with pytest.raises(ValueError, match="continuation 0: 2 tokens to score on 1"):
+        layer_set_likelihoods(model, [Continuation((1,), (2, 3))], SETS)
+    with pytest.raises(ValueError, match=r"removed \(6,\)"):
+        layer_set_likelihoods(model, asked, [(6,)])
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        layer_set_likelihoods(build("llama").train(), asked, SETS)

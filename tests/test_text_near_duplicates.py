@@ -1,0 +1,237 @@
+"""Near-duplicates: clusters against brute force, deduplication, overlap, quality."""
+
+import json
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+from word_model import write_project
+
+from prunelib.lab import runs
+from prunelib.lab.run_notebook import run_notebook
+from prunelib.text import corpora
+from prunelib.text import near_duplicates as duplicates
+from prunelib.text.near_duplicates import Settings, clusters, deduplicate, gopher_rules_passed, overlap, signatures
+
+THRESHOLD = 0.85
+
+
+def words(generator, count):
+    return ["".join(generator.choice(list("abcdefghijklmnopqrst"), size=generator.integers(3, 9))) for _ in range(count)]
+
+
+def text(generator, count=120):
+    return " ".join(words(generator, count))
+
+
+def grams(document):
+    """The definition, word for word: the set of character 25-grams of the normalized text."""
+    plain = " ".join(document.lower().split())
+    return {plain[i : i + 25] for i in range(max(1, len(plain) - 24))}
+
+
+def brute_force(documents):
+    """Label of every document: connected components of all pairs whose exact Jaccard similarity is 0.85 or more."""
+    sets = [grams(document) for document in documents]
+    label = list(range(len(documents)))
+    for first, second in combinations(range(len(documents)), 2):
+        if len(sets[first] & sets[second]) >= THRESHOLD * len(sets[first] | sets[second]):
+            old, new = sorted((label[first], label[second]), reverse=True)
+            label = [new if one == old else one for one in label]
+    return label
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """300 texts: 160 alone, the others in clusters of 2 to 20; related texts below the threshold are among them."""
+    generator = np.random.default_rng(7)
+    found = [text(generator) for _ in range(130)]
+    for size in (2, 2, 2, 3, 3, 4, 5, 8, 11, 20, 40, 40):
+        base = words(generator, 240)
+        # One word in 240 is another one: a similarity near 0.96 between any two copies.
+        copies = [" ".join([*base[:place], f"copy{place:03d}", *base[place + 1 :]]) for place in range(10, 10 + size)]
+        found += copies
+    for _ in range(15):
+        base = words(generator, 120)
+        found += [" ".join(base), " ".join([*base[:60], *words(generator, 60)])]  # half in common: a third of the shingles
+    order = generator.permutation(len(found))
+    assert len(found) == 300
+    return [found[i] for i in order]
+
+
+def test_clusters_are_those_of_a_brute_force_computation(documents):
+    expected = brute_force(documents)
+    found = clusters(documents)
+    assert found.labels.tolist() == expected
+    assert found.sizes == {label: expected.count(label) for label in sorted(set(expected))}
+    assert len(found) == len(set(expected))
+    assert len(found.members(found.largest(1)[0])) == 40
+
+
+def test_shingle_hashes_stand_for_the_shingles(documents):
+    for first, second in [(0, 1), (3, 3), (5, 250)]:
+        exact = grams(documents[first]), grams(documents[second])
+        hashed = duplicates.shingles(documents[first]), duplicates.shingles(documents[second])
+        assert list(map(len, hashed)) == list(map(len, exact))
+        assert duplicates.jaccard(*hashed) == len(exact[0] & exact[1]) / len(exact[0] | exact[1])
+
+
+def test_the_same_text_gives_the_same_clusters_and_another_seed_other_signatures(documents):
+    one, other = (signatures(documents[:50], Settings()) for _ in range(2))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, signatures(documents[:50], Settings(seed=2)))
+    assert clusters(documents, signed=signatures(documents, Settings())).labels.tolist() == clusters(documents).labels.tolist()
+    assert clusters(documents, Settings(seed=2)).sizes == clusters(documents).sizes
+
+
+def test_golden_signature():
+    """Hashes depend neither on the process nor on the machine."""
+    assert duplicates.shingles("short")[0] == duplicates.shingles("  SHORT\n")[0] == np.uint64(16904923497112142642)
+
+
+def test_banding_alone_joins_more_and_exact_comparison_takes_it_back(documents):
+    loose = Settings(bands=64, rows=2)
+    alone = clusters(documents, replace(loose, verify=False))
+    exact = clusters(documents, loose)
+    assert len(alone) < len(exact) and alone.compared == 0
+    assert exact.sizes == clusters(documents).sizes
+    assert exact.rejected > 0 and exact.compared > exact.rejected
+
+
+def test_short_documents_are_one_shingle_and_blank_ones_alike():
+    short = ["Returns self.", "returns   self.", "Returns self!", "", " \n", "x" * 24, "x" * 25, "x" * 26]
+    assert [len(duplicates.shingles(document)) for document in short] == [1] * 8
+    assert duplicates.shingles("x" * 25).tolist() == duplicates.shingles("x" * 26).tolist()
+    assert clusters(short).labels.tolist() == [0, 0, 2, 3, 3, 5, 6, 6]
+
+
+def test_the_s_curve_is_that_of_the_bands():
+    settings = Settings()
+    assert (settings.bands, settings.rows) == (8, 16)  # datasketch, 128 permutations, 0.85
+    assert settings.probability(1) == 1 and settings.probability(0) == 0
+    assert settings.probability(0.85) == pytest.approx(1 - (1 - 0.85**16) ** 8)
+    assert settings.probability(settings.describe()["midpoint"]) == pytest.approx(0.5)
+    bands, rows = duplicates.banding(0.85, weights=duplicates.RECALL_WEIGHTS)
+    assert Settings(bands=bands, rows=rows).probability(0.85) > 0.8
+    # Measured: of pairs with a known similarity, so many agree in a band.
+    generator = np.random.default_rng(5)
+    pairs = []
+    for _ in range(200):
+        base = words(generator, 150)
+        pairs += [" ".join(base), " ".join([*base[:137], *words(generator, 13)])]
+    alone = clusters(pairs, Settings(verify=False))
+    expected = np.mean(
+        [settings.probability(duplicates.jaccard(*map(duplicates.shingles, pairs[i : i + 2]))) for i in range(0, 400, 2)]
+    )
+    assert abs(list(alone.sizes.values()).count(2) / 200 - expected) < 4 * np.sqrt(expected * (1 - expected) / 200)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ngram": 0}, "ngram=0"),
+        ({"permutations": 1}, "permutations=1"),
+        ({"threshold": 0.0}, "threshold=0.0"),
+        ({"threshold": 1.5}, "threshold=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"bands": 8}, "bands=8, rows=None: give both"),
+        ({"bands": 20, "rows": 13}, "20 bands of 13 rows need 260 permutations, not 128"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)
+
+
+def test_a_deduplicated_corpus_says_so():
+    generator = np.random.default_rng(2)
+    a, b = text(generator), text(generator)
+    corpus = corpora.Corpus("mine", "train", (a, b, a + "  ", b + "!"), "a file", "free")
+    found = deduplicate(corpus)
+    assert found.documents == (a, b)
+    assert found.name == "mine_deduplicated" and found.split == "train" and found.licence == "free"
+    assert found.source.startswith("a file; 2 of 4 documents") and "0.85" in found.source
+    assert found.sha256 != corpus.sha256
+    assert deduplicate(found).documents == found.documents
+
+
+def test_overlap_of_planted_texts():
+    generator = np.random.default_rng(9)
+    corpus = [text(generator) for _ in range(40)]
+    inside = corpus[3][50:300]
+    foreign = text(generator)
+    half = corpus[7][:400] + " " + foreign[:399]
+    found = overlap([corpus[5].upper(), inside, foreign, half], corpus)
+    containment, near = found
+    assert containment[:3].tolist() == [1.0, 1.0, 0.0]
+    assert abs(containment[3] - 0.5) < 0.05
+    assert near.tolist() == [True, False, False, False]  # the cut is contained, but no near-copy
+    assert not overlap([foreign, foreign], corpus)[1].any()  # two similar texts are none of the corpus
+
+
+def test_the_raw_corpus_holds_what_the_others_leave_out():
+    from prunelib.text import embedded as pydocs
+
+    raw = {document.name: document.text for document in pydocs.records("pyraw", "train")}
+    clean = {document.name for document in pydocs.records("pydocs", "evaluation")}
+    clean |= {document.name for document in pydocs.records("pycomments", "evaluation")}
+    assert not clean & raw.keys()
+    licence = [
+        text for text in raw.values() if text == "Authors: The scikit-learn developers\nSPDX-License-Identifier: BSD-3-Clause"
+    ]
+    assert len(licence) > 100
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_another_model_and_text(tmp_path):
+    """A text with planted copies and one without."""
+    generator = np.random.default_rng(0)
+    write_project(tmp_path, n_layers=2, words=[1])
+
+    def document():
+        return " ".join(f"w{i}" for i in generator.integers(1, 60, size=60))
+
+    one, other = [document() for _ in range(30)], [document() for _ in range(20)]
+    copied = [*one, *[one[0]] * 5, *[one[1] + " w1"] * 2]
+    for name, found in {"copied": copied, "plain": other, "test": other[:3] + one[2:9]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in found))
+    run = run_notebook(
+        "notebooks/experiments/duplicates.ipynb",
+        tmp_path / "runs" / "dup.json",
+        model=str(tmp_path / "model"),
+        corpora=[f"{tmp_path}/copied.jsonl:train", f"{tmp_path}/plain.jsonl:train"],
+        evaluation_corpus=str(tmp_path / "test.jsonl"),
+        items=[],
+        quality_tokens=30,
+    )
+    table = runs.collect([run])
+
+    def value(metric, corpus, **places):
+        part = table[(table["metric"] == metric) & (table["corpus"] == corpus)]
+        for column, place in places.items():
+            part = part[part[column] == place]
+        return part["value"].tolist()
+
+    assert value("clusters_of_size", "copied.jsonl", size=1) == [28]
+    assert value("clusters_of_size", "copied.jsonl", size=6) == [1]
+    assert value("largest", "copied.jsonl") == [6, 3]
+    assert value("documents", "copied.jsonl") == [37] and value("clusters", "copied.jsonl") == [30]
+    assert value("near_duplicates", "copied.jsonl", state="raw") == [7]
+    assert value("near_duplicates", "plain.jsonl") == [3]
+    assert value("nll", "copied.jsonl", size_low=5, role="same_length") != []
+
+
+def test_gopher_rules_of_a_text_counted_by_hand():
+    # 17 words: too few; too many symbols per word; two of five lines repeat another.
+    found = gopher_rules_passed("The end of it.\n\n- one # two\nwait...\nThe end of it.\n  The end of it.")
+    assert found == 4 / 8
+    assert gopher_rules_passed("The model is fitted to the data, and that is all there is to it. " * 5) == 1.0
+    with pytest.raises(ValueError, match="blank document"):
+        gopher_rules_passed(" \n")
+
+
+def test_empty_input_is_refused():
+    for call in (lambda: clusters([]), lambda: clusters("one text"), lambda: overlap([], ["a"]), lambda: overlap(["a"], [])):
+        with pytest.raises(ValueError, match="at least 1 document"):
+            call()
