@@ -97,7 +97,7 @@ def fig1_cosine_perplexity(chapter: Chapter) -> Drawing:
     return Drawing(figure, pd.concat(drawn), pick(measured, method=("block_influence", "dense")), published=[PUBLISHED])
 
 
-@figure("simdiff_fig2_importance", reads={"statistics": None, **READS}, models=0)
+@figure("simdiff_fig2_importance", reads=READS, models=0)
 def fig2_importance(chapter: Chapter) -> Drawing:
     """Importance of every layer: the published schematic, and the two ingredients of SimDiff's score; removed layers pale."""
     name = chapter.models("selection")[0]
@@ -230,13 +230,13 @@ def alpha_path(chapter: Chapter) -> Drawing:
     return Drawing(figure, pd.concat(drawn)[columns].rename(columns={"name": "model"}), pd.concat([paths, chosen]))
 
 
-@figure("simdiff_fig5a_perplexity", reads=READS, models=0)
+@figure("simdiff_fig5a_perplexity", reads=READS)
 def fig5a_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Mistral-7B, ours for a Mistral or the first model."""
     return _perplexity(chapter, "fig5a", "Mistral-7B-v0.3", 0)
 
 
-@figure("simdiff_fig5b_perplexity", reads=READS, models=-1)
+@figure("simdiff_fig5b_perplexity", reads=READS)
 def fig5b_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Llama-3.1-8B, ours for the same model or the last one."""
     return _perplexity(chapter, "fig5b", "Llama-3.1-8B", -1)
@@ -290,7 +290,7 @@ def removed_layers(chapter: Chapter) -> Drawing:
     drawn, used = [], []
     for axes, name in zip(grid[:, 0], names, strict=True):
         lines = {}
-        for method in RULES:
+        for method in [method for method in RULES if method in set(found["exact"]["method"])]:
             for search in ("ternary", "exact") if method in SIMDIFF else ("",):
                 rows = pick(found[search or "ternary"], name=name, method=method, layers_removed=k)
                 over = rows["value"].median() - _dense(chapter, name, "nll")
@@ -311,7 +311,7 @@ def fair_test(chapter: Chapter) -> Drawing:
         axes.axhline(0, color=fig.METHODS["block_influence"].color, linewidth=1.2, label="cosine (block influence)")
         for method, shift in zip(SIMDIFF, (-0.12, 0.12), strict=True):
             for protocol, (scores, text, search, line) in PROTOCOLS.items():
-                rows = pick(_measured(chapter, "nats_over_cosine", protocol=protocol), name=name, method=method)
+                rows = pick(_measured(chapter, "nll_over_cosine", protocol=protocol), name=name, method=method)
                 data, hollow = fig.spread(rows, "layers_removed"), {} if line == "-" else {"markerfacecolor": "white"}
                 label = f"{fig.METHODS[method].title}, {protocol}"
                 fig.curve(axes, data, method, offset=shift, linestyle=line, label=label, markeredgewidth=1, **hollow)
@@ -357,7 +357,7 @@ def methods_vs_random(chapter: Chapter) -> Drawing:
     return Drawing(figure, pd.concat(drawn), pd.concat(used))
 
 
-TASKS = {"tasks": ("tables",), "selection": ("rules",)}
+TASKS = {"tasks": ("tables", "nlu"), "selection": ("rules",), "statistics": None}
 
 
 def _printed(item: str) -> pd.DataFrame:
@@ -419,7 +419,7 @@ def _table(chapter: Chapter, item: str, ours: pd.DataFrame) -> Drawing:
     both = pd.concat([theirs.assign(origin="published"), ours.assign(origin="ours")]).dropna(axis=1, how="all")
     digits = dict.fromkeys(ours.columns, 1) | {"p v. cosine": 3, "ppl": 2}
     text = f"**Published**\n\n{markdown(theirs)}\n\n**Ours**\n\n{markdown(ours, digits=digits)}"
-    rows = pick(chapter.table("tasks"), run_part=("tables", "nlu"))
+    rows = pick(chapter.table("tasks"), run_part=("tables", "nlu"), name=tuple(ours["model"]))
     return Drawing(None, both, rows, text, [PUBLISHED])
 
 
@@ -458,7 +458,7 @@ def table5_other_models(chapter: Chapter) -> Drawing:
     return _table(chapter, "table5", _ours(chapter, names[1:] or names, large))
 
 
-@figure("own_table_bos", reads={"tasks": ("tables", "tables_without_bos"), **TASKS})
+@figure("own_table_bos", reads={**TASKS, "tasks": ("tables", "tables_without_bos")})
 def table_bos(chapter: Chapter) -> Drawing:
     """The same sets, tasks and items with and without a beginning-of-text token."""
     parts = {"tables": "with BOS", "tables_without_bos": "without BOS"}
@@ -478,7 +478,7 @@ def table_what_held(chapter: Chapter) -> Drawing:
     for name in chapter.models("selection"):
         for method in SIMDIFF:
             for protocol in PROTOCOLS:
-                gaps = pick(_measured(chapter, "nats_over_cosine", protocol=protocol), name=name, method=method)
+                gaps = pick(_measured(chapter, "nll_over_cosine", protocol=protocol), name=name, method=method)
                 medians = gaps.groupby("layers_removed")["value"].median()
                 lines.append(
                     {
