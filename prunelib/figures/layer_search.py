@@ -212,7 +212,7 @@ def zoo(chapter: Chapter) -> Drawing:
             if len(mine):
                 lines[f"{fig.METHODS[method].title}  +{mine['value'].median():.2f}"] = mine["removed_layers"]
         drawn.append(fig.layer_shares(axes, lines, found.layers(name)).assign(model=name, layers_removed=k))
-        axes.set(title=f"{name}, K = {k}; beside each method its regret in nats per token", xlabel="layer")
+        axes.set(title=f"{name}, K = {k}", xlabel="layer (beside each method: regret, nats per token)")
         used.append(rows)
     return Drawing(figure, pd.concat(drawn), pd.concat(used))
 

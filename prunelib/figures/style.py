@@ -372,6 +372,7 @@ def layer_shares(axes: Axes, lines: Mapping[str, Sequence[str]], n_layers: int, 
     grid = pd.DataFrame(shares).T.rename_axis(index="method", columns="layer")
     heatmap(axes, grid, label="share of draws", low=0, high=1, colormap="Greys")
     axes.set_xticks(np.arange(0, n_layers, step) + 0.5, [str(layer) for layer in range(0, n_layers, step)])
+    axes.set_ylabel("")
     return grid.stack().rename("share_of_draws").reset_index()
 
 
