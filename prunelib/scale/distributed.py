@@ -2,7 +2,7 @@
 
 Any run of the statistics notebook is shared by as many processes as are started for it, on one machine or several:
 
-    accelerate launch --multi_gpu --num_processes 4 -m prunelib.lab.run_notebook notebooks/experiments/statistics.ipynb OUT.json …
+    accelerate launch --multi_gpu --num_processes 4 -m prunelib.lab.run_notebook NOTEBOOK OUT.json …
 
 Every process draws the same windows and passes its share of the batches through its model; then all of them add up the sums of
 all batches in their order. The first writes the result.

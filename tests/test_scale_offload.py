@@ -1,4 +1,4 @@
-"""A streamed model gives the numbers of the resident one, from any checkpoint; what does not fit is refused before any work."""
+"""A offloaded model gives the numbers of the resident one, from any checkpoint; what does not fit is refused before any work."""
 
 import json
 import os
@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prunelib import evaluation, models
 from prunelib.criteria import statistics
 from prunelib.models import CheckpointError, UnsupportedModel, keep_layers
-from prunelib.scale import offload as streaming
-from prunelib.scale.footprint import GIB, planned
-from prunelib.scale.offload import DoesNotFit, Streamed
+from prunelib.scale import offload
+from prunelib.scale.offload import GIB, DoesNotFit, OffloadedModel
 
 ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
 # Experts that a file holds one by one, and the model in one tensor.
@@ -44,30 +43,30 @@ def test_every_architecture_gives_the_same_bits(name, tmp_path):
     build(name).save_pretrained(tmp_path)
     resident = models.load(tmp_path)
     windows = torch.randint(3, 97, (5, 12))
-    streamed = Streamed(tmp_path, dtype="float32")
-    found = streaming.collect(streamed, windows, batch_size=2, windows_at_once=4, progress=False)
+    offloaded = OffloadedModel(tmp_path, dtype="float32")
+    found = offload.collect(offloaded, windows, batch_size=2, windows_at_once=4, progress=False)
     assert_same(found, statistics.collect(resident, windows, batch_size=2, progress=False))
-    likelihood = streaming.perplexity(streamed, windows, batch_size=2, stride=6)
+    likelihood = offload.perplexity(offloaded, windows, batch_size=2, stride=6)
     expected = evaluation.perplexity(resident, windows, batch_size=1, stride=6)
     assert likelihood.window_nll == pytest.approx(expected.window_nll, rel=1e-6)
     assert (likelihood.tokens, likelihood.correct) == (expected.tokens, expected.correct)
-    assert all(tensor.is_meta for layer in streamed.layers for tensor in layer.parameters()), "weights stayed in memory"
+    assert all(tensor.is_meta for layer in offloaded.layers for tensor in layer.parameters()), "weights stayed in memory"
 
 
 @pytest.mark.parametrize("name", sorted(CONVERTED))
 def test_weights_that_are_stored_otherwise_are_refused(name, tmp_path):
     build(name).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"under other names .*: it can only be loaded resident"):
-        Streamed(tmp_path, dtype="float32")
+        OffloadedModel(tmp_path, dtype="float32")
 
 
 def test_groups_and_batches_do_not_matter(folder, tiny_llama):
     windows = torch.randint(3, 97, (7, 10))
     whole = statistics.collect(tiny_llama, windows, batch_size=2, progress=False)
-    streamed = Streamed(folder, dtype="float32")
+    offloaded = OffloadedModel(folder, dtype="float32")
     for at_once in (None, 1, 2, 4, 7, 100):
-        assert_same(streaming.collect(streamed, windows, batch_size=2, windows_at_once=at_once, progress=False), whole)
-    nll = {streaming.perplexity(streamed, windows, batch_size=3, windows_at_once=at_once).nll for at_once in (None, 3, 6)}
+        assert_same(offload.collect(offloaded, windows, batch_size=2, windows_at_once=at_once, progress=False), whole)
+    nll = {offload.perplexity(offloaded, windows, batch_size=3, windows_at_once=at_once).nll for at_once in (None, 3, 6)}
     assert nll == {evaluation.perplexity(tiny_llama, windows, batch_size=1).nll} | nll
     assert len(nll) == 1
 
@@ -79,7 +78,7 @@ def test_padding_as_in_the_resident_pass(name, side, tmp_path):
     windows, mask = torch.randint(3, 97, (5, 8)), torch.ones(5, 8, dtype=torch.long)
     for row, length in enumerate((3, 1, 8, 5, 8)):
         mask[row, slice(length, None) if side == "right" else slice(0, 8 - length)] = 0
-    found = streaming.collect(Streamed(tmp_path, dtype="float32"), windows, mask=mask, batch_size=2, progress=False)
+    found = offload.collect(OffloadedModel(tmp_path, dtype="float32"), windows, mask=mask, batch_size=2, progress=False)
     assert_same(found, statistics.collect(models.load(tmp_path), windows, mask=mask, batch_size=2, progress=False))
 
 
@@ -87,10 +86,10 @@ def test_padding_as_in_the_resident_pass(name, side, tmp_path):
 def test_the_dtype_of_the_file_is_converted(stored, wanted, tiny_llama, tmp_path):
     tiny_llama.to(getattr(torch, stored)).save_pretrained(tmp_path)
     windows = torch.randint(3, 97, (4, 10))
-    streamed = Streamed(tmp_path, dtype=wanted)
+    offloaded = OffloadedModel(tmp_path, dtype=wanted)
     resident = models.load(tmp_path, dtype=wanted)
-    assert_same(streaming.collect(streamed, windows, progress=False), statistics.collect(resident, windows, progress=False))
-    assert (streamed.sizes.stored_layer_bytes is None) == (stored == wanted)
+    assert_same(offload.collect(offloaded, windows, progress=False), statistics.collect(resident, windows, progress=False))
+    assert (offloaded.sizes.stored_layer_bytes is None) == (stored == wanted)
 
 
 def test_sharded_checkpoints_and_those_without_a_head(tiny_llama, tmp_path):
@@ -98,13 +97,13 @@ def test_sharded_checkpoints_and_those_without_a_head(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
     expected = statistics.collect(tiny_llama, windows, progress=False)
-    assert_same(streaming.collect(Streamed(tmp_path / "shards", dtype="float32"), windows, progress=False), expected)
+    assert_same(offload.collect(OffloadedModel(tmp_path / "shards", dtype="float32"), windows, progress=False), expected)
     tied = build("llama_tied")
     tied.save_pretrained(tmp_path / "body")
     weights = load_file(tmp_path / "body" / "model.safetensors")
     bare = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     save_file(bare, tmp_path / "body" / "model.safetensors", metadata={"format": "pt"})
-    found = streaming.collect(Streamed(tmp_path / "body", dtype="float32"), windows, progress=False)
+    found = offload.collect(OffloadedModel(tmp_path / "body", dtype="float32"), windows, progress=False)
     assert_same(found, statistics.collect(tied, windows, progress=False))
 
 
@@ -112,17 +111,17 @@ def test_pruned_checkpoints_stream_too(tiny_llama, tmp_path):
     pruned = keep_layers(tiny_llama, [0, 1, 4, 5])
     models.save(pruned, None, tmp_path / "pruned")
     windows = torch.randint(3, 97, (3, 10))
-    found = streaming.collect(Streamed(tmp_path / "pruned", dtype="float32"), windows, progress=False)
+    found = offload.collect(OffloadedModel(tmp_path / "pruned", dtype="float32"), windows, progress=False)
     assert_same(found, statistics.collect(pruned, windows, progress=False))
 
 
 def test_a_layer_that_works_in_place_does_not_change_what_waits(folder, tiny_llama):
     windows = torch.randint(3, 97, (3, 10))
-    streamed = Streamed(folder, dtype="float32")
-    for layer in streamed.layers:
+    offloaded = OffloadedModel(folder, dtype="float32")
+    for layer in offloaded.layers:
         forward = layer.forward
         layer.forward = lambda hidden, *args, forward=forward, **kwargs: hidden.copy_(forward(hidden, *args, **kwargs))
-    found = streaming.collect(streamed, windows, progress=False)
+    found = offload.collect(offloaded, windows, progress=False)
     assert_same(found, statistics.collect(tiny_llama, windows, progress=False))
 
 
@@ -130,30 +129,30 @@ def test_nan_names_the_layer_and_the_batch(tiny_llama, tmp_path):
     with torch.no_grad():
         tiny_llama.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
     tiny_llama.save_pretrained(tmp_path)
-    streamed, windows = Streamed(tmp_path, dtype="float32"), torch.randint(3, 97, (4, 8))
+    offloaded, windows = OffloadedModel(tmp_path, dtype="float32"), torch.randint(3, 97, (4, 8))
     with pytest.raises(RuntimeError, match=r"output of layer 3, batch 0 \(samples 0 to 1\)"):
-        streaming.collect(streamed, windows, batch_size=2, progress=False)
+        offload.collect(offloaded, windows, batch_size=2, progress=False)
     with pytest.raises(evaluation.NotFinite, match="window 0 is not finite"):
-        streaming.perplexity(streamed, windows)
+        offload.perplexity(offloaded, windows)
 
 
 def test_bad_arguments_and_checkpoints(folder, tiny_llama, tmp_path):
     with pytest.raises(ValueError, match=r"download the model first"):
-        Streamed("meta-llama/Llama-3.1-8B", dtype="bfloat16")
+        OffloadedModel("meta-llama/Llama-3.1-8B", dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype 'int7' is not one of"):
-        Streamed(folder, dtype="int7")
+        OffloadedModel(folder, dtype="int7")
     with pytest.raises(ValueError, match="works on one device, not 'auto'"):
-        Streamed(folder, dtype="float32", device="auto")
+        OffloadedModel(folder, dtype="float32", device="auto")
     with pytest.raises(CheckpointError, match="does not exist"):
-        Streamed(tmp_path / "absent", dtype="float32")
-    streamed, windows = Streamed(folder, dtype="float32"), torch.randint(3, 97, (3, 8))
+        OffloadedModel(tmp_path / "absent", dtype="float32")
+    offloaded, windows = OffloadedModel(folder, dtype="float32"), torch.randint(3, 97, (3, 8))
     for wrong in ({"batch_size": 0}, {"windows_at_once": 0}):
         with pytest.raises(ValueError, match="all at least 1"):
-            streaming.collect(streamed, windows, progress=False, **wrong)
+            offload.collect(offloaded, windows, progress=False, **wrong)
     with pytest.raises(ValueError, match="token ids 3 to 500"):
-        streaming.perplexity(streamed, torch.tensor([[3, 500]]))
+        offload.perplexity(offloaded, torch.tensor([[3, 500]]))
     with pytest.raises(ValueError, match=r"mask has shape \(3, 4\)"):
-        streaming.collect(streamed, windows, mask=torch.ones(3, 4), progress=False)
+        offload.collect(offloaded, windows, mask=torch.ones(3, 4), progress=False)
 
     config = json.loads((folder / "config.json").read_text())
     for change, error, message in (
@@ -164,15 +163,15 @@ def test_bad_arguments_and_checkpoints(folder, tiny_llama, tmp_path):
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(error, match=message):
-            Streamed(folder, dtype="float32")
+            OffloadedModel(folder, dtype="float32")
 
 
 def test_a_file_that_shrinks_is_noticed(folder):
-    streamed = Streamed(folder, dtype="float32")
+    offloaded = OffloadedModel(folder, dtype="float32")
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 8)
-    last = max(streamed.entries.values(), key=lambda entry: entry.offset)
-    files = streaming._Files()
+    last = max(offloaded.entries.values(), key=lambda entry: entry.offset)
+    files = offload._Files()
     with pytest.raises(CheckpointError, match=f"ends within '{last.name}'"):
         files.read([(last, torch.empty(last.nbytes, dtype=torch.uint8))])
     files.close()
@@ -182,34 +181,34 @@ def test_a_file_that_shrinks_is_noticed(folder):
 
 
 def test_what_does_not_fit_is_refused_with_a_setting_that_does(folder):
-    streamed = Streamed(folder, dtype="float32")
-    streamed.host_limit = 1 << 20
+    offloaded = OffloadedModel(folder, dtype="float32")
+    offloaded.host_limit = 1 << 20
     with pytest.raises(DoesNotFit, match=r"planned peak memory: .* GiB on the host .*: one window is too much"):
-        streamed.plan(100, 50, states=True)
-    streamed.host_limit = planned_host(streamed, windows_at_once=16)
+        offloaded.plan(100, 50, states=True)
+    offloaded.host_limit = planned_host(offloaded, windows_at_once=16)
     with pytest.raises(DoesNotFit, match=r"but the host has .* GiB: batch_size=1, windows_at_once=(\d+) would fit") as caught:
-        streamed.plan(4000, 50, windows_at_once=4000, batch_size=8, states=True)
+        offloaded.plan(4000, 50, windows_at_once=4000, batch_size=8, states=True)
     fitting = int(str(caught.value).rpartition("windows_at_once=")[2].split()[0])
     assert fitting >= 16
-    assert streamed.plan(4000, 50, windows_at_once=fitting, batch_size=1, states=True)[0] == fitting
+    assert offloaded.plan(4000, 50, windows_at_once=fitting, batch_size=1, states=True)[0] == fitting
     with pytest.raises(DoesNotFit):
-        streamed.plan(4000, 50, windows_at_once=fitting + 1, batch_size=1, states=True)
-    at_once, peak = streamed.plan(4000, 50, batch_size=8, states=True)
-    assert (at_once, peak.host_peak <= streamed.host_limit) == (16, True)
-    streamed.host_limit = None
-    at_once, peak = streamed.plan(4000, 50, batch_size=8, states=True)
+        offloaded.plan(4000, 50, windows_at_once=fitting + 1, batch_size=1, states=True)
+    at_once, peak = offloaded.plan(4000, 50, batch_size=8, states=True)
+    assert (at_once, peak.host_peak <= offloaded.host_limit) == (16, True)
+    offloaded.host_limit = None
+    at_once, peak = offloaded.plan(4000, 50, batch_size=8, states=True)
     assert at_once > 16
     assert peak.host_peak <= psutil.virtual_memory().total
     assert not peak.device
 
 
-def planned_host(streamed: Streamed, windows_at_once: int) -> int:
+def planned_host(offloaded: Streamed, windows_at_once: int) -> int:
     setting = {"batch_size": 8, "seq_len": 50, "states": True, "logits": False, "accelerator": False}
-    return planned(streamed.sizes, windows_at_once=windows_at_once, **setting).host_peak
+    return planned(offloaded.sizes, windows_at_once=windows_at_once, **setting).host_peak
 
 
 def test_sizes_are_those_of_the_model(folder, tiny_llama):
-    sizes = Streamed(folder, dtype="float32").sizes
+    sizes = OffloadedModel(folder, dtype="float32").sizes
     exact = sum(tensor.nbytes for tensor in tiny_llama.model.layers[0].parameters())
     assert exact <= sizes.layer_bytes < exact + 9 * 256  # aligned
     assert (sizes.table_bytes, sizes.head_bytes) == (97 * 32 * 4, 97 * 32 * 4)
@@ -241,11 +240,11 @@ def test_planned_peak_on_a_processor_bounds_the_measured_one(tmp_path):
         torch.set_num_threads(1)
         def peak_memory():
             return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-        streamed = streaming.Streamed({str(tmp_path)!r}, dtype="bfloat16")
+        offloaded = OffloadedModel({str(tmp_path)!r}, dtype="bfloat16")
         started = peak_memory()
-        at_once, peak = streamed.plan(2, 64, batch_size=1, windows_at_once=1, states=True)
+        at_once, peak = offloaded.plan(2, 64, batch_size=1, windows_at_once=1, states=True)
         try:
-            streaming.collect(streamed, torch.zeros(2, 64, dtype=torch.long), batch_size=1, windows_at_once=1, progress=False)
+            offload.collect(offloaded, torch.zeros(2, 64, dtype=torch.long), batch_size=1, windows_at_once=1, progress=False)
         except RuntimeError as error:
             assert "NaN" in str(error), error
         measured = peak_memory()
@@ -285,17 +284,17 @@ def test_cuda_gives_the_numbers_of_the_resident_model(dtype, tmp_path):
     expected = statistics.collect(resident, windows, batch_size=4, progress=False)
     padded = statistics.collect(resident, windows, mask=mask, batch_size=4, progress=False)
     likelihood = evaluation.perplexity(resident, windows, batch_size=1)
-    streamed = Streamed(tmp_path, dtype=dtype, device="cuda")
+    offloaded = OffloadedModel(tmp_path, dtype=dtype, device="cuda")
     tolerance = {"bfloat16": 2e-3, "float32": 1e-5}[dtype]  # the position embeddings come from the CPU here
     for at_once in (None, 4, 12):
-        found = streaming.collect(streamed, windows, batch_size=4, windows_at_once=at_once, progress=False)
+        found = offload.collect(offloaded, windows, batch_size=4, windows_at_once=at_once, progress=False)
         assert_same(found, expected, rtol=tolerance, atol=tolerance * found.count.max())
-    again = streaming.collect(streamed, windows, batch_size=4, windows_at_once=12, progress=False)
+    again = offload.collect(offloaded, windows, batch_size=4, windows_at_once=12, progress=False)
     assert_same(again, found)
-    found = streaming.collect(streamed, windows, mask=mask, batch_size=4, progress=False)
+    found = offload.collect(offloaded, windows, mask=mask, batch_size=4, progress=False)
     assert_same(found, padded, rtol=tolerance, atol=tolerance * found.count.max())
     for at_once in (None, 8):
-        nll = streaming.perplexity(streamed, windows, batch_size=4, windows_at_once=at_once).window_nll
+        nll = offload.perplexity(offloaded, windows, batch_size=4, windows_at_once=at_once).window_nll
         assert nll == pytest.approx(likelihood.window_nll, rel=tolerance)
 
 
@@ -313,14 +312,14 @@ def test_planned_peak_on_a_device_bounds_the_measured_one(tmp_path):
     with torch.device("cuda"):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     torch.cuda.empty_cache()
-    streamed, windows = Streamed(tmp_path, dtype="bfloat16", device="cuda"), torch.randint(3, 8192, (8, 1024))
-    for run, kind in ((streaming.collect, {"states": True}), (streaming.perplexity, {"logits": True})):
-        _, peak = streamed.plan(*windows.shape, batch_size=4, windows_at_once=8, **kind)
+    offloaded, windows = OffloadedModel(tmp_path, dtype="bfloat16", device="cuda"), torch.randint(3, 8192, (8, 1024))
+    for run, kind in ((offload.collect, {"states": True}), (offload.perplexity, {"logits": True})):
+        _, peak = offloaded.plan(*windows.shape, batch_size=4, windows_at_once=8, **kind)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run(streamed, windows, batch_size=4, windows_at_once=8, progress=False)
+        run(offloaded, windows, batch_size=4, windows_at_once=8, progress=False)
         assert torch.cuda.max_memory_allocated() - before <= peak.device_peak
     assert torch.cuda.memory_allocated() <= before + 2**20
-    streamed.device_limit = streamed.plan(8, 1024, batch_size=2, states=True)[1].device_peak
+    offloaded.device_limit = offloaded.plan(8, 1024, batch_size=2, states=True)[1].device_peak
     with pytest.raises(DoesNotFit, match=r"but the device has .* GiB: batch_size=2 would fit"):
-        streaming.collect(streamed, windows, batch_size=8, progress=False)
+        offload.collect(offloaded, windows, batch_size=8, progress=False)
