@@ -261,7 +261,7 @@ def every(chapter: Chapter, found: Blocks) -> EveryBlock:
     return EveryBlock(over_dense, pd.DataFrame(regrets), pd.concat([rows, free]))
 
 
-@figure("own_every_block", reads=READS)
+@figure("own_every_block", reads={"optimum_runs": None, **READS})
 def every_block(chapter: Chapter) -> Drawing:
     """The measured loss without every block, and how much worse the rules choose than the best block."""
     found = blocks(chapter)
@@ -476,7 +476,7 @@ def block_draws(chapter: Chapter) -> Drawing:
     return Drawing(figure, pd.concat(drawn), found.rows)
 
 
-@figure("own_table_deeper_layers", reads={**TASKS, **READS})
+@figure("own_table_deeper_layers", reads={"optimum_runs": None, **TASKS, **READS})
 def table_deeper_layers(chapter: Chapter) -> Drawing:
     """Accuracy, loss per layer and regret of both rules, and how well the distance ranks the blocks."""
     found = blocks(chapter)

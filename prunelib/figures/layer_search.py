@@ -13,7 +13,7 @@ from prunelib.figures.save import Chapter, Drawing, FigureError, figure, markdow
 from prunelib.io import at_root
 
 CHAPTER = "02_layer_search"
-READS = {"selection": ("rules",)}
+READS = {"selection": ("rules",), "optimum_runs": None}
 APART = {"dense", "laco_published", "laco_released", "blockpruner", "evolutionary_sublayers"}  # these choose no sets of layers
 SMALL = {"fontsize": 9}
 BAND = {"color": fig.METHODS["random"].color, "alpha": 0.25, "linewidth": 0, "zorder": 0.5}
@@ -74,7 +74,7 @@ def search(chapter: Chapter) -> Search:
     # What only a GPU ran; the rules themselves come from the profile's own table.
     extra = pick(committed, may_be_empty=True, experiment="selection", name=tuple(names))
     extra = extra[~extra["method"].isin(table["method"])].rename(columns={"seed": "calibration_seed"})
-    rows = pd.concat([table, extra.drop(columns="calibration")], ignore_index=True)
+    rows = pd.concat([table, extra.drop(columns="calibration", errors="ignore")], ignore_index=True)
     choices = pick(rows, role="choice", metric="nll").astype({"layers_removed": int})
     optima = pick(known, metric="nll").astype({"layers_removed": int})
     found = pd.concat([optima, choices[choices["removed_layers"].notna()]])
