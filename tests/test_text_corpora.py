@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from prunelib.text import corpora
 from prunelib.text.corpora import Corpus, load
@@ -63,11 +63,6 @@ def test_text_file_is_cut_at_document_ends_only(tmp_path):
     assert str(tmp_path) not in repr(plain)
 
 
-def test_text_file_without_document_ends_is_one_document(tmp_path):
-    (tmp_path / "b.txt").write_text("a paragraph\n\nand another\n", encoding="utf-8")
-    assert load(tmp_path / "b.txt").documents == ("a paragraph\n\nand another\n",)
-
-
 def test_json_forms_agree(tmp_path):
     records = [{"text": "one ä"}, {"text": "two\nlines"}, {"text": "  "}]
     lines = "\n".join(json.dumps(record) for record in records) + "\n\n"
@@ -75,16 +70,10 @@ def test_json_forms_agree(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    pytest.importorskip("datasets").Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
     found = {path.name: load(path).documents for path in tmp_path.iterdir()}
-    assert len(found) == 4
+    assert len(found) == 5
     assert set(found.values()) == {("one ä", "two\nlines")}
-
-
-def test_parquet_holds_the_same_as_json_lines(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    records = [{"text": "one"}, {"text": "two"}]
-    datasets.Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
-    assert load(tmp_path / "a.parquet").documents == ("one", "two")
 
 
 def test_instruction_records_take_the_alpaca_prompt(tmp_path):
@@ -143,17 +132,6 @@ def test_hash_sees_document_borders():
 
 
 # --- named data sets
-
-
-def test_embedded_corpora_are_registered_and_read_lazily(monkeypatch):
-    pydocs = pytest.importorskip("prunelib.text.embedded")
-    assert set(pydocs.EMBEDDED) <= set(corpora.LOADERS)
-    checked = []
-    monkeypatch.setattr(pydocs, "check", lambda name, split: checked.append((name, split)))
-    monkeypatch.setattr(pydocs, "documents", lambda name, split: (f"{name} of {split}",))
-    for name in pydocs.EMBEDDED:
-        assert load(name, "calibration").documents == (f"{name} of calibration",)
-    assert checked == [(name, "calibration") for name in pydocs.EMBEDDED]
 
 
 @pytest.mark.parametrize(("name", "split"), [("wikitext2", "evaluation"), ("c4", "calibration"), ("alpaca", "train")])
@@ -215,6 +193,11 @@ def test_wikitext_forms_of_an_offline_copy_agree(tmp_path):
     assert {item.documents for item in found.values()} == {("\n\n".join(rows),)}
     assert {item.split for item in found.values()} == {"test"}
     assert found["raw"].source == "offline copy: wiki.test.raw"
+    # A file called `sample` stands for train alone: nobody evaluates on calibration text.
+    (tmp_path / "sample.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    assert load("c4", "calibration", data_dir=tmp_path).documents == ("a",)
+    with pytest.raises(FileNotFoundError, match="validation"):
+        load("c4", "evaluation", data_dir=tmp_path)
     # The version with <unk> is another text: it must not stand in for the raw one.
     (tmp_path / "wiki.test.tokens").write_text(raw, encoding="utf-8")
     with pytest.raises(
@@ -242,13 +225,6 @@ def test_hub_layout_is_read_from_a_folder(tmp_path):
             tmp_path / "data" / f"train-0000{shard}-of-00002.parquet"
         )
     assert len(load("alpaca", data_dir=tmp_path).documents) == 2
-
-
-def test_a_sample_is_never_evaluation_text(tmp_path):
-    (tmp_path / "sample.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
-    assert load("c4", "calibration", data_dir=tmp_path).documents == ("a",)
-    with pytest.raises(FileNotFoundError, match="validation"):
-        load("c4", "evaluation", data_dir=tmp_path)
 
 
 # --- windows
@@ -323,13 +299,6 @@ def test_same_seed_same_bytes_other_seed_other_windows():
     assert first[:, 0].tolist() == [347, 223, 110, 296, 23, 64, 80, 312]
 
 
-def test_window_hash_sees_shape_and_values():
-    windows = torch.arange(6).reshape(2, 3)
-    assert windows_sha256(windows) == hashlib.sha256(b"(2, 3)" + windows.numpy().astype("<i8").tobytes()).hexdigest()
-    assert windows_sha256(windows) != windows_sha256(windows.reshape(3, 2))
-    assert windows_sha256(windows.T.contiguous().T) == windows_sha256(windows)
-
-
 def test_short_corpus_gives_overlap_with_a_warning_and_too_short_an_error():
     tokenizer = word_tokenizer(bos_token="<s>")
     with pytest.warns(UserWarning, match=r"has 20 tokens, 9 separate windows need 72: they overlap"):
@@ -377,25 +346,3 @@ def test_wikitext2_is_the_usual_perplexity_text(shared_data):
     # Every line of the file is a line of the text, its end apart.
     lines = [line for line in text.split("\n") if line.strip()]
     assert lines == [line for line in raw.split("\n") if line.strip()]
-
-
-def test_real_corpora_give_windows(shared_data):
-    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260k")
-    english = shared_data / "english" / "valid.txt.xz"
-    found = [
-        load("c4", data_dir=shared_data, max_documents=500),
-        load("alpaca", "calibration", data_dir=shared_data / "alpaca"),
-        load(english, "evaluation"),
-    ]
-    assert [len(item.documents) for item in found] == [500, 999, 155]
-    assert found[1].documents[0].startswith("Below is an instruction that describes a task. Write a response")
-    hashes = set()
-    for item in found:
-        sampled = sample_windows(item, tokenizer, 16, 128, seed=0, bos=True)
-        assert sampled.shape == (16, 128)
-        assert set(sampled[:, 0].tolist()) == {tokenizer.bos_token_id}
-        assert int(sampled.max()) < len(tokenizer)
-        hashes.add(windows_sha256(sampled))
-        windows = consecutive_windows(item, tokenizer, 64, limit=20)
-        assert tokenizer.decode(windows[0]).split()[:3] == item.documents[0].split()[:3]
-    assert len(hashes) == 3

@@ -12,7 +12,7 @@ from prunelib.lab import runs
 from prunelib.lab.run_notebook import run_notebook
 from prunelib.text import corpora
 from prunelib.text import near_duplicates as duplicates
-from prunelib.text.near_duplicates import Settings, clusters, deduplicate, gopher_rules_passed, overlap, signatures
+from prunelib.text.near_duplicates import Settings, clusters, deduplicate, gopher_rules_passed, overlap
 
 THRESHOLD = 0.85
 
@@ -69,20 +69,20 @@ def test_clusters_are_those_of_a_brute_force_computation(documents):
     assert len(found.members(found.largest(1)[0])) == 40
 
 
+def test_a_deduplicated_corpus_keeps_the_first_of_every_cluster_and_says_so():
+    a, b = (text(np.random.default_rng(seed)) for seed in (2, 3))
+    corpus = corpora.Corpus("mine", "train", (a, b, a + "  ", b + "!"), "a file", "free")
+    found = deduplicate(corpus)
+    assert found.documents == (a, b) and found.sha256 != corpus.sha256
+    assert found.name == "mine_deduplicated" and found.source.startswith("a file; 2 of 4 documents")
+
+
 def test_shingle_hashes_stand_for_the_shingles(documents):
     for first, second in [(0, 1), (3, 3), (5, 250)]:
         exact = grams(documents[first]), grams(documents[second])
         hashed = duplicates.shingles(documents[first]), duplicates.shingles(documents[second])
         assert list(map(len, hashed)) == list(map(len, exact))
         assert duplicates.jaccard(*hashed) == len(exact[0] & exact[1]) / len(exact[0] | exact[1])
-
-
-def test_the_same_text_gives_the_same_clusters_and_another_seed_other_signatures(documents):
-    one, other = (signatures(documents[:50], Settings()) for _ in range(2))
-    assert np.array_equal(one, other)
-    assert not np.array_equal(one, signatures(documents[:50], Settings(seed=2)))
-    assert clusters(documents, signed=signatures(documents, Settings())).labels.tolist() == clusters(documents).labels.tolist()
-    assert clusters(documents, Settings(seed=2)).sizes == clusters(documents).sizes
 
 
 def test_golden_signature():
@@ -142,18 +142,6 @@ def test_the_s_curve_is_that_of_the_bands():
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Settings(**changes)
-
-
-def test_a_deduplicated_corpus_says_so():
-    generator = np.random.default_rng(2)
-    a, b = text(generator), text(generator)
-    corpus = corpora.Corpus("mine", "train", (a, b, a + "  ", b + "!"), "a file", "free")
-    found = deduplicate(corpus)
-    assert found.documents == (a, b)
-    assert found.name == "mine_deduplicated" and found.split == "train" and found.licence == "free"
-    assert found.source.startswith("a file; 2 of 4 documents") and "0.85" in found.source
-    assert found.sha256 != corpus.sha256
-    assert deduplicate(found).documents == found.documents
 
 
 def test_overlap_of_planted_texts():

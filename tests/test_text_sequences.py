@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prunelib.text.corpora import Corpus
-from prunelib.text.sequences import IGNORED, TOKENIZED_AT_ONCE, document_rows, packed_rows
+from prunelib.text.sequences import IGNORED, document_rows, packed_rows
+from prunelib.text.windows import TOKENIZED_AT_ONCE
 
 
 class Letters:

@@ -10,10 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prunelib.text.corpora import BLANK_LINE, Corpus
-from prunelib.text.windows import windows_sha256
+from prunelib.text.windows import TOKENIZED_AT_ONCE, encode, windows_sha256
 
 IGNORED = -100  # label of a position that is not trained on
-TOKENIZED_AT_ONCE = 64  # documents
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,8 @@ def packed_rows(
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
     end = tokenizer.eos_token_id
-    between = encode([BLANK_LINE])[0] if end is None else [end]
+    between = encode(tokenizer, [BLANK_LINE])[0] if end is None else [end]
     generator = np.random.default_rng(seed)
     content = seq_len - int(bos)
     pieces: list[np.ndarray] = []
@@ -85,7 +81,7 @@ def packed_rows(
             passes += 1
             order = generator.permutation(len(corpus.documents))
             for start in range(0, len(order), TOKENIZED_AT_ONCE):
-                block = encode([corpus.documents[index] for index in order[start : start + TOKENIZED_AT_ONCE]])
+                block = encode(tokenizer, [corpus.documents[index] for index in order[start : start + TOKENIZED_AT_ONCE]])
                 pieces += [np.asarray([*ids, *between], dtype=np.int64) for ids in block]
                 new = sum(map(len, block)) + len(block) * len(between)
                 found += new

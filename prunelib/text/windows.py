@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from prunelib.text.corpora import BLANK_LINE, Corpus
 
+TOKENIZED_AT_ONCE = 64  # documents
+
 
 def token_stream(corpus: Corpus, tokenizer, *, join: str | None = None, progress: bool = True) -> Int64[np.ndarray, " token"]:
     """All documents as one stream of token ids, without the special tokens that the tokenizer would add.
@@ -24,23 +26,23 @@ def token_stream(corpus: Corpus, tokenizer, *, join: str | None = None, progress
             blank line where it has none.
     """
     between = tokenizer.eos_token_id if join is None else None
+    texts = list(corpus.documents)
     if between is None:
-        texts: Sequence[str] = [(BLANK_LINE if join is None else join).join(corpus.documents)]
-    else:
-        texts = corpus.documents
+        texts = [(BLANK_LINE if join is None else join).join(texts)]
     pieces: list[np.ndarray] = []
-    batch = 64
     with tqdm(total=len(texts), desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
-        for start in range(0, len(texts), batch):
-            encoded = tokenizer(
-                list(texts[start : start + batch]), add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            for ids in encoded["input_ids"]:
+        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+            for ids in encode(tokenizer, texts[start : start + TOKENIZED_AT_ONCE]):
                 if pieces:
                     pieces.append(np.array([between], dtype=np.int64))
                 pieces.append(np.asarray(ids, dtype=np.int64))
                 bar.update()
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, without special tokens."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _content_length(seq_len: int, tokenizer, bos: bool) -> int:
@@ -83,8 +85,7 @@ def sample_windows(
         join: see `token_stream`.
 
     Raises:
-        ValueError: fewer tokens than one window needs (both numbers are named), no bos token, ``n_samples`` or ``seq_len`` too
-            small, a negative seed.
+        ValueError: fewer tokens than one window needs, no bos token, ``n_samples`` or ``seq_len`` too small, a negative seed.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples}: draw at least 1 window")
