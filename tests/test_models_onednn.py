@@ -88,7 +88,7 @@ def test_subclasses_and_other_modules_are_left_alone():
     model = onednn.use_onednn(nn.Sequential(Other(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)))
     assert [type(module) for module in model] == [Other, nn.LayerNorm, onednn.OneDnnLinear]
     assert isinstance(model[2], nn.Linear)
-    assert type(onednn.adopt_as(nn.Linear(2, 2), nn.Sequential(nn.Linear(4, 4)))[0]) is nn.Linear
+    assert type(onednn.use_onednn_like(nn.Linear(2, 2), nn.Sequential(nn.Linear(4, 4)))[0]) is nn.Linear
 
 
 def test_a_loaded_model_uses_it_is_pruned_and_saved_as_an_ordinary_one(tiny_llama, tmp_path):

@@ -83,16 +83,14 @@ def test_bad_files_are_named(tmp_path, text, message):
 # --- sublayers
 
 SUBLAYERS = SublayerPlan(4, (0, 2), (2, 3), "blockpruner", {"seed": 1})
-DROP_LIST = "attn\nnone\nattn+mlp\nmlp\n"
 
 
-def test_sublayers_as_layers_and_as_units():
+def test_a_sublayer_plan_in_other_words():
     assert SUBLAYERS.layers == (2,)
     assert SUBLAYERS.cut == (0, 3)
-    assert SUBLAYERS.removed == (0, 4, 5, 7)
-    assert SublayerPlan.from_units(4, [7, 0, 5, 4], "blockpruner", {"seed": 1}) == SUBLAYERS
-    nothing = SublayerPlan.from_units(3, (), "none")
-    assert (nothing.removed, nothing.layers, nothing.cut, nothing.settings) == ((), (), (), {})
+    assert SUBLAYERS.removed == ((0, "attn"), (2, "attn"), (2, "mlp"), (3, "mlp"))
+    assert SublayerPlan.from_units(4, SUBLAYERS.removed[::-1], "blockpruner", {"seed": 1}) == SUBLAYERS
+    assert SublayerPlan.from_units(3, (), "none").removed == ()
 
 
 def test_sublayer_round_trip(tmp_path):
@@ -123,31 +121,13 @@ def test_bad_sublayer_plans(attention, mlp, message):
     assert SublayerPlan(4, (0, 1, 2, 3), (), "test").cut == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize(("units", "message"), [((8,), r"units \[8\] do not exist .* \(0 to 7\)"), ((3, 3), "unique")])
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [([(4, "mlp")], r"layers \[4\] do not exist"), ([(3, "mlp"), (3, "mlp")], "unique"), ([(3, "head")], "'attn' or 'mlp'")],
+)
 def test_bad_units(units, message):
     with pytest.raises(ValueError, match=message):
         SublayerPlan.from_units(4, units, "test")
-
-
-def test_evopress_drop_lists():
-    plan = SublayerPlan.from_evopress(DROP_LIST, "evopress", {"seed": 2})
-    assert plan == SublayerPlan(4, (0, 2), (2, 3), "evopress", {"seed": 2})
-    assert plan.to_evopress() == DROP_LIST
-    assert SublayerPlan.from_evopress(DROP_LIST.rstrip().replace("\n", "\r\n")) == SublayerPlan(4, (0, 2), (2, 3), "evopress")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("none\nmlp+attn\n", r"line 2 of a drop list must be one of none, attn, mlp, attn\+mlp; it is 'mlp\+attn'"),
-        ("none\n\nattn\n", "line 2 .* it is ''"),
-        ("\n", "an empty drop list"),
-        ("attn+mlp\n", "cannot remove 2 of 2 sublayers"),
-    ],
-)
-def test_bad_drop_lists(text, message):
-    with pytest.raises(ValueError, match=message):
-        SublayerPlan.from_evopress(text)
 
 
 def test_published_plans():

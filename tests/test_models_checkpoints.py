@@ -1,0 +1,234 @@
+"""Checkpoints: complete or absent, equal after a reload, and damaged ones refused in one line."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from prunelib import models
+from prunelib.models import CheckpointError, UnsupportedModel, load, remove_layers, save
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+IDS = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(7))
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_save_does_not_overwrite_unless_told(tiny_llama, tmp_path):
+    save(tiny_llama, None, tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        save(remove_layers(tiny_llama, (0,)), None, tmp_path / "model")
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    save(remove_layers(tiny_llama, (0,)), None, tmp_path / "model", overwrite=True)
+    assert load(tmp_path / "model").config.num_hidden_layers == 5
+    assert not (tmp_path / "model" / "notes.txt").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_saved_model_is_for_all_to_read_as_the_umask_says(tiny_llama, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        save(tiny_llama, None, tmp_path / "shared")
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "shared").iterdir()}
+    assert modes["model.safetensors"] == 0o640
+    assert set(modes.values()) == {0o640}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_save_leaves_what_was_there(tiny_llama, tmp_path, monkeypatch, existing):
+    if existing:
+        save(tiny_llama, None, tmp_path / "model")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models.saving, "_check_reload", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save(remove_layers(tiny_llama, (0,)), None, tmp_path / "model", overwrite=True)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    if existing:
+        assert load(tmp_path / "model").config.num_hidden_layers == 6
+
+
+def test_save_catches_a_model_pruned_without_its_configuration(tiny_llama, tmp_path):
+    del tiny_llama.model.layers[5]
+    with pytest.raises(CheckpointError, match=r"9 missing \(model.layers.5"):
+        save(tiny_llama, None, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_catches_a_configuration_that_computes_something_else(tiny_llama, tmp_path):
+    tiny_llama.config.rms_norm_eps = 0.5  # the norms in memory keep the old value
+    with pytest.raises(CheckpointError, match="other logits"):
+        save(tiny_llama, None, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_keeps_the_dtype_and_the_training_mode(tiny_llama, tmp_path):
+    model = tiny_llama.to(torch.bfloat16).train()
+    save(model, None, tmp_path / "model")
+    assert model.training
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_generation_config_that_only_sampling_would_use_is_saved(tiny_llama, tmp_path):
+    tiny_llama.generation_config.temperature = 0.9  # as published with Llama 2
+    with pytest.warns(UserWarning, match="do_sample=True"):
+        save(tiny_llama, None, tmp_path / "model")
+    assert load(tmp_path / "model").generation_config.temperature == 0.9
+    assert not tiny_llama.generation_config.do_sample
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.fixture
+def saved(tiny_llama, tmp_path) -> Path:
+    save(tiny_llama, None, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_load_gives_the_model_ready_to_evaluate(saved, tiny_llama):
+    model = load(saved)
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert torch.equal(logits(model, IDS), logits(tiny_llama, IDS))
+    assert load(str(saved), dtype="bfloat16").dtype == load(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_local_folder_needs_no_network(saved, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    load(saved)
+
+
+def break_truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_header(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def break_pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def break_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def break_nan(folder):
+    edit_weights(folder, lambda weights: weights["model.layers.3.mlp.up_proj.weight"][2].fill_(float("nan")))
+
+
+def break_infinite(folder):
+    edit_weights(folder, lambda weights: weights["lm_head.weight"][0, 0].fill_(float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "does not exist"),
+        (break_truncate, r"model\.safetensors' is truncated or damaged"),
+        (break_header, "truncated or damaged"),
+        (break_pickled, "pickled weights are not read"),
+        (break_shard, "'model-00002-of-00002.safetensors' is missing"),
+        (break_nan, r"'model\.layers\.3\.mlp\.up_proj\.weight' holds 32 NaN or infinite values of 2048"),
+        (break_infinite, r"'lm_head\.weight' holds 1 NaN"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: edit_config(folder, model_type="llamma"), "llamma"),
+        (lambda folder: edit_config(folder, num_hidden_layers=7), r"9 missing \(model\.layers\.6"),
+        (lambda folder: edit_config(folder, num_hidden_layers=5), r"9 unexpected \(model\.layers\.5"),
+        (lambda folder: edit_config(folder, intermediate_size=65), r"18 of another shape \(.*down_proj"),
+        (lambda folder: edit_weights(folder, lambda weights: weights.pop("model.norm.weight")), "1 missing.*norm"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(saved, damage, message):
+    damage(saved)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UnsupportedModel, match=r"t5.*encoder-decoder"):
+        load(tmp_path / "t5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "auto"}, "'auto' is not one of float32"),
+        ({"device": "quantum"}, "'quantum' is not a torch device"),
+        ({"revision": "v2"}, "a folder has no revisions"),
+    ],
+)
+def test_bad_arguments_of_load(saved, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(saved, **arguments)
+
+
+def test_what_is_no_model_folder_is_refused(saved):
+    with pytest.raises(ValueError, match="is a file"):
+        load(saved / "config.json")
+    with pytest.raises(CheckpointError, match="no local folder"):
+        load("nobody/no-such-model")
+    with pytest.raises(CheckpointError, match="cannot load a tokenizer"):
+        models.load_tokenizer(saved)
+
+
+# -------------------------------------------------------------------------------------------------- trained weights
+
+
+@pytest.mark.parametrize("name", ["stories260k", "babyllama105"])
+def test_a_trained_model(shared_data, name, tmp_path):
+    model, tokenizer = load(shared_data / "models" / name), models.load_tokenizer(shared_data / "models" / name)
+    ids = torch.tensor([tokenizer("Once upon a time, there was a little girl named Lily.")["input_ids"]])
+    pruned = remove_layers(model, (2,))
+    save(pruned, tokenizer, tmp_path / name)
+    again, words = load(tmp_path / name), models.load_tokenizer(tmp_path / name)
+    assert torch.equal(logits(again, ids), logits(pruned, ids))
+    assert words("Lily said hello.")["input_ids"] == tokenizer("Lily said hello.")["input_ids"]
+    assert 0.05 < models.removed_fraction(model, again) < 0.25
+    # A trained model predicts its own kind of text; one layer less costs something, but not everything.
+    with torch.no_grad():
+        losses = [float(candidate(ids, labels=ids, use_cache=False).loss) for candidate in (model, again)]
+    assert losses[0] < losses[1] < 6.5

@@ -1,0 +1,174 @@
+"""The engine against whole models, in every family, and the layers that removals share: what runs, and how often."""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+
+from prunelib.models import UnsupportedModel, remove_layers
+from prunelib.models.architectures import SUBLAYERS
+from prunelib.models.layerwise import (
+    LayerwiseModel,
+    SharedPrefixEvaluator,
+    check_layer_set,
+    layer_forwards_alone,
+    shared_layer_forwards,
+)
+from prunelib.models.sublayers import all_sublayers
+
+
+def random_windows(count: int = 5, length: int = 13) -> torch.Tensor:
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def run(engine: LayerwiseModel, hidden: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
+    states = [hidden]
+    for index in range(first, engine.n_layers):
+        states.append(engine.run_layer(index, states[-1]))
+    return states
+
+
+# --- the engine
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.inference_mode()
+def test_embed_layers_and_head_are_the_model(name):
+    model, ids = build(name), random_windows(3, 17)
+    expected = model(input_ids=ids, use_cache=False).logits
+    engine = LayerwiseModel(model)
+    states = run(engine, engine.embed(ids))
+    assert torch.equal(engine.head(states[-1]), expected)
+    assert torch.equal(engine.head(states[-1][:, 5:6])[:, 0], expected[:, 5])
+    # Stored states, and the arguments of a batch set again after another one.
+    calls = engine.calls
+    engine.embed(ids[:1, :4])
+    engine.calls = calls
+    assert torch.equal(run(engine, states[2], first=2)[-1], states[-1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.inference_mode()
+def test_padding_changes_nothing(name, side):
+    model, ids = build(name), random_windows(1, 12)
+    engine = LayerwiseModel(model)
+    alone = run(engine, engine.embed(ids))[-1]
+    real = slice(3, None) if side == "left" else slice(0, 12)
+    padded, mask = torch.zeros(2, 15, dtype=torch.int64), torch.zeros(2, 15, dtype=torch.bool)
+    padded[0, real], mask[0, real], mask[1] = ids[0], True, True
+    found = run(engine, engine.embed(padded, mask))[-1][0, real]
+    torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_without_weights_are_needed_once_for_each_class():
+    model, entered = build("qwen3_moe_mlp_only"), []
+
+    @contextmanager
+    def ready(index):
+        entered.append(index)
+        yield
+
+    LayerwiseModel(model, ready=ready)
+    assert entered == [0]
+
+
+def test_gradients_flow_through_the_engine(tiny_llama):
+    engine = LayerwiseModel(tiny_llama)
+    engine.head(run(engine, engine.embed(random_windows() % 97))[-1]).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tiny_llama.parameters())
+
+
+# --- many removals
+
+
+def test_every_set_comes_out_once_a_batch_and_the_dense_model_first():
+    sets = [(), (5,), (4, 5), (0,), (1, 5), (5,)]
+    runs = SharedPrefixEvaluator(build("llama"), sets)
+    seen = [(start, removed) for start, _, removed, _ in runs.logits(random_windows(), batch_size=2)]
+    assert sorted(seen) == sorted(itertools.product((0, 2, 4), set(sets)))
+    assert [next(removed for at, removed in seen if at == start) for start in (0, 2, 4)] == [()] * 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
+@torch.inference_mode()
+def test_logits_of_sets_are_those_of_pruned_models(name):
+    model, windows = build(name), random_windows()
+    runs = SharedPrefixEvaluator(model, [(1,), (0, 4), ()])
+    for _ in range(2):  # can be read twice, and only counts up
+        for start, ids, removed, logits in runs.logits(windows, batch_size=2):
+            assert torch.equal(ids, windows[start : start + 2])
+            assert torch.equal(logits, remove_layers(model, removed)(ids, use_cache=False).logits)
+    # Layers 0 and 1 are shared by the dense model and by the others in part: 012345, 02345, 1235.
+    assert shared_layer_forwards(6, runs.sets) == runs.layers_per_batch == 6 + 4 + 4
+    assert (runs.layer_forwards, runs.layer_forwards_alone) == (2 * 3 * 14, 2 * 3 * 15)
+
+
+def test_shared_beginnings_of_sublayers():
+    # Layer 5 runs whole, without attention, without MLP, or not at all, behind the same five layers.
+    sets = [(), ((5, "attn"),), ((5, "mlp"),), ((5, "attn"), (5, "mlp"))]
+    assert shared_layer_forwards(6, sets) == 5 + 3
+    assert layer_forwards_alone(6, sets) == 6 + 6 + 6 + 5
+    singles = [(unit,) for unit in all_sublayers(32)]
+    # Above the removed one l layers are shared; the rest of the 32 runs for each of the two.
+    assert shared_layer_forwards(32, singles) == 31 + 2 * 32 * 33 // 2
+    assert layer_forwards_alone(32, singles) == 64 * 32
+    whole = [(1,), (1, 4)]
+    halves = [tuple((layer, part) for layer in removed for part in SUBLAYERS) for removed in whole]
+    assert shared_layer_forwards(6, halves) == shared_layer_forwards(6, whole) == shared_layer_forwards(6, whole + halves)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ((6,), "distinct layers from 0 to 5 in ascending order"),
+        ((-1,), "from 0 to 5"),
+        ((2, 1), "ascending"),
+        ((1, 1), "distinct"),
+        (((6, "attn"),), "from 0 to 5"),
+        (((1, "head"),), "sublayers of them"),
+        ((1, (1, "mlp")), "distinct"),
+        (tuple(range(6)), "cannot remove 6 of 6 layers"),
+        (all_sublayers(6), "cannot remove 6 of 6 layers"),
+    ],
+)
+def test_impossible_sets_are_refused(removed, message):
+    with pytest.raises(ValueError, match=message):
+        check_layer_set(6, removed)
+    with pytest.raises(ValueError, match=message):
+        SharedPrefixEvaluator(build("llama"), [(), removed])
+
+
+def test_models_that_cannot_run_layer_by_layer_are_refused_before_work():
+    with pytest.raises(UnsupportedModel, match=r"'bloom', layer 1, a \w+, does not add its attention and its MLP"):
+        SharedPrefixEvaluator(build("bloom"), [((1, "attn"),)])
+    strange = build("llama")
+    strange.model.blocks = strange.model.layers
+    del strange.model.layers
+    with pytest.raises(UnsupportedModel, match="model type 'llama': no decoder layers"):
+        SharedPrefixEvaluator(strange, [(1,)])
+    sliced = build("llama")
+    sliced.config.__dict__["model_type"] = "prunelib_sliced"
+    with pytest.raises(UnsupportedModel, match="remove layers first, then slice"):
+        SharedPrefixEvaluator(sliced, [(1,)])
+
+
+@pytest.mark.parametrize("removed", [(0, 4), ((3, "mlp"),)])
+def test_hooks_of_a_model_spread_over_devices_change_nothing(removed):
+    """As accelerate places a model: hooks that rewrite `forward` of the whole and of its parts. All on the CPU here."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, windows = build("llama"), random_windows()
+
+    def logits():
+        runs = SharedPrefixEvaluator(model, [(), removed])
+        return torch.stack([logits for *_, logits in runs.logits(windows, batch_size=5)])
+
+    expected = logits()
+    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.model.rotary_emb, model.lm_head]
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    for part in parts:
+        hooks.add_hook_to_module(part, hooks.AlignDevicesHook("cpu"))
+    assert torch.equal(logits(), expected)
+    assert not torch.equal(expected[0], expected[1])
