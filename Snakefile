@@ -53,15 +53,24 @@ def files(stem):
     return [f"{PROFILE.figures}/{stem}{suffix}" for suffix in figure_suffixes(stem)]
 
 
+def shown(entry):
+    """Names of the models that a figure shows."""
+    names = list(PROFILE.models)
+    if entry.models is None:
+        return names
+    like, index = entry.models if isinstance(entry.models, tuple) else (None, entry.models)
+    return [next((name for name in names if like and like in name.lower()), names[index])]
+
+
 def sources(entry):
     """The parameters of a chapter that a figure reads, tables of this profile replaced by the run files its numbers need."""
-    values, models = dict(CHAPTERS[entry.chapter]), list(PROFILE.models)
+    values, models = dict(CHAPTERS[entry.chapter]), shown(entry)
     for name, parts in entry.reads.items():
         if values.get(name) == PROFILE.table(name):
             values[name] = [
                 run.path
                 for run in PROFILE.experiments[name]
-                if (parts is None or run.part in parts) and (entry.models is None or run.model == models[entry.models])
+                if (parts is None or run.part in parts) and run.model in models
             ]
     return {name: value for name, value in values.items() if name != "figures"}
 

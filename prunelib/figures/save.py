@@ -118,7 +118,7 @@ class Entry:
     chapter: str
     draw: Callable[..., Drawing]
     reads: Mapping[str, Sequence[str] | None]
-    models: int | None = None
+    models: int | tuple[str, int] | None = None
 
 
 FIGURES: dict[str, Entry] = {}
@@ -148,12 +148,13 @@ def figure_stems(notebook: str | os.PathLike) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int | None = None) -> Callable:
+def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int | tuple[str, int] | None = None) -> Callable:
     """Decorator of a function `(chapter, **options) -> Drawing`, in a module whose `CHAPTER` is the stem of its notebook.
 
     The decorated function draws, writes the files of `stem` into `chapter.folder` and returns the `Drawing`.
     reads: name of a table (a parameter of the chapter) → the parts of that experiment it needs, None for all.
-    models: the index of the only model of the profile that it shows, None for all.
+    models: the index of the only model of the profile that it shows, None for all; ("text", index): one with the text in its name,
+        else that index.
     """
 
     def decorate(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:

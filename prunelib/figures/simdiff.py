@@ -230,13 +230,13 @@ def alpha_path(chapter: Chapter) -> Drawing:
     return Drawing(figure, pd.concat(drawn)[columns].rename(columns={"name": "model"}), pd.concat([paths, chosen]))
 
 
-@figure("simdiff_fig5a_perplexity", reads=READS)
+@figure("simdiff_fig5a_perplexity", reads=READS, models=("mistral-7b", 0))
 def fig5a_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Mistral-7B, ours for a Mistral or the first model."""
     return _perplexity(chapter, "fig5a", "Mistral-7B-v0.3", 0)
 
 
-@figure("simdiff_fig5b_perplexity", reads=READS)
+@figure("simdiff_fig5b_perplexity", reads=READS, models=("llama-3.1", -1))
 def fig5b_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Llama-3.1-8B, ours for the same model or the last one."""
     return _perplexity(chapter, "fig5b", "Llama-3.1-8B", -1)
