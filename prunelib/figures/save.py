@@ -153,8 +153,8 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
 
     The decorated function draws, writes the files of `stem` into `chapter.folder` and returns the `Drawing`.
     reads: name of a table (a parameter of the chapter) → the parts of that experiment it needs, None for all.
-    models: the index of the only model of the profile that it shows, None for all; ("text", index): one with the text in its name,
-        else that index.
+    models: index of the only model of the profile that it shows, None for all; ("text", index): the first with that text in its
+        name, else that index.
     """
 
     def decorate(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
