@@ -1,4 +1,4 @@
-"""Prune a model of your own: how many layers go, which ones, and what that costs, with intervals (`notebooks/own_model.ipynb`)."""
+"""Prune a model of your own: how many layers go, which ones, and what that costs (`notebooks/own_model.ipynb`)."""
 
 import math
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def choose(
     check_method(name)
     if name in SEARCHES:
         loss = LayerSetLoss(model, windows, SEARCHES[name][0], batch_size=batch_size)
-        return greedy(loss.n_units, layers_removed, loss, progress=False).removed
+        return greedy(loss.units, layers_removed, loss, progress=False).removed
     if name in ABLATIONS:
         rule = ABLATIONS[name]
         return lowest(rule(model, windows), layers_removed, rule.protect_first, rule.protect_last)

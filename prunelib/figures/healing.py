@@ -190,8 +190,9 @@ def healing_tokens(chapter: Chapter) -> Drawing:
     drawn, axes = panels(1, len(sizes), height=3.5, squeeze=False, sharey=True)
     for ax, (name, size) in zip(axes[0], sizes.items(), strict=True):
         for method, line in pick(data, model=name).groupby("method", sort=False):
-            style = {"label": "dense, trained as well", "linestyle": "-", "marker": ""} if method == "dense" else {}
-            curve(ax, line, method.split(" ")[0], x="place", y="nats_over_dense", **style)
+            look = METHODS[method.split(" ")[0]]
+            style = {"label": "dense, trained as well", "linestyle": "-"} if method == "dense" else {}
+            curve(ax, line, look, x="place", y="nats_over_dense", marker=look.marker, markersize=4, **style)
         ax.axhline(0, color="black", linestyle=":", linewidth=1)
         ax.set_xscale("log")
         ax.set_title(f"{name}, {size} layers removed")
