@@ -6,14 +6,13 @@ import pytest
 from word_model import drawn_words, write_project
 
 from prunelib import models
-from prunelib.criteria.statistics import LayerStats
+from prunelib.criteria import ABLATIONS, LayerStats
 from prunelib.depth import alpha_path
 from prunelib.io import at_root
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 
 STATISTICS = "notebooks/experiments/statistics.ipynb"
-DEPTH = "notebooks/experiments/depth.ipynb"
 SELECTION = "notebooks/experiments/selection.ipynb"
 OPTIMUM = "notebooks/experiments/optimum.ipynb"
 BLOCKS = "notebooks/experiments/blocks.ipynb"
@@ -32,22 +31,30 @@ def statistics(place):
     return [str(run_notebook(STATISTICS, place / f"s{seed}.json", seed=seed, **common)) for seed in (0, 1)]
 
 
-def depth(place, output, statistics, layers_removed, **changes):
+def simdiff(place, output, statistics, sizes):
+    """A run of selection on the draws of statistics.ipynb."""
     text = str(place / "text.txt")
     values = {
         "model": str(place / "model"),
         "statistics": statistics,
-        "layers_removed": layers_removed,
+        "sizes": sizes,
+        "block_criteria": [],
         "alpha_corpora": [text],
         "alpha_splits": ["train"],
         "alpha_samples": 8,
         "alpha_seq_len": 16,
         "report_corpus": text,
+        "report_split": "train",
         "report_windows": 8,
         "report_seq_len": 16,
         "random_seeds": [0, 1],
     }
-    return run_notebook(DEPTH, place / output, **(values | changes))
+    return run_notebook(SELECTION, place / output, **values)
+
+
+@pytest.fixture(scope="module")
+def on_statistics(place, statistics):
+    return results.read_run(simdiff(place, "simdiff.json", statistics, [2, 3]))
 
 
 def test_statistics_writes_the_scores_of_its_own_sums(statistics):
@@ -71,56 +78,43 @@ def test_streamed_statistics_are_the_same(place, statistics):
     assert results.read_run(streamed)["rows"] == results.read_run(statistics[0])["rows"]
 
 
-def test_depth_reports_every_choice_and_the_exact_alpha_is_never_worse(place, statistics):
-    from prunelib.criteria.simdiff import difference_term, similarity_term
+def test_every_choice_of_every_size_and_the_exact_alpha_is_never_worse(statistics, on_statistics):
+    from prunelib.criteria import difference_term, similarity_term
 
-    run = results.read_run(depth(place, "k2.json", statistics, 2))
-    choices = [row for row in run["rows"] if row["role"] == "choice"]
+    choices = [row for row in on_statistics["rows"] if row["role"] == "choice" and row["layers_removed"]]
     assert {row["method"] for row in choices} == {
         "block_influence", "relative_magnitude", "deepest", "random", "simdiff_mssd", "simdiff_masd"
     }  # fmt: skip
-    assert all(len(row["removed_layers"].split()) == 2 for row in choices)
+    assert all(len(row["removed_layers"].split()) == row["layers_removed"] for row in choices)
+    gaps = [row for row in choices if row["metric"] == "nll_over_cosine" and row["method"] == "block_influence"]
+    assert len(gaps) == 4 and not any(row["value"] for row in gaps), "the cosine rule loses nothing over itself"
     pairs = 0
     for exact in choices:
         if exact.get("search") == "exact" and exact["metric"] == "nll":
-            keys = ("method", "calibration_seed", "alpha_corpus", "metric")
+            keys = ("method", "calibration_seed", "alpha_corpus", "metric", "layers_removed")
             ternary = next(r for r in choices if r.get("search") == "ternary" and all(r[k] == exact[k] for k in keys))
             assert exact["alpha_nll"] <= ternary["alpha_nll"]
             pairs += 1
-    assert pairs == 4
+    assert pairs == 8
     stats = LayerStats.load(at_root(statistics[0]).with_suffix(".safetensors"))
     sets = [i.removed for i in alpha_path(similarity_term(stats), difference_term(stats, "masd"), 2)]
-    written = [
-        row["removed_layers"]
-        for row in run["rows"]
-        if row["role"] == "path" and row["method"] == "simdiff_masd" and row["calibration_seed"] == 0 and row.get("corpus")
-        and row["metric"] == "nll"
-    ]  # fmt: skip
-    assert written == [" ".join(map(str, removed)) for removed in sets]
+    path = {"role": "path", "method": "simdiff_masd", "calibration_seed": 0, "layers_removed": 2, "metric": "nll"}
+    rows = [row for row in on_statistics["rows"] if path.items() <= row.items() and row.get("corpus")]
+    assert [row["removed_layers"] for row in rows] == [" ".join(map(str, removed)) for removed in sets]
 
 
-def test_depth_measures_a_set_as_the_saved_model_without_those_layers(place, statistics):
-    import torch
-
+def test_a_set_is_measured_as_the_saved_model_without_those_layers(place, on_statistics):
     from prunelib.evaluation import perplexity
-    from prunelib.text import corpora
-    from prunelib.text.windows import consecutive_windows
+    from prunelib.text import consecutive_windows, corpora
 
-    run = results.read_run(depth(place, "k3.json", statistics[:1], 3))
-    row = next(row for row in run["rows"] if row.get("method") == "deepest" and row["metric"] == "nll")
+    wanted = {"method": "deepest", "metric": "nll", "layers_removed": 3}
+    row = next(row for row in on_statistics["rows"] if wanted.items() <= row.items())
     dense = models.load(place / "model")
     tokenizer = models.load_tokenizer(place / "model")
     windows = consecutive_windows(corpora.load(place / "text.txt"), tokenizer, 16, 8)
     pruned = models.remove_layers(dense, [int(layer) for layer in row["removed_layers"].split()])
     models.save(pruned, tokenizer, place / "pruned")
-    measured = perplexity(models.load(place / "pruned", dtype=torch.float32), windows).nll
-    assert row["value"] == pytest.approx(measured, abs=1e-6)
-
-
-def test_removing_every_layer_is_one_clear_error_and_leaves_no_result(place, statistics):
-    with pytest.raises(NotebookError, match="cannot remove 6 of 6 layers"):
-        depth(place, "k6.json", statistics, 6)
-    assert not (place / "k6.json").exists()
+    assert row["value"] == pytest.approx(perplexity(models.load(place / "pruned"), windows).nll, abs=1e-6)
 
 
 def test_statistics_of_another_model_are_refused(place, statistics):
@@ -130,14 +124,7 @@ def test_statistics_of_another_model_are_refused(place, statistics):
     wrong.write_text(json.dumps(other))
     (place / "wrong.safetensors").write_bytes(at_root(statistics[0]).with_suffix(".safetensors").read_bytes())
     with pytest.raises(NotebookError, match="holds statistics of another/model"):
-        depth(place, "k1.json", [str(wrong)], 1)
-
-
-def test_protected_layers_stay_whatever_the_method(place, statistics):
-    run = results.read_run(depth(place, "protected.json", statistics, 2, protect_first=1, protect_last=2))
-    removed = {int(layer) for row in run["rows"] for layer in row.get("removed_layers", "").split()}
-    assert removed <= {1, 2, 3}
-    assert removed
+        simdiff(place, "k1.json", [str(wrong)], [1])
 
 
 # ------------------------------------------------------------------------------------------- every way to choose the layers
@@ -159,9 +146,10 @@ def truth(place):
 
 @pytest.fixture(scope="module")
 def chosen(place, reported):
-    values = {"corpus": str(place / "text.txt"), "split": "train", "n_samples": 4, "seq_len": 32, "sizes": [1, 2, 3]}
+    values = {"calibration_corpus": str(place / "text.txt"), "calibration_split": "train", "n_samples": 4, "seq_len": 32}
+    values |= {"sizes": [1, 2, 3], "ablations": list(ABLATIONS), "random_seeds": [], "calibration_seeds": [0, 1]}
     searches = ["greedy", "greedy_kl", "beam", "evolutionary", "blockpruner", "evolutionary_sublayers"]
-    small = {"evolved_sizes": [2], "initial_sets": 4, "offspring": 3, "merge_size": 2, "merges": []}
+    small = {"evolved_sizes": [2], "initial_sets": 4, "offspring": 3, "merge_size": 2}
     return run_notebook(
         SELECTION, place / "chosen.json", model=str(place / "model"), searches=searches, **values, **small, **reported
     )
@@ -171,7 +159,7 @@ def losses(run, **coordinates):
     return {
         row["method"]: row["value"]
         for row in run["rows"]
-        if row["metric"] == "nll" and all(row.get(name) == value for name, value in coordinates.items())
+        if row["metric"] == "nll" and row.get("calibration_seed", 0) == 0 and coordinates.items() <= row.items()
     }
 
 
@@ -181,7 +169,7 @@ def test_the_optimum_is_that_of_all_sets_one_by_one(place, truth):
     from safetensors.numpy import load_file
 
     from prunelib.evaluation import perplexity
-    from prunelib.text import corpora
+    from prunelib.text import consecutive_windows, corpora
 
     run, arrays = results.read_run(truth), load_file(at_root(truth).with_suffix(".safetensors"))
     dense = models.load(place / "model")
@@ -197,7 +185,6 @@ def test_the_optimum_is_that_of_all_sets_one_by_one(place, truth):
     best_of_3 = next(row for row in run["rows"] if row["layers_removed"] == 3)
     assert best_of_3["role"] == "best_known"
     assert best_of_3["value"] <= arrays["random_k3"].min()
-    assert not list(at_root(truth).parent.glob(".*k2.jsonl")), "the journals go when the run is complete"
 
 
 def test_no_choice_is_better_than_the_optimum_and_searches_see_no_more_than_the_calibration(chosen, truth):
@@ -211,10 +198,8 @@ def test_no_choice_is_better_than_the_optimum_and_searches_see_no_more_than_the_
     assert losses(run, layers_removed=0)["dense"] == pytest.approx(
         next(row["value"] for row in best["rows"] if row["layers_removed"] == 0), abs=1e-6
     )
-    assert run["provenance"]["data"].keys() == {
-        "calibration " + run["parameters"]["corpus"],
-        "report " + run["parameters"]["corpus"],
-    }
+    text = run["parameters"]["calibration_corpus"]
+    assert run["provenance"]["data"].keys() == {f"calibration {text} 0", f"calibration {text} 1", f"report {text}"}
 
 
 def test_every_rule_has_importance_a_cost_and_a_choice_for_every_size(chosen):
@@ -226,13 +211,13 @@ def test_every_rule_has_importance_a_cost_and_a_choice_for_every_size(chosen):
     # PPL+, Taylor+ and Mag+ keep the first four and the last two layers: of six layers nothing is left to choose.
     assert costs - choices == {"taylor", "magnitude", "leave_one_out_nll"}
     assert choices <= costs
-    halves = [row for row in run["rows"] if row["method"] == "evolutionary_sublayers" and row["metric"] == "nll"]
-    assert [len(row["removed_sublayers"].split()) for row in halves] == [4]
+    halves = [row for row in run["rows"] if row.get("method") == "evolutionary_sublayers" and row["metric"] == "nll"]
+    assert [len(row["removed_sublayers"].split()) for row in halves] == [4, 4], "one for each draw"
     assert {word.split(".")[1] for word in halves[0]["removed_sublayers"].split()} == {"attn", "mlp"}
     shares = {
         row["metric"]: row["value"]
         for row in run["rows"]
-        if row["method"] == "evolutionary_sublayers" and row["metric"] in ("removed", "idle")
+        if row.get("method") == "evolutionary_sublayers" and row["metric"] in ("removed", "idle")
     }
     assert shares["removed"] + shares["idle"] > 0
 
@@ -277,10 +262,10 @@ def test_tasks_are_those_of_the_pruned_model_alone(place):
 @pytest.mark.parametrize(
     ("notebook", "changes", "message"),
     [
-        (SELECTION, {"searches": ["gredy"]}, "no search gredy; there are: greedy"),
+        (SELECTION, {"searches": ["gredy"]}, "unknown gredy; there are: greedy"),
         (SELECTION, {"ablations": ["tailor"]}, "unknown ablation 'tailor'"),
-        (SELECTION, {"sizes": [6]}, "sizes go up to 6, but the model has 6 layers"),
-        (SELECTION, {"merges": ["correct"]}, "take some of published, released"),
+        (SELECTION, {"sizes": [6]}, "the model has 6 layers and one must stay"),
+        (SELECTION, {"merges": ["correct"]}, "unknown correct; there are: published, released"),
         (BLOCKS, {"step": 6}, "step = 6: between 1 and 5"),
         (TASKS, {"methods": ["cosine"]}, "has no choice of 'cosine'"),
     ],
@@ -289,7 +274,7 @@ def test_a_wrong_request_is_one_clear_error_before_work(place, chosen, reported,
     text = str(place / "text.txt")
     values = {"model": str(place / "model")}
     if notebook == SELECTION:
-        values |= {"corpus": text, "split": "train", "n_samples": 2, "seq_len": 16, "sizes": [1]} | reported
+        values |= {"calibration_corpus": text, "calibration_split": "train", "sizes": [1]} | reported
     elif notebook == BLOCKS:
         values |= reported
     else:

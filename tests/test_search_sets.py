@@ -1,7 +1,6 @@
 """Searches over sets of layers: against brute force, against each other, and what they cost."""
 
 import itertools
-import json
 import math
 
 import numpy as np
@@ -262,9 +261,7 @@ def test_nothing_to_remove():
 def test_exhaustive_equals_itertools_on_a_model():
     model, windows = build("gpt_neox"), random_windows()
     found = exhaustive(6, 2, LayerSetLoss(model, windows), chunk=4, progress=False)
-    alone = {
-        removed: perplexity(remove_layers(model, removed), windows).nll for removed in itertools.combinations(range(6), 2)
-    }
+    alone = {removed: perplexity(remove_layers(model, removed), windows).nll for removed in itertools.combinations(range(6), 2)}
     assert found.removed == min(alone, key=alone.get)
     assert list(found.values) == list(alone)
     np.testing.assert_allclose(list(found.values.values()), list(alone.values()), atol=1e-5)
@@ -288,37 +285,6 @@ def test_exhaustive_is_bounded():
     assert sizes == [50, 50, 20]
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         exhaustive(10, 3, evaluate, chunk=0)
-
-
-def test_a_stopped_search_goes_on_from_its_journal(tmp_path):
-    journal, evaluate, asked = tmp_path / "runs" / "journal.jsonl", interacting(10, 1), []
-
-    def stops(sets):
-        if len(asked) == 100:
-            raise KeyboardInterrupt
-        asked.extend(sets)
-        return evaluate(sets)
-
-    with pytest.raises(KeyboardInterrupt):
-        exhaustive(10, 3, stops, chunk=50, journal=journal, key="a", progress=False)
-    with open(journal, "a") as file:
-        file.write("[[7, 8, ")  # the last line was being written
-    rest = []
-    found = exhaustive(
-        10, 3, lambda sets: rest.extend(sets) or evaluate(sets), chunk=50, journal=journal, key="a", progress=False
-    )
-    assert sorted(asked + rest) == list(itertools.combinations(range(10), 3))
-    assert found == exhaustive(10, 3, evaluate, progress=False)
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert len(lines) == 121
-    for other in ({"key": "b"}, {"protect_first": 0, "key": ""}):
-        with pytest.raises(ValueError, match="is of another search"):
-            exhaustive(10, 3, evaluate, journal=journal, progress=False, **other)
-    with pytest.raises(ValueError, match="is of another search"):
-        exhaustive(11, 3, evaluate, journal=journal, key="a", progress=False)
-    # A narrower question is answered from it, and only with sets it allows.
-    narrow = exhaustive(10, 3, stops, 2, 2, journal=journal, key="a", progress=False)
-    assert set(narrow.values) == set(itertools.combinations(range(2, 8), 3))
 
 
 # --- evolutionary

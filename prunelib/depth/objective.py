@@ -23,8 +23,8 @@ class LayerSetLoss:
     """Loss of one model without sets of layers, on fixed windows, in nats per token.
 
     Two metrics (`METRICS`): "nll", the negative log-likelihood, and "kl", the divergence from the dense model. The sets of one
-    call share the hidden states of their common first layers. With unit="sublayer" the sets are made of sublayers, (layer, "attn"
-    or "mlp"): BlockPruner (arXiv 2406.10594) is ``greedy(loss.units, 2 * k, loss, 0, 0)`` with "nll", and EvoPress
+    call share the hidden states of their common first layers. With unit="sublayer" the sets are made of sublayers,
+    (layer, "attn" | "mlp"): BlockPruner (arXiv 2406.10594) is ``greedy(loss.units, 2 * k, loss, 0, 0)`` with "nll", EvoPress
     (arXiv 2410.14649) ``evolutionary(loss.units, 2 * k, loss, len(windows), groups=2)`` with "kl".
 
     ``units`` are all those to choose from. ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense

@@ -212,9 +212,9 @@ def evolutionary(
     generations is int(K (n - K) / 1.5) by default, for n layers that may go. The number of layers removed never changes.
     (In the released code half of the swaps of whole layers fall on a list that is then overwritten; here each one counts.)
 
-    `groups` divides the units into that many kinds, the one at place i in group i % groups. Each gives K / groups, and a swap picks a group,
-    then exchanges within it; K and n of the default generations are those of one group, on average. With the units of
-    LayerSetLoss(unit="sublayer") and groups=2 that is the published search: as many attention as MLP sublayers.
+    `groups` divides the units into that many kinds, the one at place i in group i % groups. Each gives K / groups, and a swap
+    picks a group, then exchanges within it; K and n of the default generations are those of one group, on average. With the
+    units of LayerSetLoss(unit="sublayer") and groups=2 that is the published search: as many attention as MLP sublayers.
 
     Steps hold each generation's best and its value in the last stage; the value of the result is that on all windows, and
     `evaluations` counts (set, stage) pairs plus that one.
