@@ -1,18 +1,13 @@
-"""What a greedy search costs: the loop that runs every candidate by itself, and `prunelib.depth.search.greedy`, in one run.
+"""What a greedy search costs: the loop that runs every candidate by itself, and `prunelib.depth.greedy`, in one run.
 
     python benchmarks/search_cost.py                                  # random weights, the shape of the main reference model
     python benchmarks/search_cost.py --model data/reference/ref-llama-32l   # those of a model, on windows of its text
-    python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512
+    python benchmarks/search_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512
 
-Both loops run whole, from the dense model to K removed layers (SLEB: 32 layers and K = 8 take 212 evaluations), one variant
-after the other, after a warm-up of each. Variants: "naive" runs all layers of every candidate, with the others taken out of
-the list as SLEB's code does; "shared" runs the common beginnings of candidates once, which about halves the layers; "together"
-sends several branches through a layer in one call; "stopped" gives candidates up that can no longer win; and the same for the
-divergence from the dense model, which can be bounded better than a likelihood. Printed are seconds, the ratio to the first
-variant, and layer forwards in units of the whole calibration set.
-
-Random weights say what things cost, and nothing about which layers go; how many candidates can be given up depends on the
-model: give one. On a machine that is busy with other work compare the counts.
+Both run from the dense model to K removed layers (SLEB: 32 layers and K = 8 take 212 evaluations), after a warm-up of each.
+"naive" runs all layers of every candidate, with the others taken out of the list as SLEB's code does; "nll" and "kl" run the
+layers that candidates have in common once, which about halves them. Printed are seconds, the ratio to the first variant, and
+layer forwards in units of the whole calibration set. On a machine that is busy with other work compare the counts.
 """
 
 import argparse
@@ -24,54 +19,16 @@ from pathlib import Path
 import torch
 from jaxtyping import Int64
 from report import write_report
+from slicing_cost import SHAPES
+from statistics_cost import random_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from prunelib import models
 from prunelib.depth import LayerSet, LayerSetLoss, greedy
 from prunelib.evaluation import perplexity
 from prunelib.text import corpora
 from prunelib.text.windows import sample_windows
-
-SHAPES = {
-    "reference": {
-        "vocab_size": 4096,
-        "hidden_size": 160,
-        "intermediate_size": 432,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-        "max_position_embeddings": 2048,
-    },
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-}
-
-
-def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # straight into memory: in float32 an 8B model would take twice as much
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def naive(
@@ -104,10 +61,7 @@ def main() -> None:
     parser.add_argument("--layers-removed", type=int, default=8)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument(
-        "--batch-size", type=int, default=1, help="windows that run at once, and between two decisions to give up"
-    )
-    parser.add_argument("--together", type=int, default=8, help="branches in one call of a layer")
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--only", nargs="+", help="some of the variants")
     parser.add_argument("--output", type=Path, help="file for the numbers")
     args = parser.parse_args()
@@ -123,26 +77,15 @@ def main() -> None:
         windows = torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
     n_layers = len(models.decoder_layers(model))
 
-    def ours(metric: str, *, together: int = 1, stopped: bool = False) -> Callable[[int], tuple[LayerSet, int]]:
+    def ours(metric: str) -> Callable[[int], tuple[LayerSet, int]]:
         def search(layers_removed: int) -> tuple[LayerSet, int]:
-            loss = LayerSetLoss(model, windows, metric, batch_size=args.batch_size, together=together, keep_dense=True)
-            finalists = loss.finalists if stopped else None
-            found = greedy(n_layers, layers_removed, loss, finalists=finalists, progress=False)
-            return found.removed, loss.layer_windows // len(windows)
+            loss = LayerSetLoss(model, windows, metric, batch_size=args.batch_size)
+            return greedy(n_layers, layers_removed, loss, progress=False).removed, loss.layer_windows // len(windows)
 
         return search
 
-    variants = {
-        "naive": lambda layers_removed: naive(model, layers_removed, windows, args.batch_size),
-        "shared": ours("nll"),
-        "shared, together": ours("nll", together=args.together),
-        "shared, stopped": ours("nll", stopped=True),
-        "shared, together, stopped": ours("nll", together=args.together, stopped=True),
-        "kl: shared": ours("kl"),
-        "kl: shared, together": ours("kl", together=args.together),
-        "kl: shared, stopped": ours("kl", stopped=True),
-        "kl: shared, together, stopped": ours("kl", together=args.together, stopped=True),
-    }
+    alone = lambda layers_removed: naive(model, layers_removed, windows, args.batch_size)  # noqa: E731
+    variants = {"naive": alone, "nll": ours("nll"), "kl": ours("kl")}
     found = []
     for name in args.only or variants:
         variants[name](1)  # warm-up: kernels are chosen, memory is taken
@@ -157,8 +100,7 @@ def main() -> None:
     what = args.model or f"random weights, {args.shape}"
     print(
         f"\n{what}: {n_layers} layers of width {model.config.hidden_size}, {args.dtype} on {args.device}, {args.threads} "
-        f"threads\ngreedy, K = {args.layers_removed}, {count} x {length} tokens, batch {args.batch_size}, "
-        f"{args.together} branches together"
+        f"threads\ngreedy, K = {args.layers_removed}, {count} x {length} tokens, batch {args.batch_size}"
     )
     baseline = found[0]
     print(f"{'':32s} {'seconds':>8s} {'cpu':>8s} {'speed-up':>8s} {'forwards':>9s} {'share':>6s}  removed")

@@ -4,19 +4,15 @@
     python benchmarks/statistics_cost.py --model data/reference/<name>
     python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 8 --seq-len 2048
 
-Every repetition times the plain forward pass of the whole model, the forward pass without the LM head (which `collect`
-does not run), `collect` itself, `collect` without the Triton kernel (where there is one) and the usual hooks, which take three
-sums of neighboring states in float32 and no other pair, in turn, so that a machine that slows down slows all of them. Printed
-are the medians and the medians of the ratios within a repetition. The target is at most 1.03 times the plain forward pass on a
-GPU, 1.10 on a CPU. On a machine that is busy with other work only the CPU time with --threads 1 means anything: waiting threads
-count as busy ones.
+Every repetition times the plain forward pass of the whole model, the forward pass without the LM head (which `collect` does not
+run), `collect` itself and `collect` without the Triton kernel (where there is one), in turn. Printed are the medians and the
+medians of the ratios within a repetition. The target is at most 1.03 times the plain forward pass on a GPU, 1.10 on a CPU. On a
+busy machine only the CPU time with --threads 1 means anything: waiting threads count as busy ones.
 """
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prunelib.criteria.statistics
 from prunelib.criteria.statistics import LayerStats, collect
-from prunelib.models import decoder_layers, load
+from prunelib.models import load
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -50,29 +46,6 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel
             return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def usual_hooks(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    """Sums [layer, 3] of cosine, squared and absolute difference between input and output of each layer."""
-    layers = decoder_layers(model)
-    sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=model.device)
-
-    def hook(index: int):
-        def measure(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            before, after = args[0].float(), (output[0] if isinstance(output, tuple) else output).float()
-            step = after - before
-            cosine = torch.cosine_similarity(before, after, dim=-1)
-            sums[index] += torch.stack([cosine.sum(), step.square().sum(), step.abs().sum()])
-
-        return measure
-
-    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def largest_differences(found: LayerStats, expected: LayerStats) -> dict[str, float]:
@@ -112,11 +85,6 @@ def main() -> None:
         for batch in windows.split(args.batch_size):
             module(batch.to(args.device), use_cache=False)
 
-    def hooked() -> None:
-        with usual_hooks(model) as sums:
-            forward(model.base_model)
-            sums.cpu()
-
     def ours() -> LayerStats:
         return collect(model, windows, batch_size=args.batch_size, progress=False)
 
@@ -128,7 +96,6 @@ def main() -> None:
         "forward": lambda: forward(model),
         "forward without LM head": lambda: forward(model.base_model),
         "collect": ours,
-        "usual hooks": hooked,
     }
     differences = None
     if cuda:
