@@ -4,7 +4,7 @@
     python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 --micro-batch 8 \\
         --steps 10 100                                                          # two GPUs, through NCCL
 
-A random model of the shape is saved and healed by `python -m prunelib.healing.train`, once by one process and once by several, as
+A random model of the shape is saved and healed by `python -m prunelib.healing`, once by one process and once by several, as
 `torchrun` starts them (`accelerate launch` does the same), on the same tokens in the same batches. Each is run twice, for a
 few steps and for more: what one step takes is the difference, so that loading and the first collective count for nothing.
 The scaling is the time of a step by one process over that by several; the limit is their number. The losses of both agree on
@@ -68,7 +68,7 @@ def healed(model: Path, out: Path, processes: int, steps: int, settings: argpars
     ]
     arguments += ["--micro-batch", str(settings.micro_batch), "--set", *recipe]
     visible = {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and settings.device == "cuda" else {}
-    subprocess.run([*launch, "prunelib.healing.train", *arguments], env=os.environ | visible, check=True)
+    subprocess.run([*launch, "prunelib.healing", *arguments], env=os.environ | visible, check=True)
     return json.loads((out / "healing.json").read_text())
 
 
@@ -118,7 +118,7 @@ def main() -> None:
         "losses_several": losses[settings.processes],
     }
     print(json.dumps(report, indent=1))
-    write_report(settings.output, settings, report, data=found[1, more]["provenance"]["data"])
+    write_report(settings.output, settings, report, data=found[1, more]["data"])
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from transformers import AutoTokenizer
 
 from prunelib import models
 from prunelib.apps.pretraining import train_tokenizer
-from prunelib.healing import train as healing
-from prunelib.healing.recipes import RECIPES
-from prunelib.healing.train import heal, load_file
+from prunelib.healing import RECIPES, heal
+from prunelib.healing.__main__ import main
 from prunelib.text import corpora
 from prunelib.text.sequences import document_rows
 
@@ -69,7 +68,7 @@ def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model
         "--nproc_per_node",
         "2",
         "-m",
-        "prunelib.healing.train",
+        "prunelib.healing",
     ]
     two = subprocess.run(
         [*launch, *arguments(project, tmp_path / "two")],
@@ -80,7 +79,7 @@ def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model
         timeout=300,
     )
     assert two.returncode == 0, two.stderr[-3000:]
-    assert healing.main(arguments(project, tmp_path / "one")) == 0
+    assert main(arguments(project, tmp_path / "one")) == 0
     found = {name: json.loads((tmp_path / name / "healing.json").read_text()) for name in ("one", "two")}
     requests = {name: json.loads((tmp_path / name / "training" / "request.json").read_text()) for name in found}
     assert [requests[name]["processes"] for name in ("one", "two")] == [1, 2]
@@ -89,18 +88,12 @@ def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model
     np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-5)
     assert found["one"]["tokens"] == found["two"]["tokens"] == 8 * 4 * 16
     assert found["one"]["real_tokens"] == found["two"]["real_tokens"] < 8 * 4 * 16
-    weights = [load_file(tmp_path / name / "training" / "trained.safetensors") for name in ("one", "two")]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
-
-    healed = models.load(tmp_path / "two" / "healed")
-    ids = rows_of(project, replace(RECIPES["lora"], **SETTINGS)).input_ids[:4]
-    with torch.no_grad():
-        adapted = healing.load_adapter(models.load(project / "pruned"), tmp_path / "two" / "training")
-        torch.testing.assert_close(healed(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    one, two = (models.load(tmp_path / name / "healed").state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
     assert models.load_tokenizer(tmp_path / "two" / "healed")("eigenvalue")["input_ids"]
 
-    assert healing.main([*arguments(project, tmp_path / "one"), "steps=7"]) == 1
+    assert main([*arguments(project, tmp_path / "one"), "steps=7"]) == 1
     assert "holds another training: recipe.steps is 7, was 8" in capsys.readouterr().err
 
 
@@ -130,7 +123,7 @@ def test_a_training_killed_without_warning_loses_and_repeats_no_step(project, tm
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["checkpoint-4"]
     whole, resumed = (train(project, tmp_path / name, lambda model: {"one": 1.0}) for name in ("whole", "killed"))
     assert [entry["step"] for entry in resumed.log] == [1, 2, 3, 4, 5, 6, 6, 7, 8]
-    assert resumed.log == whole.log
+    assert resumed.losses == whole.losses
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
@@ -145,7 +138,7 @@ def test_a_training_killed_without_warning_loses_and_repeats_no_step(project, tm
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(more, message, project, tmp_path, capsys):
-    assert healing.main([str(project / "pruned"), str(tmp_path / "out"), *more]) == 1
+    assert main([str(project / "pruned"), str(tmp_path / "out"), *more]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1

@@ -5,17 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from architectures import build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prunelib import models
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, run_notebook
-from prunelib.slicing.rotate import account, slice_model
-from prunelib.slicing.schedules import constant
-from prunelib.speed import timing as speed
-from prunelib.speed.decoding import Decoder
-from prunelib.speed.timing import Roofline, Setting, Spread, Work
+from prunelib.slicing import constant, count_parameters, slice_model
+from prunelib.speed import Decoder, OpCount, Quartiles, Roofline, Setting, roofline, shapes, timing
 
 NOTEBOOK = "notebooks/experiments/speed.ipynb"
 
@@ -50,19 +48,19 @@ def eager(model):
 )
 def test_shapes_have_the_parameters_of_the_published_models(name, parameters):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(speed.shape_configuration(name))
+        model = AutoModelForCausalLM.from_config(shapes.shape_configuration(name))
     assert models.parameter_count(model) == parameters
 
 
 def test_an_unknown_shape_or_dtype_is_refused(tiny_llama):
-    with pytest.raises(ValueError, match=r"there is no shape 'llama-9b'; there are: llama-2-7b"):
-        speed.shape_configuration("llama-9b")
+    with pytest.raises(ValueError, match=r"there is no shape 'llama-9b'; there are: .*llama-2-7b"):
+        shapes.shape_configuration("llama-9b")
     with pytest.raises(ValueError, match="dtype 'int8'"):
-        speed.random_model(tiny_llama.config, dtype="int8")
+        shapes.random_model(tiny_llama.config, dtype="int8")
 
 
 def test_random_models_follow_from_their_seed(tiny_llama):
-    one, same, other = (speed.random_model(tiny_llama.config, dtype="bfloat16", seed=seed) for seed in (1, 1, 2))
+    one, same, other = (shapes.random_model(tiny_llama.config, dtype="bfloat16", seed=seed) for seed in (1, 1, 2))
     assert one.dtype == torch.bfloat16
     assert not one.training
     assert torch.equal(one.lm_head.weight, same.lm_head.weight)
@@ -75,19 +73,19 @@ def test_a_random_sliced_model_is_shaped_as_a_sliced_one(tiny_llama):
     plan = constant(6, 32, 0.25)
     windows = torch.randint(0, 97, (8, 16))
     narrow = slice_model(tiny_llama, plan, windows, progress=False)
-    random = speed.random_sliced(tiny_llama.config, plan)
-    shapes = [{name: tuple(one.shape) for name, one in model.state_dict().items()} for model in (narrow, random)]
-    assert shapes[0] == shapes[1]
+    random = shapes.random_sliced(tiny_llama.config, plan)
+    found = [{name: tuple(one.shape) for name, one in model.state_dict().items()} for model in (narrow, random)]
+    assert found[0] == found[1]
     assert torch.isfinite(random(windows).logits).all()
 
 
 def test_layers_are_left_out_without_copies(tiny_llama):
-    shorter = speed.without_layers(tiny_llama, 2)
+    shorter = shapes.without_layers(tiny_llama, 2)
     kept = [models.decoder_layers(tiny_llama)[index] for index in (0, 1, 2, 5)]
     for mine, theirs in zip(models.decoder_layers(shorter), kept, strict=True):
         assert mine.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight.data_ptr()
     with pytest.raises(ValueError, match="cannot remove 6 of 6 layers"):
-        speed.without_layers(tiny_llama, 6)
+        shapes.without_layers(tiny_llama, 6)
 
 
 # ----------------------------------------------------------------------------------------------------------------- counts
@@ -105,41 +103,41 @@ def test_work_of_a_step(tied):
         tie_word_embeddings=tied,
     )
     model = eager(LlamaForCausalLM(config).eval())
-    decoder = Decoder(model, 5, 30, static=False)
-    decoder.seek(11)
-    work = speed.step_work(model, 5, 12)
+    decoder = Decoder(model, Setting(5, 11, 19))
+    decoder.fill(11)
+    work = roofline.step_ops(model, 5, 12)
     assert work.flops == counted_flops(lambda: decoder.steps(1))
     layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32  # q, o; k, v; MLP; norms
     weights = 4 * (3 * layer + 32 + 97 * 32)
     looked_up = 0 if tied else 4 * 5 * 32
     cache = 4 * 3 * 5 * 2 * 16  # of one token, all rows
     assert work.bytes == weights + looked_up + 12 * cache
-    assert speed.step_work(model, 5, 12, read=30).bytes == weights + looked_up + 31 * cache, "a masked cache is read whole"
-    assert speed.weight_bytes(model) == weights
-    assert speed.parameter_bytes(model) == 4 * models.parameter_count(model)
+    assert roofline.step_ops(model, 5, 12, read=30).bytes == weights + looked_up + 31 * cache, "a masked cache is read whole"
+    assert roofline.read_bytes(model, 5) == weights + looked_up
+    assert roofline.parameter_bytes(model) == 4 * models.parameter_count(model)
 
 
 def test_work_of_a_prefill(tiny_llama):
     model = eager(tiny_llama)
-    decoder = Decoder(model, 3, 20, static=False)
+    decoder = Decoder(model, Setting(3, 7, 13))
     tokens = torch.randint(0, 97, (3, 7))
     # The counter sees the whole square of attention, of which causal attention needs the lower triangle.
     square, triangle = (3 * places * 6 * 4 * 32 for places in (7 * 7, 7 * 8 / 2))
-    assert speed.prefill_work(model, 3, 7).flops == counted_flops(lambda: decoder.prefill(tokens)) - square + triangle
+    assert roofline.prefill_ops(model, 3, 7).flops == counted_flops(lambda: decoder.prefill(tokens)) - square + triangle
     cache = 4 * 6 * 3 * 7 * 2 * 16
-    assert speed.prefill_work(model, 3, 7).bytes == speed.weight_bytes(model) + 4 * 21 * 32 + cache
+    assert roofline.prefill_ops(model, 3, 7).bytes == roofline.read_bytes(model, 21) + cache
 
 
 def test_flops_of_a_sliced_model_are_those_of_its_account(tiny_llama):
     plan = constant(6, 32, 0.25)
-    counted = account(tiny_llama.config, plan, context=10)
-    assert speed.step_work(speed.random_sliced(tiny_llama.config, plan), 1, 10).flops == counted.flops
-    assert speed.step_work(tiny_llama, 1, 10).flops == counted.dense_flops
+    counted = count_parameters(tiny_llama.config, plan, context=10)
+    assert roofline.step_ops(shapes.random_sliced(tiny_llama.config, plan), 1, 10).flops == counted.flops
+    assert roofline.step_ops(tiny_llama, 1, 10).flops == counted.dense_flops
 
 
 def test_a_layer_saves_its_share(tiny_llama):
     """Work is linear in the number of layers, and what is left without any is embeddings, head and norm."""
-    work = [speed.step_work(speed.without_layers(tiny_llama, size), 2, 9) for size in range(6)]
+    work = [roofline.step_ops(shapes.without_layers(tiny_llama, size), 2, 9) for size in range(6)]
     for one in ("flops", "bytes"):
         assert np.ptp(np.diff([getattr(entry, one) for entry in work])) == 0
     each = work[0].bytes - work[1].bytes
@@ -148,9 +146,8 @@ def test_a_layer_saves_its_share(tiny_llama):
 
 def test_the_limit_is_the_larger_of_two_times():
     ceiling = Roofline(bandwidth=100.0, rate=1000.0)
-    assert Work(500.0, 10.0).seconds(ceiling) == 0.5
-    assert Work(500.0, 80.0).seconds(ceiling) == 0.8
-    assert (Work(1.0, 2.0) + Work(3.0, 4.0)) == Work(4.0, 6.0)
+    assert OpCount(500.0, 10.0).seconds(ceiling) == 0.5
+    assert OpCount(500.0, 80.0).seconds(ceiling) == 0.8
 
 
 def test_settings():
@@ -168,17 +165,17 @@ def test_settings():
 def test_sampled_steps_stand_for_all_of_them():
     setting = Setting(1, 4, 129)
     for segments, chunk in ((1, 128), (4, 32), (4, 2), (8, 16), (128, 1)):
-        starts = speed.sampled_lengths(setting, segments, chunk)
+        starts = setting.sampled_lengths(segments, chunk)
         assert len(starts) == segments
         assert starts[0] >= 4
         assert starts[-1] + chunk <= setting.capacity - 1
         attended = [start + step + 1 for start in starts for step in range(chunk)]
         assert np.mean(attended) == pytest.approx(setting.mean_length, abs=0.51)
-    every = speed.sampled_lengths(setting, 4, 32)
+    every = setting.sampled_lengths(4, 32)
     assert sorted(start + step for start in every for step in range(32)) == list(range(4, 132))
     for segments, chunk in ((0, 1), (2, 0), (4, 33)):
         with pytest.raises(ValueError, match="have no such samples"):
-            speed.sampled_lengths(setting, segments, chunk)
+            setting.sampled_lengths(segments, chunk)
 
 
 # ----------------------------------------------------------------------------------------------------------- measurements
@@ -187,64 +184,104 @@ def test_sampled_steps_stand_for_all_of_them():
 def test_measurements_take_turns(monkeypatch):
     done = []
     clock = itertools.count(0.0)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     calls = {name: lambda name=name: done.append(name) for name in "abc"}
-    times = speed.interleaved(calls, 3, torch.device("cpu"), warmup=1)
+    times = timing.interleaved(calls, 3, torch.device("cpu"), warmup=1)
     rounds = ["".join(done[start : start + 3]) for start in range(0, 12, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert rounds[1:] == ["abc", "bca", "cab"], "nobody is always first"
     assert times == {name: [1, 1, 1] for name in "abc"}, "the warm-up is not among them"
     with pytest.raises(ValueError, match="rounds=0"):
-        speed.interleaved(calls, 0, torch.device("cpu"))
+        timing.interleaved(calls, 0, torch.device("cpu"))
 
 
 def test_medians_and_quartiles():
-    assert Spread.of([5, 1, 2, 3, 4]) == Spread(median=3.0, low=2.0, high=4.0, n=5)
+    assert Quartiles.of([5, 1, 2, 3, 4]) == Quartiles(median=3.0, low=2.0, high=4.0, n=5)
     with pytest.raises(ValueError, match="no measurement"):
-        Spread.of([])
+        Quartiles.of([])
 
 
 def test_the_ceiling_is_measured():
-    found = speed.measured_ceiling(torch.device("cpu"), torch.float32, gib=0.001, size=32, rounds=2)
+    found = roofline.measured_roofline(torch.device("cpu"), torch.float32, gib=0.001, size=32, rounds=2)
     assert set(found) == {"read", "copy", "matmul"}
     assert all(one.n == 2 and 0 < one.low <= one.median <= one.high for one in found.values())
-    ceiling = speed.ceiling_of(found)
+    ceiling = Roofline.of(found)
     assert ceiling == Roofline(max(found["read"].median, found["copy"].median), found["matmul"].median)
 
 
 def test_times_of_every_model_segment_and_round(tiny_llama):
     setting = Setting(2, 3, 13)
-    decoders = {f"{size}": Decoder(speed.without_layers(tiny_llama, size), 2, 16, static=False) for size in (0, 3)}
-    times = speed.step_seconds(decoders, setting, 3, segments=2, chunk=4, progress=False)
+    dense = Decoder(tiny_llama, setting)
+    decoders = {"0": dense, "3": Decoder(shapes.without_layers(tiny_llama, 3), setting, beside=dense)}
+    times = timing.step_seconds(decoders, 3, segments=2, chunk=4, progress=False)
     assert {name: found.shape for name, found in times.items()} == {"0": (2, 3), "3": (2, 3)}
     assert all((found > 0).all() for found in times.values())
-    reading = speed.prefill_seconds(decoders, setting, 3, progress=False)
+    reading = timing.prefill_seconds(decoders, 3)
     assert {name: len(found) for name, found in reading.items()} == {"0": 3, "3": 3}
-    assert speed.whole_seconds(decoders["0"], setting) > 0
-    assert decoders["0"].place.length == setting.capacity - 1, "the last token is chosen, not read"
+    assert timing.whole_seconds(dense) > 0
+    assert dense.cache.get_seq_length() == setting.capacity - 1, "the last token is chosen, not read"
+
+
+def generated(decoder, prompts, count):
+    decoder.prefill(prompts)
+    chosen = [decoder.tokens.clone()]
+    for _ in range(count - 1):
+        decoder.steps(1)
+        chosen.append(decoder.tokens.clone())
+    return torch.cat(chosen, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "sliced"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tokens_are_those_of_generate_also_in_a_shared_cache(family, compiled, monkeypatch):
+    if not torch.cuda.is_available():  # without a compiler the static cache alone is under test
+        monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build("llama" if family == "sliced" else family)
+    if family == "sliced":
+        model = slice_model(model, constant(6, 32, 0.25), torch.randint(0, 128, (8, 16)), progress=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)  # choices that are no near ties
+    model = model.to(device)
+    setting = Setting(3, 5, 20)
+    first = Decoder(model, setting, compiled=compiled)
+    prompts = timing.random_tokens(model, setting, 0)
+    pruned = [(model, first)]
+    if family != "sliced":
+        shorter = models.remove_layers(model, [1])
+        pruned.append((shorter, Decoder(shorter, setting, compiled=compiled, beside=first)))
+    for _ in range(2):
+        for one, decoder in pruned:
+            expected = one.generate(prompts, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 5:]
+            assert torch.equal(generated(decoder, prompts, 20), expected)
+    first.fill(9, seed=1)
+    assert int(first.cache.get_seq_length()) == 9
+    assert first.cache.layers[0].keys[:, :, :9].std() > 0.5, "random numbers"
 
 
 def test_memory_is_not_measured_where_nobody_counts_it(tiny_llama):
     if not torch.cuda.is_available():
-        assert speed.peak_memory(tiny_llama, Setting(1, 2, 3)) is None
+        assert timing.peak_memory(tiny_llama, Setting(1, 2, 3)) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_peak_memory_holds_weights_and_cache(tiny_llama):
     model, setting = tiny_llama.cuda(), Setting(4, 8, 1000)
     cache = 4 * 6 * 2 * 2 * 8 * 4 * 1008
-    found = speed.peak_memory(model, setting)
-    assert found >= speed.parameter_bytes(model) + cache
-    assert found < 2 * (speed.parameter_bytes(model) + cache) + 2**20
+    found = timing.peak_memory(model, setting)
+    assert found >= roofline.parameter_bytes(model) + cache
+    assert found < 2 * (roofline.parameter_bytes(model) + cache) + 2**20
 
 
 def test_a_line_through_points():
-    fit = speed.linear_fit([0, 4, 8], [10.0, 8.0, 6.0])
+    fit = timing.linear_fit([0, 4, 8], [10.0, 8.0, 6.0])
     assert (fit.slope, fit.intercept, fit.r2) == pytest.approx((-0.5, 10.0, 1.0))
     x, y = np.arange(10.0), np.random.default_rng(0).normal(size=10)
-    assert speed.linear_fit(x, y).r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
-    assert speed.linear_fit([0, 1], [1.0, 2.0]) is None, "any two points lie on a line"
-    assert speed.linear_fit([0, 1, 2], [3.0, 3.0, 3.0]) is None
+    assert timing.linear_fit(x, y).r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+    assert timing.linear_fit([0, 1], [1.0, 2.0]) is None, "any two points lie on a line"
+    assert timing.linear_fit([0, 1, 2], [3.0, 3.0, 3.0]) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- the notebook
@@ -270,11 +307,11 @@ def test_the_notebook_measures_every_model_in_every_setting(run_file):
         return [row for row in rows if row["metric"] == metric and all(row.get(key) == where[key] for key in where)]
 
     for size in (0, 2, 4):
-        pruned = speed.without_layers(model, size)
+        pruned = shapes.without_layers(model, size)
         (row,) = values("parameters", role="variant", layers_removed=size)
         assert row["value"] == models.parameter_count(pruned)
         (row,) = values("flops", phase="decode", layers_removed=size)
-        assert row["value"] == speed.step_work(pruned, 2, Setting(2, 3, 9).mean_length).flops
+        assert row["value"] == roofline.step_ops(pruned, 2, Setting(2, 3, 9).mean_length).flops
         for setting, phase in (("2x3x9", "prefill"), ("2x3x9", "decode"), ("2x3x9", "generation"), ("2x8x0", "prefill")):
             at = {"role": "speed", "setting": setting, "phase": phase, "layers_removed": size}
             (seconds,), (tokens,) = values("seconds", **at), values("tokens_per_s", **at)
@@ -300,7 +337,7 @@ def test_the_notebook_measures_every_model_in_every_setting(run_file):
 
 def test_the_notebook_refuses_what_cannot_be(tmp_path):
     for changes, message in (
-        ({"mode": "graph"}, "mode='graph' on cpu"),
+        ({"mode": "graph"}, "mode='graph': give one of plain, compiled"),
         ({"sliced_as": [5]}, r"sliced_as and whole_sizes name \[5\]"),
         ({"settings": ["16x4"]}, "setting '16x4' is not of the form"),
     ):

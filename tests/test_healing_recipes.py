@@ -54,21 +54,21 @@ def test_simdiffs_settings():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trains": "everything"}, r"trains='everything' is not one of lora, all, last_layers"),
+        ({"trains": "everything"}, "trains='everything' is not one of lora, all, last_layers"),
         ({"schedule": "step"}, "schedule='step' is not one of"),
-        ({"modules": ()}, r"trains='lora' needs modules, got \(\)"),
-        ({"modules": ("ffn",)}, "modules ffn unknown; there are: attention, mlp"),
-        ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
-        ({"warmup_steps": 65}, r"warmup_steps=65 is out of range \(steps=64\)"),
+        ({"modules": ()}, r"modules=\(\) with trains='lora' .*: give a value"),
+        ({"modules": ("ffn",)}, r"modules=\('ffn',\) is out of range"),
+        ({"rank": 0}, "rank=0 is out of range"),
+        ({"steps": 0}, "steps=0 is out of range"),
+        ({"seq_len": 1}, "seq_len=1 is out of range"),
+        ({"warmup_steps": 65}, r"warmup_steps=65 is out of range \(steps=64"),
         ({"learning_rate": math.inf}, "learning_rate=inf is out of range"),
-        ({"hidden_weight": 1.0}, "settings of distillation alone"),
+        ({"hidden_weight": 1.0}, "hidden_weight=1.0 .* objective='next_token': leave it out"),
         ({"last_layers": 2}, "last_layers=2 with trains='lora'"),
-        ({"trains": "all"}, "trains='all' has no modules"),
-        ({"trains": "all", "modules": (), "rank": None, "alpha": None, "base": "nf4"}, "base='nf4' .* of adapters alone"),
+        ({"trains": "all"}, "modules=.* with trains='all'"),
+        ({"trains": "all", "modules": (), "rank": None, "alpha": None, "base": "nf4"}, "base='nf4' with trains='all'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):
-    with pytest.raises(ValueError, match=f"recipe lora: .*{message}|recipe lora: {message}"):
+    with pytest.raises(ValueError, match=f"recipe lora: {message}"):
         replace(RECIPES["lora"], **changes)
