@@ -92,6 +92,7 @@ def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(s
     assert [result.acc for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_random_scores_give_chance_and_every_item_is_asked(scripted):
     def noise(request):
         return -float(int(hashlib.sha256(repr(request.args).encode()).hexdigest()[:8], 16))
@@ -181,6 +182,7 @@ def test_examples_are_answered_questions_from_other_documents(scripted):
     assert "fewshot_items_sha256" not in scripted(keep, names[:1], limit=1)[names[0]].settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pydocs_letters", "pydocs_parameter"])
 def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path, monkeypatch, name):
     """As the ``lm_eval`` command runs it, from the files that ``python -m prunelib.evaluation.embedded_tasks`` writes."""
@@ -207,6 +209,7 @@ def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path,
 SETS = [(), (1,), (0, 2), (0, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bos", "shots"), [(True, 0), (False, 1)])
 def test_layer_sets_equal_one_pruned_model_at_a_time(small, tokenizer, bos, shots):
     names = ["embedded", "embedded_prompts"]
@@ -326,6 +329,7 @@ def test_equals_lm_evals_own_route(stories, shared_data):
     assert ours.stderr() == pytest.approx(theirs["acc_stderr,none"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_every_family_of_official_tasks_runs_offline(stories, shared_data):
     names = [*(name for name in tasks.TASK_SETS["simdiff_zero_shot"] if name != "boolq"), "mmlu", "lambada_openai", "wsc273"]
     results = evaluate_tasks(*stories, names, bos=True, limit=1, data_dir=shared_data / "benchmarks", progress=False)
@@ -343,6 +347,7 @@ def test_every_family_of_official_tasks_runs_offline(stories, shared_data):
     assert labels == ["average", "average_without_wsc"]
 
 
+@pytest.mark.slow
 def test_constant_yes_on_boolq_is_seen(scripted, shared_data):
     def yes(request):
         return float(request.args[1] == " yes")
@@ -369,6 +374,7 @@ def offline_copy(folder: Path, **splits: list[dict]) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tmp_path):
     offline_copy(
         tmp_path / "cmnli",

@@ -80,6 +80,7 @@ def test_the_hash_sees_every_byte_and_every_border():
     assert len({digest(base), *map(digest, others)}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corpus", pydocs.EMBEDDED)
 def test_the_installed_packages_give_the_text_of_the_manifest(corpus):
     manifest = json.loads(pydocs.manifest_path().read_text())[corpus]
