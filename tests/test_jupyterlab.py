@@ -16,7 +16,7 @@ import pytest
 
 from prunelib.io import project_root
 
-pytest.importorskip("jupyterlab", reason="the environment of the lock has it")
+pytestmark = pytest.mark.slow
 
 ROOT = project_root()
 PATIENCE = 60
