@@ -1,4 +1,4 @@
-"""A offloaded model gives the numbers of the resident one, from any checkpoint; what does not fit is refused before any work."""
+"""An offloaded model gives the numbers of the resident one; what does not fit is refused before any work."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_every_architecture_gives_the_same_bits(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(CONVERTED))
 def test_weights_that_are_stored_otherwise_are_refused(name, tmp_path):
     build(name).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match=r"under other names .*: it can only be loaded resident"):
+    with pytest.raises(UnsupportedModel, match="in another form than the model has: it can only be loaded resident"):
         OffloadedModel(tmp_path, dtype="float32")
 
 
@@ -89,7 +89,6 @@ def test_the_dtype_of_the_file_is_converted(stored, wanted, tiny_llama, tmp_path
     offloaded = OffloadedModel(tmp_path, dtype=wanted)
     resident = models.load(tmp_path, dtype=wanted)
     assert_same(offload.collect(offloaded, windows, progress=False), statistics.collect(resident, windows, progress=False))
-    assert (offloaded.sizes.stored_layer_bytes is None) == (stored == wanted)
 
 
 def test_sharded_checkpoints_and_those_without_a_head(tiny_llama, tmp_path):
@@ -157,24 +156,13 @@ def test_bad_arguments_and_checkpoints(folder, tiny_llama, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, error, message in (
         ({"num_hidden_layers": 5}, CheckpointError, r"9 unexpected \(model\.layers\.5"),
-        ({"num_hidden_layers": 7}, UnsupportedModel, r"lacks 9 weights .*\(model\.layers\.6"),
+        ({"num_hidden_layers": 7}, CheckpointError, r"9 missing \(model\.layers\.6"),
         ({"intermediate_size": 65}, CheckpointError, r"has shape \(64, 32\) in .*, \(65, 32\) by its config\.json"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UnsupportedModel, "is quantized"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(error, match=message):
             OffloadedModel(folder, dtype="float32")
-
-
-def test_a_file_that_shrinks_is_noticed(folder):
-    offloaded = OffloadedModel(folder, dtype="float32")
-    path = folder / "model.safetensors"
-    os.truncate(path, path.stat().st_size - 8)
-    last = max(offloaded.entries.values(), key=lambda entry: entry.offset)
-    files = offload._Files()
-    with pytest.raises(CheckpointError, match=f"ends within '{last.name}'"):
-        files.read([(last, torch.empty(last.nbytes, dtype=torch.uint8))])
-    files.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- planning
@@ -185,7 +173,7 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does(folder):
     offloaded.host_limit = 1 << 20
     with pytest.raises(DoesNotFit, match=r"planned peak memory: .* GiB on the host .*: one window is too much"):
         offloaded.plan(100, 50, states=True)
-    offloaded.host_limit = planned_host(offloaded, windows_at_once=16)
+    offloaded.host_limit = offloaded._peak(8, 50, 16, states=True).host
     with pytest.raises(DoesNotFit, match=r"but the host has .* GiB: batch_size=1, windows_at_once=(\d+) would fit") as caught:
         offloaded.plan(4000, 50, windows_at_once=4000, batch_size=8, states=True)
     fitting = int(str(caught.value).rpartition("windows_at_once=")[2].split()[0])
@@ -194,25 +182,12 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does(folder):
     with pytest.raises(DoesNotFit):
         offloaded.plan(4000, 50, windows_at_once=fitting + 1, batch_size=1, states=True)
     at_once, peak = offloaded.plan(4000, 50, batch_size=8, states=True)
-    assert (at_once, peak.host_peak <= offloaded.host_limit) == (16, True)
+    assert (at_once, peak.host <= offloaded.host_limit) == (16, True)
     offloaded.host_limit = None
     at_once, peak = offloaded.plan(4000, 50, batch_size=8, states=True)
     assert at_once > 16
-    assert peak.host_peak <= psutil.virtual_memory().total
+    assert peak.host <= psutil.virtual_memory().total
     assert not peak.device
-
-
-def planned_host(offloaded: Streamed, windows_at_once: int) -> int:
-    setting = {"batch_size": 8, "seq_len": 50, "states": True, "logits": False, "accelerator": False}
-    return planned(offloaded.sizes, windows_at_once=windows_at_once, **setting).host_peak
-
-
-def test_sizes_are_those_of_the_model(folder, tiny_llama):
-    sizes = OffloadedModel(folder, dtype="float32").sizes
-    exact = sum(tensor.nbytes for tensor in tiny_llama.model.layers[0].parameters())
-    assert exact <= sizes.layer_bytes < exact + 9 * 256  # aligned
-    assert (sizes.table_bytes, sizes.head_bytes) == (97 * 32 * 4, 97 * 32 * 4)
-    assert (sizes.attention, sizes.key_value, sizes.mlp, sizes.n_layers) == (32, 16, 64, 6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
@@ -236,7 +211,7 @@ def test_planned_peak_on_a_processor_bounds_the_measured_one(tmp_path):
     script = f"""
         import json, re
         import torch
-        from prunelib.scale import offload as streaming
+        from prunelib.scale import offload
         torch.set_num_threads(1)
         def peak_memory():
             return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -248,7 +223,7 @@ def test_planned_peak_on_a_processor_bounds_the_measured_one(tmp_path):
         except RuntimeError as error:
             assert "NaN" in str(error), error
         measured = peak_memory()
-        print(json.dumps([started, measured, peak.host_peak]))
+        print(json.dumps([started, measured, peak.host]))
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -313,13 +288,13 @@ def test_planned_peak_on_a_device_bounds_the_measured_one(tmp_path):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     torch.cuda.empty_cache()
     offloaded, windows = OffloadedModel(tmp_path, dtype="bfloat16", device="cuda"), torch.randint(3, 8192, (8, 1024))
-    for run, kind in ((offload.collect, {"states": True}), (offload.perplexity, {"logits": True})):
+    for run, kind in ((offload.collect, {"states": True}), (offload.perplexity, {})):
         _, peak = offloaded.plan(*windows.shape, batch_size=4, windows_at_once=8, **kind)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(offloaded, windows, batch_size=4, windows_at_once=8, progress=False)
-        assert torch.cuda.max_memory_allocated() - before <= peak.device_peak
+        assert torch.cuda.max_memory_allocated() - before <= peak.device
     assert torch.cuda.memory_allocated() <= before + 2**20
-    offloaded.device_limit = offloaded.plan(8, 1024, batch_size=2, states=True)[1].device_peak
+    offloaded.device_limit = offloaded.plan(8, 1024, batch_size=2, states=True)[1].device
     with pytest.raises(DoesNotFit, match=r"but the device has .* GiB: batch_size=2 would fit"):
         offload.collect(offloaded, windows, batch_size=8, progress=False)

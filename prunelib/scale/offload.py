@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from jaxtyping import Bool, Float, Int, Int64, Shaped
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -256,6 +257,14 @@ def _offloaded(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mappi
     for module in model.modules():  # what the hooks leave behind: bound methods, which copies of a module would call
         module.__dict__.pop("forward", None)
         module.__dict__.pop("_old_forward", None)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:  # transformers compares the shapes of loaded weights only
+            with safe_open(weights.index[name]["safetensors_file"], framework="pt") as file:
+                shape = tuple(file.get_slice(weights.index[name]["weight_name"]).get_shape())
+            if shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{name!r} has shape {shape} in {str(folder)!r}, {tuple(tensor.shape)} by its config.json"
+                )
     return use_onednn(model.eval()), weights
 
 
