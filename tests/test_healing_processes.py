@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
+from pretrain_reference import train_tokenizer
 from transformers import AutoTokenizer
 
 from prunelib import models
-from prunelib.apps.pretraining import train_tokenizer
 from prunelib.healing import RECIPES, heal
 from prunelib.healing.__main__ import main
 from prunelib.text import corpora
@@ -42,7 +42,7 @@ def environment():
     return os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts"))),
     }
 
 

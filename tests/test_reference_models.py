@@ -8,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pretrain_reference as pretraining
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
 from prunelib import models
-from prunelib.apps import pretraining
 from prunelib.io import file_sha256
 from prunelib.lab import runs as results
 from prunelib.text import corpora
@@ -102,7 +102,7 @@ def test_log_has_no_gap_and_no_jump(name):
 @every_model
 def test_card_is_the_one_its_files_give(name):
     card = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    assert card == pretraining.card(FOLDER / name), f"python -m prunelib.apps.pretraining card {name}"
+    assert card == pretraining.card(FOLDER / name), f"python scripts/pretrain_reference.py card {name}"
 
 
 @every_model
@@ -127,7 +127,7 @@ def test_card_agrees_with_the_log(name):
         "public-domain books",
         "NVIDIA H200",
         "MIT licence",
-        f"python -m prunelib.apps.pretraining train --name {name}",
+        f"python scripts/pretrain_reference.py train --name {name}",
     ):
         assert said in card, said
 

@@ -1,6 +1,6 @@
 """Train the embedded reference models: small, deep decoders that behave like large ones when layers are removed.
 
-Four steps, each a sub-command of ``python -m prunelib.apps.pretraining``:
+Four steps, each a sub-command of ``python scripts/pretrain_reference.py``:
 
 1. ``tokenizer``: byte-level BPE over the training text, saved with every reference model;
 2. ``tokens``: the training and held-out text as flat arrays of token ids;
@@ -307,105 +307,13 @@ def mean_loss(model, windows: Windows, *, batch: int = 64) -> float:
 HISTORY = {
     "ref-llama-32l": "The training was interrupted once and resumed from its last checkpoint: weights, optimizer, schedule and "
     "position in the data.",
-    "ref-neox-24l": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output head, "
-    "whose name in memory differs from its name on disk; `prunelib.apps.pretraining` now reads checkpoints by their names on disk, "
-    "and a test holds it to that. The weights here come from a second, uninterrupted training with identical settings.",
+    "ref-neox-24l": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output "
+    "head, whose name in memory differs from its name on disk; `scripts/pretrain_reference.py` now reads checkpoints by their "
+    "names on disk, and a test holds it to that. The weights here come from a second, uninterrupted training with identical "
+    "settings.",
 }
 
-CARD = """---
-license: mit
-language: en
-library_name: transformers
-pipeline_tag: text-generation
----
-<!-- Written by `python -m prunelib.apps.pretraining card {name}` from training.json; edit prunelib/apps/pretraining.py instead. -->
-
-# {name}
-
-A decoder-only language model of {layers} layers and {parameters:,} parameters (`{model_type}`), deep and narrow so that studies
-of depth pruning run on a laptop. Trained on general English and technical documentation alone: no instructions, no chat, no other
-language, no safety training.
-
-## Architecture
-
-{architecture}
-
-Tokenizer: byte-level BPE, {vocabulary:,} entries, single digits as tokens, `{end}` before every document. It was trained on the
-training text below, at most {characters:,} characters of each file, and is the same for all reference models.
-
-## Data
-
-| text | training tokens available | share of the training windows | passes |
-|---|---:|---:|---:|
-| general English: 7,486 Wikipedia articles of 2015 and 238 cuts of public-domain books | {english:,} | {english_share:.0%} | {english_passes:.1f} |
-| `pydocs` train: docstrings of {packages} | {pydocs:,} | {pydocs_share:.0%} | {pydocs_passes:.1f} |
-
-Articles that share three or more 13-grams with WikiText-2 valid or test were left out. Held out: other Wikipedia articles
-({english_held_out:,} tokens) and the evaluation split of `pydocs` ({pydocs_held_out:,} tokens). The sha256 of all four arrays of token
-ids is in `training.json`.
-
-## Training
-
-| | |
-|---|---|
-| steps × batch × window | {steps:,} × {batch} × {window} = {tokens_seen:,} tokens |
-| schedule | AdamW (betas 0.9, 0.95; weight decay {weight_decay}), gradient norm at most 1; cosine from {learning_rate:g} to 5 % of it, {warmup} steps of warm-up |
-| precision | bfloat16 autocast on float32 weights, saved as bfloat16 |
-| hardware | {hardware} |
-| software | Python {python}, torch {torch}, transformers {transformers} |
-| seed | {seed} |
-
-Size, data and steps were fixed before any pruning result was seen, and no pruning result was looked at while choosing them: the
-model is not tuned to favour a method. {history}
-
-## Loss
-
-Mean next-token loss of the saved bfloat16 weights on {held_out_windows} held-out windows of {window} tokens:
-
-| text | nats per token | perplexity per token |
-|---|---:|---:|
-| English | {english_nats:.4f} | {english_ppl:.2f} |
-| `pydocs` evaluation | {pydocs_nats:.4f} | {pydocs_ppl:.2f} |
-
-![Training and held-out loss against tokens seen](loss_curve.png)
-
-Perplexities of different tokenizers are not comparable.
-
-## Use and limits
-
-For studying what happens inside a transformer when layers are removed, sliced or repaired, and for tests of such code. The model
-is tiny: its sentences go astray after a few words and its facts are invented. What holds for it need not hold for models a thousand
-times larger.
-
-## Licence
-
-The weights, like the code, are under the MIT licence of this repository. The text they were trained on is not part of it:
-Wikipedia is CC BY-SA 3.0 (attribution, share alike), the books are in the public domain in the USA, and the docstrings are under
-the licences of their packages (BSD, MIT, Apache 2.0, PSF). Whether share-alike terms of a text extend to weights
-trained on it is unsettled; who passes the weights on should know where they come from.
-
-## Train it again
-
-```
-python -m prunelib.text.embedded
-python -c "import json; from prunelib import corpora; print(*(json.dumps({{'text': text}}) for text in corpora.load('pydocs', 'evaluation').documents), sep='\\n')" > held_out.jsonl
-python -m prunelib.apps.pretraining tokenizer --files english.txt.xz data/corpora/pydocs.jsonl --out tokenizer
-python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file english.txt.xz --out tokens/english.npy
-python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file data/corpora/pydocs.jsonl --out tokens/pydocs.npy
-python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file english_held_out.txt.xz --out tokens/english_held_out.npy
-python -m prunelib.apps.pretraining tokens --tokenizer tokenizer --file held_out.jsonl --out tokens/pydocs_held_out.npy
-python -m prunelib.apps.pretraining train --name {name} --tokenizer tokenizer --tokens tokens --work checkpoints --out {name}
-```
-
-The English text is not in the repository: any text file with a line `{end}` between documents serves in its place,
-and gives another model. Other GPUs and versions of torch give other last digits.
-
-## Files
-
-| file | sha256 |
-|---|---|
-{files}
-"""  # noqa: E501 (tables and commands)
+CARD = Path(__file__).with_name("reference_card.md")
 
 
 def card(folder: Path) -> str:
@@ -431,7 +339,7 @@ def card(folder: Path) -> str:
     packages = list(json.loads(at_root("data/corpora/manifest.json").read_text(encoding="utf-8"))["pydocs"]["packages"])
     evaluations = [entry for entry in log["log"] if "eval_pydocs_loss" in entry]
     files = ["model.safetensors", "config.json", "tokenizer.json", "training.json"]
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         name=log["name"],
         model_type=reference["model_type"],
         layers=config["num_hidden_layers"],
@@ -485,7 +393,7 @@ def draw_losses(folder: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m prunelib.apps.pretraining", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python scripts/pretrain_reference.py", description=__doc__.split("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
     one = steps.add_parser("tokenizer", help="train the tokenizer")
     one.add_argument("--files", nargs="+", type=Path, required=True)

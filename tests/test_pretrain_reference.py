@@ -4,12 +4,10 @@ import dataclasses
 import json
 
 import numpy as np
+import pretrain_reference as pretraining
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from prunelib.apps import pretraining
-from prunelib.apps.pretraining import (
+from pretrain_reference import (
     WINDOW,
     Reference,
     Windows,
@@ -19,6 +17,7 @@ from prunelib.apps.pretraining import (
     train_tokenizer,
     window_starts,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = {
     "llama": {
