@@ -117,7 +117,7 @@ def _chance(chapter: Chapter, name: str, kind: str, tasks: Sequence[str]) -> flo
     return float(rows.drop_duplicates("task")["value"].mean())
 
 
-def _level(axes: Axes, value: float, label: str = "chance", line: str = "--") -> None:
+def _level(axes: Axes, value: float | int, label: str = "chance", line: str = "--") -> None:
     axes.axhline(value, color="#333333", linestyle=line, linewidth=1, zorder=1, label=label)
 
 

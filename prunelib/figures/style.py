@@ -157,12 +157,14 @@ def coinciding(choices: Mapping[str, Any]) -> list[tuple[str, ...]]:
 # ------------------------------------------------------------------------------------------------------------------ layout
 
 
-def panels(rows: int = 1, columns: int = 1, *, height: float = 3.0, width: float = WIDTH, **options: Any) -> tuple[Figure, Any]:
+def panels(
+    rows: int = 1, columns: int = 1, *, height: float | int = 3.0, width: float | int = WIDTH, **options: Any
+) -> tuple[Figure, Any]:
     """`plt.subplots` at the width of a README; `height` in inches per row. One panel comes as an Axes, more as an array."""
     return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **options)
 
 
-def published_and_ours(published: str, ours: str, *, height: float = 3.2) -> tuple[Figure, tuple[Axes, Axes]]:
+def published_and_ours(published: str, ours: str, *, height: float | int = 3.2) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two panels, `published: …` on the left and `ours: …` on the right; the arguments name model and text."""
     figure, axes = panels(1, 2, height=height)
     axes[0].set_title(f"published: {published}")
@@ -228,7 +230,7 @@ def whole_numbers(axes: Axes, values: Iterable[int] | None = None) -> None:
 
 def curve(
     axes: Axes, data: pd.DataFrame, method: str | Method, *, x: str = "layers_removed", y: str = "value",
-    published: bool = False, offset: float = 0.0, **style: Any,
+    published: bool = False, offset: float | int = 0.0, **style: Any,
 ) -> None:  # fmt: skip
     """One method as markers and lines, with error bars where `data` has `low` and `high` that differ from the value.
 
@@ -265,7 +267,7 @@ def random_band(axes: Axes, data: pd.DataFrame, *, x: str = "layers_removed", la
     axes.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(look.color, 0.25), edgecolor=look.color, label=label))
 
 
-def dense_line(axes: Axes, value: float, *, label: str = "dense (no layer removed)") -> None:
+def dense_line(axes: Axes, value: float | int, *, label: str = "dense (no layer removed)") -> None:
     """The unpruned model as a horizontal line."""
     look = METHODS["dense"]
     axes.axhline(value, color=look.color, linestyle=look.line, linewidth=1.2, zorder=1, label=label)
@@ -304,7 +306,7 @@ def grouped_bars(
     axes.grid(False, axis="x")
 
 
-def ranked_dots(axes: Axes, data: pd.DataFrame, order: Sequence[str], *, low: float, high: float) -> None:
+def ranked_dots(axes: Axes, data: pd.DataFrame, order: Sequence[str], *, low: float | int, high: float | int) -> None:
     """One line per method, in the given order from top to bottom: a dot at `value` and a bar from `low` to `high`.
 
     data: rows with `method`, `value`, `low`, `high`; a method without a row leaves its line empty. low, high: ends of the axis;
@@ -333,8 +335,8 @@ def rows_as(axes: Axes, titles: Sequence[str]) -> None:
 
 
 def heatmap(
-    axes: Axes, table: pd.DataFrame, *, label: str, numbers: str | None = None, low: float | None = None,
-    high: float | None = None, outlined: Iterable[tuple[Any, Any]] = (), colormap: str = "cividis",
+    axes: Axes, table: pd.DataFrame, *, label: str, numbers: str | None = None, low: float | int | None = None,
+    high: float | int | None = None, outlined: Iterable[tuple[Any, Any]] = (), colormap: str = "cividis",
 ) -> None:  # fmt: skip
     """A table (index = y, columns = x) as colored cells; missing cells stay white.
 
