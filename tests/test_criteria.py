@@ -7,18 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from prunelib.criteria.similarity import (
-    BLOCK_CRITERIA,
-    CRITERIA,
-    angular,
-    block_cosine,
-    criterion,
-    difference_term,
-    layer_difference,
-    similarity_term,
-)
+from prunelib.criteria import BLOCK_CRITERIA, CRITERIA, criterion
+from prunelib.criteria.similarity import angular, block_cosine
+from prunelib.criteria.simdiff import difference_term, layer_difference, similarity_term
 from prunelib.criteria.statistics import LayerStats, collect, from_states
-from prunelib.depth.search import lowest, lowest_block
+from prunelib.depth import lowest, lowest_block
 from prunelib.models import remove_layers
 
 MEASURED = ("block_influence", "simdiff_mssd", "simdiff_masd", "relative_magnitude")

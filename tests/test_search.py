@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from prunelib.depth.search import AlphaInterval, alpha_path, exact_alpha, lowest, ternary_alpha
+from prunelib.depth import AlphaInterval, alpha_path, exact_alpha, lowest, ternary_alpha
 
 
 def mixed(similarity: np.ndarray, difference: np.ndarray, alpha: float) -> np.ndarray:
