@@ -52,13 +52,13 @@ class Losses:
         self(sets)
 
 
-def importance_of(stats: LayerStats, criterion: str, alpha: float = 0.5) -> Float64[ndarray, "layer"]:
+def importance_of(stats: LayerStats, criterion: str, alpha: float | int = 0.5) -> Float64[ndarray, "layer"]:
     """Importance of every layer, with alpha where the criterion has one. Raises ValueError for an unknown criterion."""
     rule = CRITERIA[criterion]
     return rule(stats, alpha=alpha) if "alpha" in rule.options else rule(stats)
 
 
-def chosen(stats: LayerStats, criterion: str, layers_removed: int, alpha: float = 0.5) -> LayerSet:
+def chosen(stats: LayerStats, criterion: str, layers_removed: int, alpha: float | int = 0.5) -> LayerSet:
     """The layers that a criterion removes, as its paper protects them. Raises ValueError when so many cannot go."""
     rule = CRITERIA[criterion]
     return lowest(importance_of(stats, criterion, alpha), layers_removed, rule.protect_first, rule.protect_last)
@@ -77,7 +77,9 @@ def title_of(criterion: str) -> str:
     return METHODS[criterion].title if criterion in METHODS else CRITERIA[criterion].title
 
 
-def choose_layers(stats: LayerStats, losses: Losses, criterion: str, layers_removed: int, alpha: float = 0.5) -> pd.DataFrame:
+def choose_layers(
+    stats: LayerStats, losses: Losses, criterion: str, layers_removed: int, alpha: float | int = 0.5
+) -> pd.DataFrame:
     """What a criterion removes, and what that costs in nats per token, as rows `what`, `value`.
 
     The importance of every layer, the loss `dense`, `measured` and `predicted` (`Losses.predicted`), and both along the path of
@@ -104,7 +106,7 @@ def choose_layers(stats: LayerStats, losses: Losses, criterion: str, layers_remo
 
 
 def choose_slices(
-    stats: LayerStats, config: PreTrainedConfig, slice_percentage: float, slice_base: float, *, multiple: int = 1
+    stats: LayerStats, config: PreTrainedConfig, slice_percentage: float | int, slice_base: float | int, *, multiple: int = 1
 ) -> pd.DataFrame:
     """The slice and width of every layer, and what that removes beside a constant slice; nothing is sliced.
 
@@ -181,7 +183,7 @@ def slice_sliders(stats: LayerStats, config: PreTrainedConfig) -> Any:
     )
 
 
-def _slider(kind: type, value: float, high: float, step: float) -> Any:
+def _slider(kind: type, value: float | int, high: float | int, step: float | int) -> Any:
     return kind(value=min(value, high), min=0, max=high, step=step, continuous_update=False)
 
 

@@ -22,7 +22,7 @@ SEARCHES = {
 """Searches by name: the metric of their `LayerSetLoss`, and what they do."""
 
 
-def layers_to_remove(model: PreTrainedModel, keep: float, of: str = "layers") -> int:
+def layers_to_remove(model: PreTrainedModel, keep: float | int, of: str = "layers") -> int:
     """How many decoder layers go when the fraction `keep` is to stay, of the "layers" or of the "parameters".
 
     Of the layers, at least `keep` stays: K = floor((1 - keep) L). Of the parameters (embeddings and head counted), at most

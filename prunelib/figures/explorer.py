@@ -50,7 +50,7 @@ def new_criterion(chapter: Chapter, *, data: pd.DataFrame) -> Drawing:
     chosen = data[data["method"] != "random"]
     for (name, title), line in chosen.groupby(["method", "title"], sort=False):
         curve(axes, line, look_of(name, title), linewidth=1.3 if name in METHODS else 2.6)
-    dense_line(axes, 0)
+    dense_line(axes, 0.0)
     whole_numbers(axes, data["layers_removed"])
     axes.set(xlabel="layers removed", ylabel="nats per token over dense")
     axes.set_ylim(top=1.15 * max(chosen["value"].max(), 1e-3))
