@@ -118,10 +118,9 @@ def test_kept_and_removed_are_the_layers(about):
 
 @always
 @given(sublayer_plans())
-def test_sublayers_are_told_in_three_ways(about):
+def test_sublayers_are_told_in_two_ways(about):
     plan = SublayerPlan(*about)
     assert SublayerPlan.from_units(plan.n_layers, plan.removed[::-1], plan.method, plan.settings) == plan
-    assert SublayerPlan.from_evopress(plan.to_evopress(), plan.method, plan.settings) == plan
     assert set(plan.layers) | set(plan.cut) == set(plan.attention) | set(plan.mlp)
     assert not set(plan.layers) & set(plan.cut)
     assert 2 * len(plan.layers) + len(plan.cut) == len(plan.removed) < 2 * plan.n_layers
