@@ -171,7 +171,7 @@ def test_bad_arguments_and_checkpoints(folder, tiny_llama, tmp_path):
 def test_what_does_not_fit_is_refused_with_a_setting_that_does(folder):
     offloaded = OffloadedModel(folder, dtype="float32")
     offloaded.host_limit = 1 << 20
-    with pytest.raises(DoesNotFit, match=r"planned peak memory: .* GiB on the host .*: one window is too much"):
+    with pytest.raises(DoesNotFit, match=r"planned peak memory: .* GiB on the host, .*: one window is too much"):
         offloaded.plan(100, 50, states=True)
     offloaded.host_limit = offloaded._peak(8, 50, 16, states=True).host
     with pytest.raises(DoesNotFit, match=r"but the host has .* GiB: batch_size=1, windows_at_once=(\d+) would fit") as caught:
