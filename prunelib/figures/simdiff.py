@@ -127,7 +127,7 @@ def fig2_importance(chapter: Chapter) -> Drawing:
 def _layer_bars(axes: Axes, data: pd.DataFrame, method: str, *, published: bool = False) -> None:
     """Importance of every layer as bars from bottom to top, the removed ones pale."""
     color = fig.METHODS[method].color
-    error = None if published else abs(data[["low", "high"]].sub(data["value"], axis=0)).T
+    error = None if published else abs(data[["low", "high"]].sub(data["value"], axis=0)).to_numpy().T
     bars = axes.barh(
         data["layer"], data["value"], 0.8, color="white" if published else color, edgecolor=color, linewidth=0.8, xerr=error,
         hatch="////" if published else None, error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": "#333333"},
