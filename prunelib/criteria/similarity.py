@@ -1,6 +1,5 @@
 """From `LayerStats` to the importance of every layer or block of layers: higher = keep. Numpy only, no model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,60 +33,6 @@ def random(stats: LayerStats, seed: int = 0) -> Float64[np.ndarray, "layer"]:
 def deepest(stats: LayerStats) -> Float64[np.ndarray, "layer"]:
     """The deeper, the less important. With the last layer protected, as published, the removed block ends just before it."""
     return np.arange(stats.n_layers, dtype=np.float64)[::-1].copy()
-
-
-def layer_redundancy(
-    stats: LayerStats,
-    tokens: str = "all",
-    normalize: str = "minmax",
-    quantile: float | int = 0.1,
-    last: float | int | None = None,
-) -> Float64[np.ndarray, "layer"]:
-    """LR of Dynamic LLM Slicing (arXiv 2411.03513), in [0, 1], 1 = most redundant: 1 - block influence, brought to that range.
-
-    It orders layers as block influence does, the other way round: hence no criterion of `CRITERIA`, whose sign is importance.
-    How much more one layer is sliced than another is decided by `normalize`, one of `NORMALISATIONS`: "minmax" as published;
-    "rank" (evenly spaced, ties share their mean rank); "clipped" (min-max after all below the `quantile` and above the
-    1 - `quantile` were set to these), which one outlying layer, usually layer 0, does not rule. Where all layers are equally
-    important, all are 1.
-
-    `last` replaces the block influence of the last layer: with `statistics.influence_through_final_norm` the score is that of
-    the released code, which compares the last layer's input with its output after the final norm. (Its sum over overlapping
-    windows, in place of the mean, cancels in the min-max.)
-
-    Raises ValueError for an unknown normalization, or a quantile outside [0, 0.5).
-    """
-    rule = known_option("normalize", normalize, NORMALISATIONS)
-    if not 0 <= quantile < 0.5:
-        raise ValueError(f"quantile={quantile}: at least 0 and below 0.5")
-    importance = finite(block_influence(stats, tokens=tokens), "block influence").copy()
-    if last is not None:
-        importance[-1] = last
-    return 1 - rule(importance, quantile)
-
-
-def _minmax(importance: np.ndarray, quantile: float) -> np.ndarray:
-    span = importance.max() - importance.min()
-    return (importance - importance.min()) / span if span > 0 else np.zeros(len(importance))
-
-
-def _ranked(importance: np.ndarray, quantile: float) -> np.ndarray:
-    order = np.sort(importance)
-    # A tie spans the ranks from the first to the last place at which it could stand.
-    ranks = (np.searchsorted(order, importance, "left") + np.searchsorted(order, importance, "right") - 1) / 2
-    return _minmax(ranks, quantile)
-
-
-def _clipped(importance: np.ndarray, quantile: float) -> np.ndarray:
-    return _minmax(np.clip(importance, *np.quantile(importance, [quantile, 1 - quantile])), quantile)
-
-
-NORMALISATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "minmax": _minmax,
-    "rank": _ranked,
-    "clipped": _clipped,
-}
-"""Ways of bringing block influence to [0, 1] for `layer_redundancy`."""
 
 
 # The formula of Gromov et al. lets a block end at the last layer, which ruins any model that is not healed; their text keeps
