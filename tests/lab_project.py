@@ -147,7 +147,7 @@ class Project:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         command = self.command(*arguments)
-        return subprocess.run(command, cwd=self.root, env=self.environment(), capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, cwd=self.root, env=self.environment(), capture_output=True, text=True, timeout=600)
 
     def started(self) -> list[str]:
         """What the notebooks logged so far, sorted; then forgets it."""

@@ -247,7 +247,7 @@ def test_a_value_survives_the_command_line_of_a_batch(case):
     name, _, text = word.partition("=")
     assert name == parameter.name
     assert same(parameter.parse(text), value)
-    assert same(parameter.check(value), value)
+    assert same(parameter.parse(value), value)
 
 
 @always
@@ -257,12 +257,12 @@ def test_other_ways_of_writing_a_value(case):
     if isinstance(value, list):
         for text in (repr(value), json.dumps(value), f"  {value!r} "):
             assert same(parameter.parse(text), value)
-        assert same(parameter.check(tuple(value)), value)
+        assert same(parameter.parse(tuple(value)), value)
         if not any(isinstance(item, str) for item in value):
             assert same(parameter.parse(",".join(map(str, value))), value)
     elif not isinstance(value, str) and value is not None:
         assert same(parameter.parse(str(value)), value)
-        assert same(parameter.check(np.array(value)), value) or abs(value) > 2**62
+        assert same(parameter.parse(np.array(value)), value) or abs(value) > 2**62
     if value is None:
         assert parameter.parse("none") is parameter.parse("NULL") is None
 
@@ -290,7 +290,7 @@ helps = st.sampled_from(["", "str: a text", "int: a number", "int or None: a num
 def test_what_is_not_of_a_parameters_type_is_refused(default, told, value):
     """Nothing but ParameterError; what is accepted is plain data of the type, as JSON can hold it."""
     parameter = Parameter("x", default, told)
-    for read in (parameter.check, parameter.parse) if isinstance(value, str) else (parameter.check,):
+    for read in (parameter.parse,):
         try:
             found = read(value)
         except ParameterError as error:
@@ -299,7 +299,7 @@ def test_what_is_not_of_a_parameters_type_is_refused(default, told, value):
             continue
         assert found is None or type(found) is parameter.kind
         assert found is not None or parameter.optional
-        assert same(parameter.check(found), found)
+        assert same(parameter.parse(found), found)
         assert same(json.loads(json.dumps(found, allow_nan=False)), found)
 
 

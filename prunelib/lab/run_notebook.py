@@ -130,7 +130,7 @@ def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
 
 
 def unread(notebook: str | os.PathLike) -> list[str]:
-    """Parameters that no later cell reads; `runs.start(…, globals())` reads `output`."""
+    """Parameters that no later cell reads; `runs.start(…, globals())` reads `output`, and `recorder.parameters` all of them."""
     read: set[str] = set()
     for number, (source, _) in enumerate(_code_cells(notebook)[1:], start=2):
         # IPython lines are not Python; a whole `%%` cell is another language.
@@ -140,9 +140,10 @@ def unread(notebook: str | os.PathLike) -> list[str]:
         except SyntaxError as error:
             raise ParameterError(f"{notebook}: code cell {number} is not Python: {error}") from None
         read |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        read |= {"recorder.parameters" for node in nodes if isinstance(node, ast.Attribute) and node.attr == "parameters"}
     if "globals" in read:
         read.add("output")
-    return [name for name in parameters(notebook) if name not in read]
+    return [name for name in parameters(notebook) if name not in read and "recorder.parameters" not in read]
 
 
 def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str, object]:
