@@ -111,14 +111,14 @@ def main() -> None:
             if value is not None
         }
         started = time.perf_counter()
-        streamed = streaming.Streamed(args.folder, dtype=args.dtype, device=device, **limits)
+        streamed = streaming.OffloadedModel(args.folder, dtype=args.dtype, device=device, **limits)
         report["streamed_open_seconds"] = time.perf_counter() - started
         batch = {"batch_size": args.batch_size, "windows_at_once": args.windows_at_once, "progress": False}
         passes = {
             "statistics": lambda windows: streaming.collect(streamed, windows, **batch),
             "perplexity": lambda windows: streaming.perplexity(streamed, windows, **batch),
         }
-        for name, given, kind in (("statistics", calibration, {"states": True}), ("perplexity", scored, {"logits": True})):
+        for name, given, kind in (("statistics", calibration, {"states": True}), ("perplexity", scored, {})):
             if len(given):
                 setting = {"batch_size": args.batch_size, "windows_at_once": args.windows_at_once}
                 at_once, peak = streamed.plan(*given.shape, **setting, **kind)
@@ -126,7 +126,7 @@ def main() -> None:
                 if device.type == "cuda":
                     passes[name](given[:at_once])
                 result, found = measured(device, lambda: passes[name](given))  # noqa: B023
-                planned = peak.device_peak if device.type == "cuda" else peak.host_peak
+                planned = peak.device if device.type == "cuda" else peak.host
                 report[f"streamed_{name}"] = found | {"planned_peak_gib": planned / GIB, "windows_at_once": at_once}
                 results[name].append(result)
                 print(f"streamed {name}: {report[f'streamed_{name}']}", flush=True)
