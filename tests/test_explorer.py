@@ -164,6 +164,6 @@ def test_the_notebook_draws_static_pictures_of_any_model(tmp_path):
     assert drawn == {"own_explorer_layers.png", "own_explorer_slices.png", "own_new_criterion.png"}
     assert "widget-view" not in json.dumps(json.loads(output.with_suffix(".ipynb").read_text())["cells"])
     rows = read_run(output)["rows"]
-    assert {row["layers_removed"] for row in rows if row["method"] == "progress"} == {1, 2, 3}
+    assert {row["size"] for row in rows if row["method"] == "progress"} == {1, 2, 3}
     value = {row["metric"]: row["value"] for row in rows if row["method"] == "simdiff_mssd"}
     assert value["dense_nll"] > 0
