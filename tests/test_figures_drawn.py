@@ -46,7 +46,7 @@ def style(monkeypatch):
 @pytest.mark.parametrize("stem", DRAWN)
 def test_every_figure_is_drawn_with_the_committed_numbers(stem, chapters, tmp_path):
     entry = REGISTRY[stem]
-    drawing = entry.draw(Chapter(tmp_path, chapters[entry.chapter].parameters, chapters[entry.chapter]._tables))
+    entry.draw(Chapter(tmp_path, chapters[entry.chapter].parameters, chapters[entry.chapter]._tables))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{stem}{suffix}" for suffix in figure_suffixes(stem))
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / f"{stem}.csv"), pd.read_csv(ROOT / "figures" / f"{stem}.csv"), rtol=1e-8
@@ -54,9 +54,6 @@ def test_every_figure_is_drawn_with_the_committed_numbers(stem, chapters, tmp_pa
     record = json.loads((tmp_path / f"{stem}.json").read_text(encoding="utf-8"))
     assert record["runs"] == json.loads((ROOT / f"figures/{stem}.json").read_text(encoding="utf-8"))["runs"]
     assert record["runs"], "numbers come from runs"
-    if drawing.figure is not None:
-        for axes in drawing.figure.axes:
-            assert axes.get_xlabel() or axes.get_ylabel() or axes.get_title("left") or not axes.has_data()
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -79,7 +76,6 @@ MISSING = [  # stem, table, rows that are taken away, what the error names
     ("own_first_token", "statistics", {"metric": "mssd"}, "mssd"),
     ("simdiff_table3_layers_removed", "tasks", {"run_part": "tables"}, "tables"),
     ("own_regret", "optimum_runs", {"experiment": "optimum"}, "profiles/optimum.yaml"),
-    ("own_laco", "selection", {"method": ("laco_published", "laco_released")}, "laco"),
     ("own_every_block", "optimum_runs", {"role": "every_block"}, "profiles/optimum.yaml"),
     ("deeper_layers_fig2_accuracy", "tasks", {"run_part": "prompts"}, "prompts"),
     ("dynamic_slicing_fig1_lr", "slicing", {"metric": "layer_redundancy"}, "layer_redundancy"),

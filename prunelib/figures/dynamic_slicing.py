@@ -344,7 +344,7 @@ def slicing_controls(chapter: Chapter) -> Drawing:
                 beside = {"ha": "right", "va": "center", "xytext": (-5, 0), "textcoords": "offset points"}
                 axes.annotate(f"{row.value:.1f} ", (high, place), **beside)
         axes.axvline(data["value"].iloc[0], color=LOOKS["constant"].color, linewidth=0.9, linestyle=":")
-        fig.rows_as(axes, data["plan"])
+        fig.rows_as(axes, list(data["plan"]))
         axes.set(title=name, xlim=(low - 0.1 * (high - low), high))
         drawn.append(data.drop(columns="method"))
     fig.label_axes(grid, x="nats per token over dense")

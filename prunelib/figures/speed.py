@@ -113,7 +113,7 @@ def table4_throughput(chapter: Chapter) -> Drawing:
     return Drawing(None, data, ours, markdown(data, digits=digits), published=[PUBLISHED])
 
 
-def _measured(ax: Axes, part: pd.DataFrame, metric: str, scale: float = 1.0, **style: object) -> None:
+def _measured(ax: Axes, part: pd.DataFrame, metric: str, scale: float | int = 1.0, **style: object) -> None:
     """A metric of one phase over the layers removed, with its quartiles."""
     line = part.assign(value=scale * part[metric], low=scale * part[f"{metric}_low"], high=scale * part[f"{metric}_high"])
     phase = part["phase"].iloc[0]

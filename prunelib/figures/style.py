@@ -360,7 +360,7 @@ def heatmap(
     axes.tick_params(length=0, rotation=0)
 
 
-def layer_shares(axes: Axes, lines: Mapping[str, Sequence[str]], n_layers: int, step: int = 2) -> pd.DataFrame:
+def layer_shares(axes: Axes, lines: Mapping[str, pd.Series], n_layers: int, step: int = 2) -> pd.DataFrame:
     """A grey map of which layers go: per title the removed sets of all draws; returns the share of draws per title and layer.
 
     lines: title → sets as texts of layer numbers such as `3 5 8`. step: between the layers named on the x axis.
