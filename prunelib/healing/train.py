@@ -347,7 +347,12 @@ def _differences(before: Mapping, now: Mapping, path: str = "") -> Iterator[str]
 def _arguments(
     recipe: Recipe, folder: Path, device: torch.device, micro_batch: int | None, seed: int, bf16: bool, checkpointing: bool
 ) -> TrainingArguments:
+    # Named only where it is wanted: newer versions of transformers call it activation checkpointing, and warn.
+    recompute = (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointing else {}
+    )
     arguments = TrainingArguments(
+        **(recompute if checkpointing else {}),
         output_dir=str(folder / "checkpoints"),
         use_cpu=device.type == "cpu",
         max_steps=recipe.steps,
@@ -358,8 +363,6 @@ def _arguments(
         optim="adamw_torch_fused",
         train_sampling_strategy="sequential",
         bf16=bf16,
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=seed,
         save_strategy="no",  # `Watch` says when
         save_total_limit=1,
