@@ -370,7 +370,7 @@ def draw_losses(folder: Path) -> Path:
     """``loss_curve.png`` beside the log: training and held-out loss against tokens seen."""
     from matplotlib import pyplot as plt
 
-    from prunelib.figures import style as figures
+    from prunelib.figures import save, style
 
     log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     millions = log["reference"]["batch"] * log["window"] / 1e6
@@ -379,15 +379,15 @@ def draw_losses(folder: Path) -> Path:
         "held-out English": ("eval_english_loss", "#0072b2", "o", "-"),
         "held-out pydocs": ("eval_pydocs_loss", "#d55e00", "s", "-"),
     }
-    figures.use_style()
-    figure, axes = figures.panels(height=3.2)
+    style.use_style()
+    figure, axes = style.panels(height=3.2)
     for label, (key, color, marker, line) in curves.items():
         points = [(entry["step"] * millions, entry[key]) for entry in log["log"] if key in entry]
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=label)
     axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"])
     axes.set_xlim(left=0)
     axes.legend()
-    path = figures.write_picture(figure, folder / "loss_curve.png")
+    path = save.write_picture(figure, folder / "loss_curve.png")
     plt.close(figure)
     return path
 

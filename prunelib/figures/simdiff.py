@@ -277,7 +277,9 @@ def _same_sets(chapter: Chapter, name: str) -> dict[int, list[tuple[str, ...]]]:
     """For each K the methods whose removed layers agree in every calibration draw."""
     rows = pick(_measured(chapter, "nll"), name=name, method=tuple(COMPARED)).sort_values("calibration_seed")
     sets = rows.groupby(["layers_removed", "method"])["removed_layers"].agg(tuple)
-    return {k: [group for group in fig.coinciding(sets[k].reindex(COMPARED).to_dict()) if len(group) > 1] for k in _sizes(chapter)}
+    return {
+        k: [group for group in fig.coinciding(sets[k].reindex(COMPARED).to_dict()) if len(group) > 1] for k in _sizes(chapter)
+    }
 
 
 @figure("own_removed_layers", reads=READS)
