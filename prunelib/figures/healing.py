@@ -170,7 +170,8 @@ def fig2_healed_accuracy(chapter: Chapter) -> Drawing:
         ax.set_title(f"{name}, {panel}")
     label_axes(axes, x="layers dropped, %", y="accuracy, %")
     legend(drawn, note="tasks: mean of the tasks, 95 % interval over their items")
-    return Drawing(drawn, data[["model", "panel", "method", "kind", "fraction", "value", "low", "high", "n"]], data)
+    shown = data[["model", "panel", "method", "kind", "fraction", "value", "low", "high", "n"]].dropna(axis=1, how="all")
+    return Drawing(drawn, shown, data)
 
 
 @figure("own_healing_tokens", reads=READS)
@@ -359,5 +360,6 @@ def table_recovered(chapter: Chapter) -> Drawing:
     losses = ["before", "after", "dense", "recovered", "per_thousand_tokens"]
     data = rows[["name", "budget", "study", "method", "size", "slice_percentage", "repair", *TRAINING, *losses]]
     brief = pick(data, study=("curve", "choices"), repair="none").sort_values(["budget", "name", "size", "after"])
+    data = data.dropna(axis=1, how="all")
     digits = {"per_thousand_tokens": 5} | dict.fromkeys(losses[:4], 3)
     return Drawing(None, data, rows, markdown(brief[["name", "budget", "method", "size", *losses]], digits=digits))

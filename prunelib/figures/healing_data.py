@@ -149,6 +149,8 @@ def table_deduplication(chapter: Chapter) -> Drawing:
     raw = pick(healed, unique="False", may_be_empty=True)[[*same, "before", "after"]].rename(columns={"after": "raw"})
     kept = pick(healed, unique="True", may_be_empty=True)[[*same, "after"]].rename(columns={"after": "deduplicated"})
     pairs = raw.merge(kept, on=same).drop(columns=same[-3:])
+    if pairs.empty:
+        return Drawing(None, texts, used)
     pairs["difference"] = pairs["deduplicated"] - pairs["raw"]
     pairs = pairs.rename(columns={"name": "model", "size": "layers removed", "text": "measured on"})
     pairs = pairs.astype({"layers removed": int, "healing_seed": int, "tokens": int})
