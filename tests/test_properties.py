@@ -1,7 +1,5 @@
 """Properties: plans, schedules, parameters and results, on inputs that nobody would have thought of."""
 
-import csv
-import io
 import json
 import math
 import shlex
@@ -20,7 +18,7 @@ from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import Parameter, ParameterError
 from prunelib.models.plans import DropPlan, SublayerPlan
 from prunelib.slicing import schedules
-from prunelib.slicing.schedules import CAP, ROUNDINGS, SlicePlan
+from prunelib.slicing.schedules import SlicePlan
 
 set_hypothesis_home_dir(tempfile.gettempdir())  # nothing in the tree
 
@@ -109,30 +107,12 @@ def test_what_is_no_plan_is_one_value_error(kind):
 
 
 @always
-@given(drop_plans())
-def test_kept_and_removed_are_the_layers(about):
-    plan = DropPlan(*about)
-    assert sorted((*plan.kept, *plan.removed)) == list(range(plan.n_layers))
-    assert plan.kept
-
-
-@always
 @given(sublayer_plans())
 def test_sublayers_are_told_in_two_ways(about):
     plan = SublayerPlan(*about)
     assert SublayerPlan.from_units(plan.n_layers, plan.removed[::-1], plan.method, plan.settings) == plan
-    assert set(plan.layers) | set(plan.cut) == set(plan.attention) | set(plan.mlp)
-    assert not set(plan.layers) & set(plan.cut)
-    assert 2 * len(plan.layers) + len(plan.cut) == len(plan.removed) < 2 * plan.n_layers
-
-
-@always
-@given(slice_plans())
-def test_slices_are_the_widths(about):
-    plan = SlicePlan(*about)
-    assert plan.mean_slice == pytest.approx(np.mean(plan.slices), abs=1e-12)
-    assert all(0 <= cut < 1 for cut in plan.slices)
-    assert [round(plan.hidden_size * (1 - cut)) for cut in plan.slices] == list(plan.widths)
+    assert set(plan.layers) == set(plan.attention) & set(plan.mlp)
+    assert len(plan.removed) == len(plan.attention) + len(plan.mlp) < 2 * plan.n_layers
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -140,14 +120,12 @@ def test_slices_are_the_widths(about):
 redundancies = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
 shares = st.floats(0, 0.8)
 multiples = st.sampled_from([1, 2, 8, 16])
-roundings = st.sampled_from(sorted(ROUNDINGS))
 
 
 @always
-@given(redundancies, shares, st.floats(0, 1), st.sampled_from([160, 512]), multiples, roundings)
-def test_a_more_redundant_layer_is_never_wider(redundancy, percentage, part, hidden_size, multiple, rounding):
-    options = {"multiple": multiple, "rounding": rounding}
-    plan = schedules.dynamic(redundancy, hidden_size, percentage, part * percentage, **options)
+@given(redundancies, shares, st.floats(0, 1), st.sampled_from([160, 512]), multiples)
+def test_a_more_redundant_layer_is_never_wider(redundancy, percentage, part, hidden_size, multiple):
+    plan = schedules.dynamic(redundancy, hidden_size, percentage, part * percentage, multiple=multiple)
     assert all(width % multiple == 0 and multiple <= width <= hidden_size for width in plan.widths)
     along = np.argsort(-redundancy, kind="stable")
     widths = np.array(plan.widths)[along]
@@ -155,12 +133,10 @@ def test_a_more_redundant_layer_is_never_wider(redundancy, percentage, part, hid
     equal = np.isclose(np.diff(slices), 0, rtol=0, atol=1e-12)  # as redundant, or all of them at the base
     # Equal slices may differ by the unit that was left over.
     assert all(step >= (-multiple if same else 0) for step, same in zip(np.diff(widths), equal, strict=True))
-    inverted = schedules.dynamic_inverted(redundancy, hidden_size, percentage, part * percentage, **options)
-    shuffled = schedules.dynamic_random(redundancy, hidden_size, percentage, part * percentage, seed=0, **options)
-    if rounding == "remainder":
-        assert sum(inverted.widths) == sum(shuffled.widths) == sum(plan.widths)
-        assert abs(sum(plan.widths) - len(widths) * hidden_size * (1 - percentage)) <= multiple / 2 + 1e-6
-        assert SlicePlan.from_json(plan.to_json()) == plan
+    inverted = schedules.dynamic(1 - redundancy, hidden_size, percentage, part * percentage, multiple=multiple)
+    assert sum(inverted.widths) == sum(plan.widths)
+    assert abs(sum(plan.widths) - len(widths) * hidden_size * (1 - percentage)) <= multiple / 2 + 1e-6
+    assert SlicePlan.from_json(plan.to_json()) == plan
 
 
 @always
@@ -177,42 +153,6 @@ def test_slices_stay_between_base_and_cap(redundancy, percentage, part, cap):
     assert slices.min() >= base - 1e-12
     order = np.argsort(redundancy, kind="stable")
     assert np.all(np.diff(slices[order]) >= -1e-12), "never less for a more redundant layer"
-
-
-@always
-@given(st.integers(1, 40), shares, st.data(), multiples, roundings)
-def test_spared_layers_lose_nothing_and_the_mean_stays(n_layers, percentage, data, multiple, rounding):
-    spare = tuple(data.draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers)))
-    options = {"keep_full": spare, "multiple": multiple, "rounding": rounding}
-    if percentage * n_layers > CAP * (n_layers - len(spare)):
-        with pytest.raises(ValueError, match="cannot be taken from"):
-            schedules.constant(n_layers, 160, percentage, **options)
-        return
-    plan = schedules.constant(n_layers, 160, percentage, **options)
-    assert all(plan.widths[layer] == 160 for layer in spare)
-    others = [width for layer, width in enumerate(plan.widths) if layer not in spare]
-    assert max(others, default=0) - min(others, default=0) <= multiple
-    if rounding == "remainder":
-        assert abs(plan.mean_slice - percentage) * n_layers * 160 <= multiple / 2 + 1e-6
-    if rounding == "down":
-        assert plan.mean_slice >= percentage - 1e-9
-
-
-@always
-@given(st.lists(st.floats(), max_size=6), st.floats(), st.floats(), st.floats(), st.integers(-2, 70), st.integers(-1, 9))
-def test_impossible_schedules_are_one_value_error(redundancy, percentage, base, cap, hidden_size, multiple):
-    values = np.array(redundancy, dtype=np.float64)
-    for make in (
-        lambda: schedules.dynamic(values, hidden_size, percentage, base, cap=cap, multiple=multiple),
-        lambda: schedules.dynamic_inverted(values, hidden_size, percentage, base, multiple=multiple),
-        lambda: schedules.constant(len(values), hidden_size, percentage, multiple=multiple),
-        lambda: schedules.from_slices(values, hidden_size, multiple=multiple),
-    ):
-        try:
-            plan = make()
-        except ValueError:
-            continue
-        assert SlicePlan.from_json(plan.to_json()) == plan
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -248,23 +188,6 @@ def test_a_value_survives_the_command_line_of_a_batch(case):
     assert name == parameter.name
     assert same(parameter.parse(text), value)
     assert same(parameter.parse(value), value)
-
-
-@always
-@given(parameters_and_values())
-def test_other_ways_of_writing_a_value(case):
-    parameter, value = case
-    if isinstance(value, list):
-        for text in (repr(value), json.dumps(value), f"  {value!r} "):
-            assert same(parameter.parse(text), value)
-        assert same(parameter.parse(tuple(value)), value)
-        if not any(isinstance(item, str) for item in value):
-            assert same(parameter.parse(",".join(map(str, value))), value)
-    elif not isinstance(value, str) and value is not None:
-        assert same(parameter.parse(str(value)), value)
-        assert same(parameter.parse(np.array(value)), value) or abs(value) > 2**62
-    if value is None:
-        assert parameter.parse("none") is parameter.parse("NULL") is None
 
 
 def same(found, value) -> bool:
@@ -341,34 +264,6 @@ def test_a_run_is_read_as_it_was_written(run):
     assert found["parameters"] == parameters
 
 
-@settings(always, max_examples=30)
-@given(runs())
-def test_a_table_holds_what_its_runs_hold(run):
-    """Texts and whole numbers as they are, other numbers to ten digits, an empty cell where there is no value."""
-    parameters, rows = run
-    assume(rows)
-    with tempfile.TemporaryDirectory() as folder:
-        written(Path(folder), parameters, rows)
-        results.write_table(results.collect(Path(folder) / "runs"), Path(folder) / "t.csv")
-        text = (Path(folder) / "t.csv").read_bytes().decode()
-    lines = list(csv.DictReader(io.StringIO(text, newline="")))
-    shared = {name: value for name, value in parameters.items() if not isinstance(value, list)}
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
-        expected = {"run": "runs/a", "experiment": "depth", "code": "a" * 12, **shared, **row}
-        for name, cell in line.items():
-            value = expected.get(name)
-            if value is None:
-                assert cell == ""
-            elif isinstance(value, float):
-                assert float(cell) == pytest.approx(value, rel=5e-10, abs=0)
-            elif isinstance(value, str | bool):
-                assert cell == str(value)
-            else:
-                assert float(cell) == pytest.approx(value, rel=5e-10) if "." in cell or "e" in cell else int(cell) == value
-        assert {name for name, value in expected.items() if value is not None} <= line.keys()
-
-
 @always
 @given(runs(), st.data())
 def test_what_is_not_finite_is_never_written(run, data):
@@ -381,21 +276,3 @@ def test_what_is_not_finite_is_never_written(run, data):
         with pytest.raises(results.ResultError, match=r"row \d"):
             written(Path(folder), parameters, rows)
         assert not any(Path(folder).iterdir())
-
-
-@always
-@given(st.text(), st.text(), st.sampled_from(["parameter", "name of a parameter", "column", "text"]))
-def test_a_carriage_return_is_refused_before_it_breaks_a_table(before, after, place):
-    bad = f"{before}\r{after}"
-    parameters = {"parameter": {"model": bad}, "name of a parameter": {bad: 1}}.get(place, {})
-    row = {"metric": "ppl", "value": 1.0} | {"column": {bad: 1}, "text": {"method": bad}}.get(place, {})
-    with tempfile.TemporaryDirectory() as folder:
-        with pytest.raises(results.ResultError, match="carriage return"):
-            written(Path(folder), parameters, [row])
-        assert not any(Path(folder).iterdir())
-
-
-@pytest.mark.parametrize("huge", [10**400, -(10**400)])
-def test_a_number_beyond_every_float_is_no_result(huge, tmp_path):
-    with pytest.raises(results.ResultError, match="only finite numbers"):
-        written(tmp_path, {}, [{"metric": "ppl", "value": huge}])

@@ -176,7 +176,7 @@ def linear_names(model: PreTrainedModel, roles: Sequence[str]) -> tuple[str, ...
     names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
     for index, layer in enumerate(decoder_layers(model)):
-        attention, mlp = sublayers_of(model, index)
+        attention, mlp = sublayers_of(model, index).values()
         # OPT's layer holds the two matrices of its MLP itself.
         mlps = [child for child in layer.children() if child is not attention] if isinstance(mlp, nn.Linear) else [mlp]
         parts = {"attention": [attention], "mlp": mlps}

@@ -17,24 +17,30 @@ class UnsupportedModel(ValueError):
 
 # ------------------------------------------------------------------------------------------------- any model: layers
 
-# Where the decoder layers are, and where their final norm may be. The first path that leads to a ModuleList is taken.
-PATHS = {
-    "model.layers": (
-        "model.norm",
-        "model.final_layernorm",
-        "model.final_norm",
-        "model.embedding_norm",
-        "model.norm_f",
-        "model.layer_norm",
-    ),
-    "model.language_model.layers": ("model.language_model.norm",),  # text tower of a multimodal model
-    "model.decoder.layers": ("model.decoder.final_layer_norm",),  # OPT
-    "gpt_neox.layers": ("gpt_neox.final_layer_norm",),
-    "transformer.h": ("transformer.ln_f", "transformer.layernorm"),  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
-    "transformer.blocks": ("transformer.norm_f",),  # MPT
-    "biogpt.layers": ("biogpt.layer_norm",),
-    "backbone.layers": ("backbone.norm_f",),  # Mamba
-}
+# Where the decoder layers are; the first path that leads to a ModuleList is taken.
+PATHS = (
+    "model.layers",
+    "model.language_model.layers",  # text tower of a multimodal model
+    "model.decoder.layers",  # OPT
+    "gpt_neox.layers",
+    "transformer.h",  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
+    "transformer.blocks",  # MPT
+    "biogpt.layers",
+    "backbone.layers",  # Mamba
+)
+
+# What the norm behind the layers is called, beside them; the first name that leads to a module is taken.
+FINAL_NORMS = (
+    "norm",
+    "final_layernorm",
+    "final_norm",
+    "embedding_norm",
+    "norm_f",
+    "final_layer_norm",
+    "ln_f",
+    "layernorm",
+    "layer_norm",
+)
 
 # Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
 SUBLAYER_NAMES = {

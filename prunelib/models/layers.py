@@ -1,13 +1,12 @@
-"""Find the decoder layers of a model, remove some of them, and view a model with other modules in their place.
+"""Find the decoder layers of a model and remove some of them.
 
 Layers are found, and what a configuration says about single layers is renumbered, by the tables of
-`prunelib.models.architectures`. What the tables do not know is caught, not guessed: the pruned configuration is written to
-JSON, read back and built once without weights, and every parameter and every plain attribute of that model must agree with
-the pruned one.
+`prunelib.models.architectures`. What the tables do not know is caught, not guessed: see `keep_layers`.
 """
 
 import contextlib
 import copy
+import functools
 import itertools
 import operator
 import tempfile
@@ -19,11 +18,11 @@ import transformers
 from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from prunelib.io import first_line
 from prunelib.models.architectures import (
     DENSE_PREFIX_COUNTS,
+    FINAL_NORMS,
     INEXPRESSIBLE,
     LAYER_INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
@@ -40,41 +39,59 @@ from prunelib.models.onednn import use_onednn_like
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of `model`, in order. Raises UnsupportedModel naming the model type when they are not found."""
-    return _get(model, layers_path(model))
+    return model.get_submodule(layers_path(model))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output head. Raises UnsupportedModel when there is none (OPT-350m)."""
-    paths = PATHS[layers_path(model)]
-    norms = [norm for norm in (_get(model, path) for path in paths) if isinstance(norm, nn.Module)]
-    if not norms:
-        raise UnsupportedModel(f"model type {_model_type(model)!r}: no final norm at {', '.join(paths)}")
-    return norms[0]
-
-
-def _get(module: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    body = model.get_submodule(layers_path(model).rpartition(".")[0])
+    for name in FINAL_NORMS:
+        if isinstance(getattr(body, name, None), nn.Module):
+            return getattr(body, name)
+    raise UnsupportedModel(f"model type {model.config.model_type!r}: no final norm called {', '.join(FINAL_NORMS)}")
 
 
 def layers_path(model: nn.Module) -> str:
-    """Where the decoder layers of `model` are. Raises UnsupportedModel as `decoder_layers`."""
+    """The name of the decoder layers within `model`. Raises UnsupportedModel as `decoder_layers`."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
             f"{type(model).__name__} is not a plain transformers model; merge an adapter first (merge_and_unload)"
         )
     for path in PATHS:
-        if isinstance(_get(model, path), nn.ModuleList) and not model.config.is_encoder_decoder:
+        found = functools.reduce(lambda module, name: getattr(module, name, None), path.split("."), model)
+        if isinstance(found, nn.ModuleList) and not model.config.is_encoder_decoder:
             return path
     raise UnsupportedModel(
-        f"model type {_model_type(model)!r}: no decoder layers at {', '.join(PATHS)}; "
+        f"model type {model.config.model_type!r}: no decoder layers at {', '.join(PATHS)}; "
         "for a decoder-only model, add its path to prunelib.models.architectures.PATHS"
     )
+
+
+def sublayer_names(model: PreTrainedModel, index: int) -> dict[str, str]:
+    """What a decoder layer calls its sublayers, by "attn" and "mlp". Raises UnsupportedModel for a name that is not known."""
+    layer, found = decoder_layers(model)[index], {}
+    for part, names in SUBLAYER_NAMES.items():
+        found[part] = next((name for name in names if isinstance(getattr(layer, name, None), nn.Module)), None)
+        if found[part] is None:
+            raise UnsupportedModel(
+                f"{describe_layer(model, index)}: no sublayer {' or '.join(names)}; look at whole layers instead"
+            )
+    return found
+
+
+def sublayers_of(model: PreTrainedModel, index: int) -> dict[str, nn.Module]:
+    """The sublayers of a decoder layer, by "attn" and "mlp". Raises as `sublayer_names`."""
+    return {part: getattr(decoder_layers(model)[index], name) for part, name in sublayer_names(model, index).items()}
+
+
+def describe_layer(model: PreTrainedModel, index: int) -> str:
+    """What error messages call a layer."""
+    return f"model type {model.config.model_type!r}, layer {index}, a {type(decoder_layers(model)[index]).__name__}"
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate has placed the model on several devices: it can be evaluated, not pruned."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -88,44 +105,12 @@ def removed_fraction(dense: nn.Module, pruned: nn.Module) -> float:
 
 
 def parameter_fraction(model: nn.Module, removed: Collection[int]) -> float:
-    """`removed_fraction` of these decoder layers, without making a pruned model: also of a model spread over devices.
-
-    Raises ValueError for a layer that does not exist.
-    """
-    layers = decoder_layers(model)
+    """`removed_fraction` of these decoder layers, without making a pruned model. Raises ValueError for a layer not there."""
+    layers, count = decoder_layers(model), parameter_count(model)
     wrong = [index for index in removed if not 0 <= index < len(layers)]
     if wrong:
         raise ValueError(f"layers {wrong} do not exist in a model of {len(layers)} layers (0 to {len(layers) - 1})")
-    view = with_layers(model, [IdentityLayer(layer) if index in removed else layer for index, layer in enumerate(layers)])
-    return removed_fraction(model, view)
-
-
-def sublayers_of(model: PreTrainedModel, index: int) -> tuple[nn.Module, nn.Module]:
-    """Attention and MLP of a decoder layer. Raises UnsupportedModel where one of them has none of the known names."""
-    layer = decoder_layers(model)[index]
-    attention, mlp = (getattr(layer, sublayer_name(model, index, part)) for part in SUBLAYER_NAMES)
-    return attention, mlp
-
-
-def sublayer_name(model: PreTrainedModel, index: int, part: str) -> str:
-    """The attribute of a decoder layer that holds its sublayer `part` ("attn", "mlp"). Raises as `sublayers_of`."""
-    layer = decoder_layers(model)[index]
-    for name in SUBLAYER_NAMES[part]:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return name
-    raise UnsupportedModel(
-        f"{describe_layer(model, index)}: no sublayer {' or '.join(SUBLAYER_NAMES[part])}; look at whole layers instead"
-    )
-
-
-def describe_layer(model: PreTrainedModel, index: int) -> str:
-    """What error messages call a layer."""
-    return f"model type {model.config.model_type!r}, layer {index}, a {type(decoder_layers(model)[index]).__name__}"
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether accelerate has placed the model on several devices: it can be evaluated, not pruned."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
+    return 1.0 - (count - parameter_count(nn.ModuleList(layers[index] for index in removed))) / count
 
 
 def probe_tokens(model: PreTrainedModel) -> Int64[Tensor, "sample token"]:
@@ -160,8 +145,7 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTra
     Raises ValueError for an impossible `keep`, and UnsupportedModel where an ordinary checkpoint cannot say what is left: the
     configuration of the result, written and read back, must build the very same modules.
     """
-    path = layers_path(model)
-    old = _get(model, path)
+    path, old = layers_path(model), decoder_layers(model)
     kept = [operator.index(index) for index in keep]
     if not kept:
         raise ValueError(f"cannot remove {len(old)} of {len(old)} layers: at least one must stay")
@@ -171,12 +155,11 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTra
 
     # The memo makes deepcopy share what it holds: tensors, and nothing at all for layers that go.
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    memo |= {id(layer): None for index, layer in enumerate(old) if index not in set(kept)}
+    memo |= {id(layer): None for index, layer in enumerate(old) if index not in kept}
     pruned = copy.deepcopy(model, memo)
-    parent, _, name = path.rpartition(".")
-    layers = nn.ModuleList(_get(pruned, path)[index] for index in kept)
+    layers = nn.ModuleList(pruned.get_submodule(path)[index] for index in kept)
     layers.training = old.training
-    setattr(_get(pruned, parent), name, layers)
+    pruned.set_submodule(path, layers)
 
     for new, index in enumerate(kept):
         for module in layers[new].modules():
@@ -194,12 +177,12 @@ def remove_layers(model: PreTrainedModel, removed: Collection[SupportsIndex]) ->
     gone = [operator.index(index) for index in removed]
     if len(set(gone)) < len(gone) or any(not 0 <= index < n_layers for index in gone):
         raise ValueError(f"removed={gone}: give distinct layers from 0 to {n_layers - 1}")
-    return keep_layers(model, [index for index in range(n_layers) if index not in set(gone)])
+    return keep_layers(model, [index for index in range(n_layers) if index not in gone])
 
 
 def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) -> None:
     """Refuse, before any work, what is known not to survive."""
-    model_type, config = _model_type(model), model.config.get_text_config(decoder=True)
+    model_type, config = model.config.model_type, model.config.get_text_config(decoder=True)
     remedy = "prune it unquantized on one device (load(..., device='cpu')), save it, and load the saved folder as you like"
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"this {model_type} model is quantized; {remedy}")
@@ -217,22 +200,18 @@ def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) 
         reason = reason or f"num_kv_shared_layers={config.num_kv_shared_layers}: {SHARED_KV}"
     if getattr(config, "is_heterogeneous", False):
         reason = reason or "its configuration overrides single layers by index (per_layer_config)"
-    kinds = getattr(config, "layer_types", None) or ()
-    if _with_attention(kinds) and not _with_attention([kinds[index] for index in kept]):
-        reason = reason or f"its key-value cache needs an attention layer; keep one of {_with_attention(kinds)}"
+    # A hybrid mixes layers that attend with convolutions and recurrences.
+    kinds = enumerate(getattr(config, "layer_types", None) or ())
+    attend = [i for i, kind in kinds if "hybrid" in kind or ("attention" in kind and kind != "linear_attention")]
+    if attend and not set(attend) & set(kept):
+        reason = reason or f"its key-value cache needs an attention layer; keep one of {attend}"
     if reason is not None:
         raise UnsupportedModel(f"cannot remove these layers of a {model_type} model: {reason}")
-
-
-def _with_attention(kinds: Sequence[str]) -> list[int]:
-    """Indices of the layers that attend, in a model that may mix them with convolutions and recurrences."""
-    return [i for i, kind in enumerate(kinds) if "hybrid" in kind or ("attention" in kind and kind != "linear_attention")]
 
 
 def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_layers: int) -> None:
     """Rewrite, in place, everything `config` says about single layers. Lists keep their identity: modules may hold them."""
     _renumber_experts(config, kept, n_layers)
-    new_index = {old: new for new, old in enumerate(kept)}
     done = set()
     for name in (*LAYER_INDEX_LISTS, *PER_LAYER_LISTS):
         entries = getattr(config, name, None)
@@ -243,7 +222,7 @@ def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_laye
         if not isinstance(entries, list) or id(entries) in done:
             continue
         if name in LAYER_INDEX_LISTS:
-            entries[:] = [new_index[index] for index in entries if index in new_index]
+            entries[:] = [kept.index(index) for index in entries if index in kept]
         elif len(entries) == n_layers:
             entries[:] = [entries[index] for index in kept]
         else:
@@ -279,10 +258,9 @@ def _renumber_experts(config: transformers.PretrainedConfig, kept: Sequence[int]
 def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
     """Raise UnsupportedModel unless the configuration, as a file would hold it, builds the modules of `pruned`.
 
-    Compared are the names and shapes of all weights and, in the decoder layers, the classes and all plain attributes: layer
-    indices, window sizes, attention scales, which layers rotate. Built on the meta device, so no memory is needed.
+    Built on the meta device, so no memory is needed.
     """
-    model_type, config = _model_type(pruned), pruned.config
+    config, refusal = pruned.config, f"cannot remove these layers of a {pruned.config.model_type} model"
     try:
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
@@ -291,127 +269,29 @@ def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
         with torch.device("meta"):
             rebuilt = use_onednn_like(pruned, type(pruned)(as_saved))
     except Exception as error:
-        reason = f"its configuration does not allow it ({first_line(error)})"
-        raise UnsupportedModel(f"cannot remove these layers of a {model_type} model: {reason}") from error
-    differences = list(_differences(pruned, rebuilt, path))
+        raise UnsupportedModel(f"{refusal}: its configuration does not allow it ({first_line(error)})") from error
+    here, there = _description(pruned, path), _description(rebuilt, path)
+    differences = [
+        f"{name} is {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
+        for name in sorted(here.keys() | there.keys())
+        # Only one of them may have run, which leaves attributes behind; a weight must be in both.
+        if here.get(name) != there.get(name) and (name.startswith("weight ") or (name in here and name in there))
+    ]
     if differences:
         raise UnsupportedModel(
-            f"cannot remove these layers of a {model_type} model: a checkpoint of its configuration would load with "
-            f"{len(differences)} differences, such as {'; '.join(differences[:3])}"
+            f"{refusal}: a checkpoint of its configuration would load with {len(differences)} differences, such as "
+            f"{'; '.join(differences[:3])}"
         )
 
 
-def _differences(pruned: nn.Module, rebuilt: nn.Module, path: str) -> Iterator[str]:
-    here = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
-    there = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            yield f"weight {name} is {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
-    modules = dict(rebuilt.named_modules())
-    for name, module in pruned.named_modules():
-        other = modules.get(name)
-        if not name.startswith(path + ".") or other is None:
-            continue
-        if type(module) is not type(other):
-            yield f"{name} is a {type(module).__name__} here, a {type(other).__name__} there"
-            continue
-        mine, theirs = _plain_attributes(module), _plain_attributes(other)
-        for attribute in sorted(mine.keys() & theirs.keys()):
-            if mine[attribute] != theirs[attribute]:
-                yield f"{name}.{attribute} is {mine[attribute]} here, {theirs[attribute]} there"
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    ignored = ("training", "gradient_checkpointing")
-    plain = (bool, int, float, str, type(None), tuple, list)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(module).items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in ignored
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------- views
-
-
-def with_layers(model: PreTrainedModel, slots: Sequence[nn.Module] | nn.ModuleList) -> PreTrainedModel:
-    """A view of `model` whose L decoder slots are the modules `slots`; everything else, weights included, is shared.
-
-    The configuration is that of `model`: slot l is called as layer l is (its mask, its position embeddings). Put
-    `IdentityLayer(layer)` where a layer is to be left out. For evaluation with `use_cache=False`; to keep a smaller model, use
-    `keep_layers`.
-    Raises ValueError when the number of slots is not L.
-    """
-    path = layers_path(model)
-    n_layers = len(_get(model, path))
-    if len(slots) != n_layers:
-        raise ValueError(f"{len(slots)} slots were given for a model of {n_layers} layers")
-    view = parent = _shallow(model)
-    *names, last = path.split(".")
-    for name in names:
-        child = _shallow(getattr(parent, name))
-        parent._modules[name] = child
-        parent = child
-    container = nn.ModuleList(slots)
-    container.training = model.training
-    parent._modules[last] = container
-    return view
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """The same module object's state in a new object: own registries (children, hooks), same children and tensors."""
-    clone = object.__new__(type(module))
-    clone.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()})
-    if "_hf_hook" in vars(module):
-        # Where accelerate spreads a model, `forward` is an attribute of the instance, bound to the module it was made for: the
-        # clone would run that module, with its children. Children have hooks of their own, which move what they are given.
-        for name in ("_hf_hook", "_old_forward", "forward"):
-            clone.__dict__.pop(name, None)
-    return clone
-
-
-class IdentityLayer(nn.Module):
-    """A decoder slot that hands its input on, in the form (tensor, tuple, list) in which `layer` returns its output.
-
-    Attributes it does not have itself are those of `layer` (models ask a layer for its `attention_type`, say). `layer` is not a
-    submodule: it adds no parameters, and its hooks do not run. The form is not declared anywhere, so the first call runs
-    `layer` once to see it.
-
-    Raises ValueError when called with a key-value cache (a cache counts its length in a layer that runs), and
-    UnsupportedModel when `layer` hands the next layer something beside the hidden states, which skipping would lose.
-    """
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.__dict__["stands_for"] = layer
-        self.returns: type | None = getattr(layer, "returns", None)  # None: not seen yet; sliced layers say it
-        self.length = 1
-
-    def forward(self, *args, **kwargs):
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-            raise ValueError("a skipped layer cannot run with a key-value cache: pass use_cache=False, or use keep_layers")
-        if self.returns is None:
-            self.returns, self.length = self.output_form(*args, **kwargs)
-        if self.returns is torch.Tensor:
-            return hidden_states
-        return self.returns([hidden_states, *[None] * (self.length - 1)])
-
-    @torch.no_grad()
-    def output_form(self, *args, **kwargs) -> tuple[type, int]:
-        """The type in which the layer returns its output (Tensor, tuple or list) and its length."""
-        output = self.stands_for.forward(*args, **kwargs)
-        if not isinstance(output, (tuple, list)):
-            return torch.Tensor, 1
-        # Attention weights [sample, head, query, key] may be dropped. Anything else is read by the next layer (Zaya).
-        if any(isinstance(item, Tensor) and item.ndim != 4 for item in output[1:]):
-            raise UnsupportedModel(f"cannot skip a {type(self.stands_for).__name__}: it passes on more than hidden states")
-        return tuple if isinstance(output, tuple) else list, len(output)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "stands_for" not in self.__dict__:
-                raise
-            return getattr(self.stands_for, name)
+def _description(model: nn.Module, path: str) -> dict[str, object]:
+    """Shapes of all weights and, in the decoder layers, classes and plain attributes: indices, window sizes, scales."""
+    found: dict[str, object] = {f"weight {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if name.startswith(path + "."):
+            found[name] = f"a {type(module).__name__}"
+            for attribute, value in vars(module).items():
+                plain = isinstance(value, (bool, int, float, str, type(None), tuple, list)) and not attribute.startswith("_")
+                if plain and attribute not in ("training", "gradient_checkpointing"):
+                    found[f"{name}.{attribute}"] = list(value) if isinstance(value, tuple) else value
+    return found

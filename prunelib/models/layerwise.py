@@ -1,18 +1,14 @@
 """Run a model layer by layer, and many removals of layers with the layers they have in common run once.
 
-`LayerwiseModel` takes a model apart at its decoder layers: `embed`, `run_layer` for each layer, `head`. `SharedPrefixEvaluator`
-uses it to run a model without each of many layer sets. Two removals that keep the same first layers have the same hidden
-states behind them, so the sets are walked as a trie of the layers they keep, depth first. Perplexity, divergence and
-likelihoods of layer sets, and with them the searches, are built on this walk.
-
-A layer set holds layers, such as ``(3, 7)``, or single sublayers, such as ``((3, "attn"), (7, "mlp"))``.
+`LayerwiseModel` takes a model apart at its decoder layers. With it `SharedPrefixEvaluator` runs a model without each of many
+layer sets: two removals that keep the same first layers have the same hidden states behind them, so the sets are walked as a
+trie of the layers they keep, depth first.
 """
 
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,22 +18,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.models.architectures import SLICED_MODEL_TYPE, SUBLAYERS, UnsupportedModel
-from prunelib.models.layers import IdentityLayer, decoder_layers, describe_layer, sublayers_of, with_layers
+from prunelib.models.layers import decoder_layers, describe_layer, layers_path, sublayers_of
 
 LayerSet = tuple[int | tuple[int, str], ...]
-"""What is removed, ascending: layers, or sublayers (layer, "attn" | "mlp"). ``()`` is the dense model."""
+"""What is removed, ascending: layers ``(3, 7)``, or sublayers ``((3, "attn"), (7, "mlp"))``. ``()`` is the dense model."""
 
 
 # --- one model, layer by layer -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _State:
-    """What the skipped layers of a view saw, and the hidden states that the first of them is to hand on instead."""
-
-    calls: list[tuple[tuple, dict]] = field(default_factory=list)
-    hidden: Tensor | None = None
-    replacement: Tensor | None = None
 
 
 class LayerwiseModel:
@@ -52,13 +39,13 @@ class LayerwiseModel:
                 hidden = engine.run_layer(index, hidden)
             logits = engine.head(hidden)  # final norm and output head
 
-    `embed` notes what the model itself hands to each layer for these ids (masks by kind of layer, rotary embeddings, ...):
-    it runs a view of the model in which every layer is skipped. `run_layer` uses these arguments until the next `embed`.
+    `embed` and `head` run the model with its layers skipped. `embed` notes in `calls` what the model hands to each layer for
+    these ids (masks by kind of layer, rotary embeddings, ...), and `run_layer` uses these arguments until the next `embed`.
 
     - Hidden states may come from anywhere: after `embed`, ``run_layer(5, states)`` continues from stored inputs of layer 5.
       Leave a layer out by not running it. `head` needs no `embed` and takes any number of positions.
-    - With several batches in turn, keep ``engine.calls`` of each batch (a list with one ``(args, kwargs)`` per layer, without
-      the hidden states) and set it again before `run_layer`. ``engine.calls[index][1]`` are the keyword arguments of a layer.
+    - With several batches in turn, keep `calls` of each batch (one ``(args, kwargs)`` per layer, without the hidden states) and
+      set it again before `run_layer`.
     - Layers without weights in memory: pass `ready`; it is called with an index and gives a context in which that layer has its
       weights. The engine needs it only here, for the first layer of each class. Enter it yourself around `run_layer`.
     - Gradients are the caller's choice: nothing here disables them after the constructor.
@@ -66,42 +53,22 @@ class LayerwiseModel:
     Raises UnsupportedModel when no decoder layers are found or a layer hands more than hidden states to the next one.
     """
 
-    def __init__(self, model: PreTrainedModel, *, ready: Callable[[int], AbstractContextManager] | None = None):
-        self.model = model
-        self.layers = decoder_layers(model)
-        self._state = _State()
-        returns: dict[type, tuple[type, int]] = {}
-        slots = [_Slot(layer, index, self._state, returns, ready or nullcontext) for index, layer in enumerate(self.layers)]
-        self._view = with_layers(model, slots)
-        container, body = decoder_layers(self._view), self._view.base_model
-        self._body = body if any(module is container for module in body.modules()) else self._view
+    def __init__(self, model: PreTrainedModel, *, ready: Callable[[int], AbstractContextManager] = nullcontext):
+        self.model, self.layers = model, decoder_layers(model)
+        self.n_layers = len(self.layers)
+        self.calls: list[tuple[tuple, dict]] = []
         self._sublayers: dict[int, dict[str, nn.Module]] = {}
+        self._skipped = _Skipped(ready)
+        self._slots = nn.ModuleList(_Slot(layer, index, self._skipped) for index, layer in enumerate(self.layers))
+        body = model.base_model
+        self._body = body if any(module is self.layers for module in body.modules()) else model
         with torch.no_grad():  # a skipped layer runs its layer once, to see what it returns: two tokens are enough
             self.embed(torch.zeros(1, 2, dtype=torch.int64))
-
-    @property
-    def n_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.layers)
-
-    @property
-    def calls(self) -> list[tuple[tuple, dict]]:
-        """The arguments of each layer beside the hidden states, of the batch that was embedded last; may be set."""
-        return self._state.calls
-
-    @calls.setter
-    def calls(self, calls: list[tuple[tuple, dict]]) -> None:
-        self._state.calls = calls
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
-
-    @property
-    def forward(self) -> Callable:
-        """The forward function that `embed` calls: its signature tells which inputs the model takes."""
-        return self._body.forward
 
     def embed(
         self, ids: Int64[Tensor, "batch position"], mask: Bool[Tensor, "batch position"] | None = None, **inputs: Any
@@ -111,17 +78,18 @@ class LayerwiseModel:
         mask: true on real tokens, false on padding, which does not shift the positions of the real ones. inputs: what else the
         model is called with, such as a mask and positions of its own form (attention_mask, position_ids).
         """
-        ids = ids.to(self.device)
+        ids, skipped = ids.to(self.device), self._skipped
         if mask is not None and not bool(mask.all()):
             inputs["attention_mask"] = mask.to(ids.device, torch.int64)
-            if "position_ids" in inspect.signature(self.forward).parameters:
+            if "position_ids" in inspect.signature(self._body.forward).parameters:
                 inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        self._state.calls = [((), {})] * len(self.layers)
+        skipped.calls = self.calls = [((), {})] * self.n_layers
         try:
-            self._body(input_ids=ids, use_cache=False, **inputs)
-            return self._state.hidden
+            with self._layers_skipped():
+                self._body(input_ids=ids, use_cache=False, **inputs)
+            return skipped.embedded
         finally:
-            self._state.hidden = None
+            skipped.embedded = None
 
     def run_layer(
         self, index: int, hidden: Float[Tensor, "batch position width"], without: Collection[str] = ()
@@ -133,18 +101,18 @@ class LayerwiseModel:
         """
         if without and index not in self._sublayers:
             sublayers = sublayers_of(self.model, index)
-            with silent(*sublayers):
+            with silent(*sublayers.values()):
                 output = self._run(index, hidden)
             # Whatever norms and factors stand in between then give zero for zero: silence means absence.
             if not torch.equal(output.to(hidden.device), hidden):
                 where = describe_layer(self.model, index)
                 raise UnsupportedModel(f"{where}, does not add its attention and its MLP to its input; look at whole layers")
-            self._sublayers[index] = dict(zip(SUBLAYERS, sublayers, strict=True))
+            self._sublayers[index] = sublayers
         with silent(*(self._sublayers[index][part] for part in without)):
             return self._run(index, hidden)
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
-        args, kwargs = self._state.calls[index]
+        args, kwargs = self.calls[index]
         if "hidden_states" in kwargs:
             output = self.layers[index](*args, **{**kwargs, "hidden_states": hidden})
         else:
@@ -155,12 +123,77 @@ class LayerwiseModel:
         self, hidden: Float[Tensor, "batch position width"], device: torch.device | None = None
     ) -> Float[Tensor, "batch position vocabulary"]:
         """Final norm, output head and whatever else follows the layers; on `device`, that of the token ids unless given."""
-        self._state.replacement = hidden
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # nothing behind the layers reads them
+        self._skipped.given = hidden
         try:
-            return self._view(input_ids=ids, use_cache=False).logits.to(device or self.device)
+            with self._layers_skipped():
+                return self.model(input_ids=ids, use_cache=False).logits.to(device or self.device)
         finally:
-            self._state.replacement = None
+            self._skipped.given = None
+
+    @contextmanager
+    def _layers_skipped(self) -> Iterator[None]:
+        """While this lasts the model has slots in the place of its layers."""
+        parent, _, name = layers_path(self.model).rpartition(".")
+        owner = self.model.get_submodule(parent)
+        setattr(owner, name, self._slots)
+        try:
+            yield
+        finally:
+            setattr(owner, name, self.layers)
+
+
+class _Skipped:
+    """What the slots of a model have in common."""
+
+    def __init__(self, ready: Callable[[int], AbstractContextManager]):
+        self.ready = ready
+        self.forms: dict[type, tuple[type, int]] = {}  # by class of layer: tensor, tuple or list, and its length
+        self.calls: list[tuple[tuple, dict]] = []
+        self.embedded: Tensor | None = None  # what the first slot was given
+        self.given: Tensor | None = None  # what the slots return instead
+
+
+class _Slot(nn.Module):
+    """A skipped layer: notes its arguments and returns the hidden states in the form in which the layer returns its output.
+
+    Attributes it does not have itself are those of the layer (models ask a layer for its `attention_type`, say). The layer is
+    not a submodule, and its hooks do not run. Layers do not declare their form: the first one of each class runs once to show
+    it, but for sliced layers (`returns`), which cannot run on hidden states of another width.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, skipped: _Skipped):
+        super().__init__()
+        self.__dict__ |= {"layer": layer, "index": index, "skipped": skipped}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, skipped = args[0] if args else kwargs["hidden_states"], self.skipped
+        if skipped.given is not None:
+            hidden = skipped.given
+        else:
+            if self.index == 0:
+                skipped.embedded = hidden
+            skipped.calls[self.index] = (args[1:], kwargs) if args else ((), {**kwargs, "hidden_states": None})
+        if type(self.layer) not in skipped.forms:
+            skipped.forms[type(self.layer)] = self._form(*args, **kwargs)
+        kind, length = skipped.forms[type(self.layer)]
+        return hidden if kind is Tensor else kind([hidden, *[None] * (length - 1)])
+
+    @torch.no_grad()
+    def _form(self, *args: Any, **kwargs: Any) -> tuple[type, int]:
+        if hasattr(self.layer, "returns"):
+            return self.layer.returns, 1
+        with self.skipped.ready(self.index):
+            output = self.layer.forward(*args, **kwargs)
+        if not isinstance(output, (tuple, list)):
+            return Tensor, 1
+        # Attention weights [sample, head, query, key] may be dropped. Anything else is read by the next layer (Zaya).
+        if any(isinstance(item, Tensor) and item.ndim != 4 for item in output[1:]):
+            raise UnsupportedModel(f"cannot skip a {type(self.layer).__name__}: it passes on more than hidden states")
+        return (tuple if isinstance(output, tuple) else list), len(output)
 
 
 @contextmanager
@@ -178,78 +211,7 @@ def silent(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Slot(IdentityLayer):
-    """A skipped layer that notes its arguments or, as the first one, hands on other hidden states for the head.
-
-    Layers of one class return their output in one form, so only the first of each class runs once to show it.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        index: int,
-        state: _State,
-        returns: dict[type, tuple[type, int]],
-        ready: Callable[[int], AbstractContextManager],
-    ):
-        super().__init__(layer)
-        self.index, self.known, self.ready = index, returns, ready
-        self.__dict__["state"] = state
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.state
-        if state.replacement is None:
-            if self.index == 0:
-                state.hidden = args[0] if args else kwargs["hidden_states"]
-            state.calls[self.index] = (args[1:], kwargs) if args else ((), {**kwargs, "hidden_states": None})
-        elif self.index == 0:
-            args, kwargs = (
-                ((state.replacement, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state.replacement})
-            )
-        return super().forward(*args, **kwargs)
-
-    def output_form(self, *args: Any, **kwargs: Any) -> tuple[type, int]:
-        kind = type(self.stands_for)
-        if kind not in self.known:
-            with self.ready(self.index):
-                self.known[kind] = super().output_form(*args, **kwargs)
-        return self.known[kind]
-
-
 # --- many removals -------------------------------------------------------------------------------------------------------
-
-# A layer that runs, and which of its sublayers are silent meanwhile.
-_Step = tuple[int, tuple[str, ...]]
-
-
-@dataclass
-class _Node:
-    """One step that runs after those on the path to it; ``ends`` is the removal whose last step this is."""
-
-    step: _Step
-    children: dict[_Step, "_Node"] = field(default_factory=dict)
-    ends: LayerSet | None = None
-
-
-def _trie(n_layers: int, layer_sets: Iterable[LayerSet]) -> tuple[_Node, int]:
-    """The steps of every removal as paths from a root, and the number of nodes below the root."""
-    root, nodes = _Node((-1, ())), 0
-    for removed in layer_sets:
-        node = root
-        for step in _steps(n_layers, removed):
-            if step not in node.children:
-                node.children[step] = _Node(step)
-                nodes += 1
-            node = node.children[step]
-        node.ends = removed
-    return root, nodes
-
-
-def _steps(n_layers: int, removed: LayerSet) -> list[_Step]:
-    """What still runs without `removed`, in order."""
-    gone = set(check_layer_set(n_layers, removed))
-    missing = [tuple(part for part in SUBLAYERS if (layer, part) in gone) for layer in range(n_layers)]
-    return [(layer, parts) for layer, parts in enumerate(missing) if len(parts) < len(SUBLAYERS)]
 
 
 def check_layer_set(n_layers: int, removed: LayerSet) -> tuple[tuple[int, str], ...]:
@@ -260,10 +222,7 @@ def check_layer_set(n_layers: int, removed: LayerSet) -> tuple[tuple[int, str], 
     """
     gone = []
     for unit in removed:
-        if isinstance(unit, tuple):
-            gone.append(unit)
-        else:
-            gone += [(operator.index(unit), part) for part in SUBLAYERS]
+        gone += [unit] if isinstance(unit, tuple) else [(operator.index(unit), part) for part in SUBLAYERS]
     known = all(0 <= layer < n_layers and part in SUBLAYERS for layer, part in gone)
     if not known or gone != sorted(set(gone)):
         raise ValueError(
@@ -273,6 +232,29 @@ def check_layer_set(n_layers: int, removed: LayerSet) -> tuple[tuple[int, str], 
     if len(gone) == len(SUBLAYERS) * n_layers:
         raise ValueError(f"cannot remove {n_layers} of {n_layers} layers: at least one must stay")
     return tuple(gone)
+
+
+# A layer that runs, and which of its sublayers are silent meanwhile.
+_Step = tuple[int, tuple[str, ...]]
+
+
+def _steps(n_layers: int, removed: LayerSet) -> list[_Step]:
+    """What still runs without `removed`, in order."""
+    gone = set(check_layer_set(n_layers, removed))
+    missing = [tuple(part for part in SUBLAYERS if (layer, part) in gone) for layer in range(n_layers)]
+    return [(layer, parts) for layer, parts in enumerate(missing) if len(parts) < len(SUBLAYERS)]
+
+
+def _trie(n_layers: int, layer_sets: Iterable[LayerSet]) -> tuple[dict, int]:
+    """What runs after each step, by step, from a root; under None, the set whose last step this is. And the number of steps."""
+    root, steps = {}, 0
+    for removed in layer_sets:
+        node = root
+        for step in _steps(n_layers, removed):
+            steps += step not in node
+            node = node.setdefault(step, {})
+        node[None] = removed
+    return root, steps
 
 
 def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
@@ -295,16 +277,11 @@ class SharedPrefixEvaluator:
     Only models whose layers do something else after renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ from
     `remove_layers`, and those it refuses.
 
-    Attributes:
-        sets: the distinct layer sets, in the order given.
-        engine: the `LayerwiseModel` that runs.
-        layers_per_batch: layer calls for one batch.
-        layer_forwards: layer calls so far. layer_forwards_alone: what every set by itself would have taken.
+    sets: the distinct layer sets, in the order given. engine: the `LayerwiseModel` that runs. layers_per_batch: layer calls for
+    one batch. layer_forwards: layer calls so far. layer_forwards_alone: what every set by itself would have taken.
 
-    Raises:
-        ValueError: as `check_layer_set`.
-        UnsupportedModel: as `LayerwiseModel`, and as its `run_layer` where sublayers are removed; or the model is sliced, and
-            something is to be removed.
+    Raises ValueError as `check_layer_set`, and UnsupportedModel as `LayerwiseModel`, as its `run_layer` where sublayers are
+    removed, or where the model is sliced and something is to be removed.
     """
 
     def __init__(self, model: PreTrainedModel, layer_sets: Iterable[LayerSet]):
@@ -331,8 +308,7 @@ class SharedPrefixEvaluator:
         The dense model comes first in each batch if it is the first of the sets.
         """
         starts = range(0, len(windows), batch_size) if self.sets else range(0)
-        description = f"{len(self.sets)} layer sets"
-        with tqdm(total=len(starts) * self.layers_per_batch, desc=description, unit="layer", disable=not progress) as bar:
+        with tqdm(total=len(starts) * self.layers_per_batch, desc="layer sets", unit="layer", disable=not progress) as bar:
             for start in starts:
                 ids = windows[start : start + batch_size].to(self.engine.device)
                 for removed, hidden in self.walk(self.engine.embed(ids), bar):
@@ -346,18 +322,20 @@ class SharedPrefixEvaluator:
         Depth first: hidden states live as long as a branch that starts from them waits. `bar` counts layers.
         """
         self.layer_forwards_alone += self._alone
-        stack: list[tuple[_Node | LayerSet, Tensor]] = [(child, embedded) for child in reversed(self._root.children.values())]
+
+        def waiting(node: dict, hidden: Tensor) -> list[tuple[_Step | None, Any, Tensor]]:
+            # Ends wait until the branches are done: so the dense model, if given first, is also the first to come out.
+            in_turn = sorted(node.items(), key=lambda item: item[0] is None)
+            return [(step, behind, hidden) for step, behind in reversed(in_turn)]
+
+        stack = waiting(self._root, embedded)
         while stack:
-            node, hidden = stack.pop()
-            if isinstance(node, tuple):
-                yield node, hidden
+            step, behind, hidden = stack.pop()
+            if step is None:
+                yield behind, hidden
                 continue
-            layer, without = node.step
-            hidden = self.engine.run_layer(layer, hidden, without)
+            hidden = self.engine.run_layer(step[0], hidden, step[1])
             self.layer_forwards += 1
             if bar is not None:
                 bar.update()
-            # Ends wait until the branches are done: so the dense model, if given first, is also the first to come out.
-            if node.ends is not None:
-                stack.append((node.ends, hidden))
-            stack += [(child, hidden) for child in reversed(node.children.values())]
+            stack += waiting(behind, hidden)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from prunelib.models.memory import is_out_of_memory, says_what_fits
 from prunelib.models.onednn import use_onednn
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # what from_pretrained raises
 
 
 class CheckpointError(RuntimeError):
@@ -30,7 +30,6 @@ def load(
     revision: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, checked: every weight present, none left over, all finite.
 
@@ -42,55 +41,50 @@ def load(
     Raises ValueError for a bad argument, CheckpointError for a missing, damaged, incomplete or non-finite checkpoint.
     """
     torch_dtype, target = checked_dtype(dtype), checked_device(device)
-    source, options = _source(name_or_path, revision, trust_remote_code)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch_dtype,
-            device_map="auto" if device == "auto" else None,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they are reported by name, below
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(f"cannot load a causal language model from {source!r}: {io.first_line(error)}") from error
-    check_keys(info, source)
+    source, options = checked_source(name_or_path, revision)
+    model = from_files(source, dtype=torch_dtype, device_map="auto" if target is None else None, **options)
     if target is not None:
         model = model.to(target)
-    check_finite(model)
+    _check_finite(model)
     return use_onednn(model).eval()
 
 
-def load_tokenizer(
-    name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, from a local folder (no network) or the hub. Raises CheckpointError when there is none."""
-    folder = _local_folder(name_or_path, revision)
-    source = str(folder or name_or_path)
-    options, remedy = _hub_options(source, folder is not None, revision, trust_remote_code)
+    source, options, remedy = _source(name_or_path, revision)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except ERRORS as error:
         raise CheckpointError(f"cannot load a tokenizer from {source!r}{remedy} ({io.first_line(error)})") from error
 
 
-def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a complete safetensors checkpoint with a readable configuration, checked without reading weights.
+def from_files(source: str | os.PathLike, **options: object) -> PreTrainedModel:
+    """from_pretrained of safetensors files that hold exactly the weights which the configuration asks for.
 
-    Raises the same errors as `load`, and ValueError for a name that can only be one on the hub.
+    Raises CheckpointError where they do not.
     """
-    folder = _local_folder(name_or_path, None)
-    if folder is None:
-        raise ValueError(f"{os.fspath(name_or_path)!r} is no local folder: download the model first (`hf download`)")
-    _source(folder, None, False)
-    return folder
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    try:  # weights of another shape are reported by name, below
+        model, info = AutoModelForCausalLM.from_pretrained(source, ignore_mismatched_sizes=True, **options)
+    except ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"cannot load a causal language model from {str(source)!r}: {io.first_line(error)}") from error
+    found = []
+    for kind, what in {"missing": "missing", "unexpected": "unexpected", "mismatched": "of another shape"}.items():
+        # A key of another shape comes as (name, shape in the file, shape in the model).
+        keys = sorted(key if isinstance(key, str) else f"{key[0]}: {[*map(tuple, key[1:])]}" for key in info[f"{kind}_keys"])
+        if keys:
+            found.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' * (len(keys) > 4)})")
+    if found:
+        raise CheckpointError(
+            f"the weights in {str(source)!r} do not fit their config.json: {'; '.join(found)}. "
+            "Was the model pruned without its configuration? Save it again with prunelib.models.save"
+        )
+    return model
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise CheckpointError naming the first parameter or buffer of `model` that holds a NaN or an infinity."""
+def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -130,40 +124,22 @@ def checked_device(device: str | torch.device) -> torch.device | None:
     return target
 
 
-def check_keys(info: Mapping, source: str) -> None:
-    """Raise CheckpointError unless from_pretrained found exactly the weights that the configuration asks for."""
-    found = []
-    for kind in ("missing", "unexpected", "mismatched"):
-        # A key of another shape comes as (name, shape in the file, shape in the model).
-        keys = sorted(
-            key if isinstance(key, str) else f"{key[0]}: {[tuple(shape) for shape in key[1:]]}"
-            for key in info.get(f"{kind}_keys", ())
-        )
-        if keys:
-            what = "of another shape" if kind == "mismatched" else kind
-            found.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' * (len(keys) > 4)})")
-    if found:
-        raise CheckpointError(
-            f"the weights in {source!r} do not fit their config.json: {'; '.join(found)}. "
-            "Was the model pruned without its configuration? Save it again with prunelib.models.save"
-        )
-
-
 # --- where a model comes from --------------------------------------------------------------------------------------------
 
 
-def _source(name_or_path: str | os.PathLike, revision: str | None, trust_remote_code: bool) -> tuple[str, dict]:
-    """What from_pretrained is called with, after looking at the files and the configuration of the model."""
-    folder = _local_folder(name_or_path, revision)
-    if folder is not None:
-        _check_files(folder)
-    source = str(folder or name_or_path)
-    options, remedy = _hub_options(source, folder is not None, revision, trust_remote_code)
+def checked_source(name_or_path: str | os.PathLike, revision: str | None = None) -> tuple[str, dict]:
+    """What from_pretrained is called with, after looking at the files and the configuration, not at the weights.
+
+    Raises the same errors as `load`, and UnsupportedModel for an encoder-decoder model.
+    """
+    source, options, remedy = _source(name_or_path, revision)
+    if not remedy:
+        _check_files(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except OSError as error:
         raise CheckpointError(f"cannot find model {source!r}{remedy} ({io.first_line(error)})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ERRORS as error:
         version = f"transformers {transformers.__version__}"
         raise CheckpointError(f"cannot read the configuration of {source!r} with {version}: {io.first_line(error)}") from error
     if config.is_encoder_decoder:
@@ -171,37 +147,27 @@ def _source(name_or_path: str | os.PathLike, revision: str | None, trust_remote_
     return source, options
 
 
-def _hub_options(source: str, local: bool, revision: str | None, trust_remote_code: bool) -> tuple[dict, str]:
-    """Options of from_pretrained, and what to do where the hub gives no files."""
-    silent = None if local else io.hub_unreachable()
-    options = {
-        "revision": revision or "main",
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": local or silent is not None,
-    }
-    why = "the hub did not give it" if silent is None else f"the hub cannot be reached ({silent}) and its client has no copy"
-    remedy = (
-        f": it is no local folder, and {why}; check the name, or download it where there is a network "
-        f"(hf download {source} --local-dir FOLDER) and give that folder"
-    )
-    return options, "" if local else remedy
-
-
-def _local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path | None:
-    """The folder meant by `name_or_path`, None if it can only be a name on the hub."""
+def _source(name_or_path: str | os.PathLike, revision: str | None) -> tuple[str, dict, str]:
+    """Source and options of from_pretrained, and what to do where the hub gives no files; "" for a local folder."""
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
     recover(path)
-    if path.is_dir():
-        if revision:
-            raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
-        return path
-    if path.exists():
+    local, unreachable = path.is_dir(), None
+    if local and revision:
+        raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
+    if path.exists() and not local:
         raise ValueError(f"{text!r} is a file; give the folder that holds config.json and model.safetensors")
-    looks_local = not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1
-    if looks_local or not text:
-        raise CheckpointError(f"model folder {text!r} does not exist (working directory {str(Path.cwd())!r})")
-    return None
+    if not local:
+        if not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text:
+            raise CheckpointError(f"model folder {text!r} does not exist (working directory {str(Path.cwd())!r})")
+        unreachable = io.hub_unreachable()
+    why = f"the hub cannot be reached ({unreachable}) and its client has no copy" if unreachable else "the hub did not give it"
+    remedy = (
+        f": it is no local folder, and {why}; check the name, or download it where there is a network "
+        f"(hf download {text} --local-dir FOLDER) and give that folder"
+    )
+    options = {"revision": revision or "main", "local_files_only": local or unreachable is not None}
+    return str(path) if local else text, options, "" if local else remedy
 
 
 def recover(target: Path) -> None:
@@ -214,21 +180,18 @@ def recover(target: Path) -> None:
 
 def _check_files(folder: Path) -> None:
     """Every file a safetensors checkpoint needs is there and complete, seen without reading the weights."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    config, index, names = folder / "config.json", folder / "model.safetensors.index.json", {"model.safetensors"}
+    if not config.is_file():
+        raise CheckpointError(f"no config.json in {str(folder)!r}: this is not a saved model")
     try:
-        reading = folder / "config.json"
-        if not reading.is_file():
-            raise CheckpointError(f"no config.json in {str(folder)!r}: this is not a saved model")
-        json.loads(reading.read_text(encoding="utf-8"))
+        json.loads(config.read_text(encoding="utf-8"))
         if index.is_file():
-            reading = index
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{str(reading)!r} is not valid JSON, or of another form: {error}") from error
-    for name in names:
-        file = folder / name
+        raise CheckpointError(f"{config.name} or {index.name} in {str(folder)!r} is not valid JSON: {error}") from error
+    for file in (folder / name for name in sorted(names)):
         if not file.is_file():
-            raise CheckpointError(f"weight file {name!r} is missing from {str(folder)!r}; pickled weights are not read")
+            raise CheckpointError(f"weight file {file.name!r} is missing from {str(folder)!r}; pickled weights are not read")
         try:
             with safe_open(file, framework="pt"):
                 pass

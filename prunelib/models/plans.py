@@ -14,7 +14,7 @@ P = TypeVar("P", bound="JsonPlan")
 
 
 class JsonPlan:
-    """A frozen dataclass of numbers, tuples of numbers, texts and plain settings as a JSON object, one field per line."""
+    """A frozen dataclass of numbers, tuples of whole numbers, texts and plain settings as a JSON object."""
 
     _name: ClassVar[str]
 
@@ -34,14 +34,14 @@ class JsonPlan:
         if not isinstance(record, dict) or set(record) != set(declared):
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise ValueError(f"a {cls._name} has the fields {', '.join(declared)}; found {found}")
-        for name, declared_kind in declared.items():
-            kind = list if declared_kind is tuple else declared_kind  # JSON has no tuples
-            if not isinstance(record[name], kind) or isinstance(record[name], bool):
-                raise ValueError(f"{name} of a {cls._name} must be {kind.__name__}, got {record[name]!r}")
-            if kind is list:
-                if not all(type(index) is int for index in record[name]):
-                    raise ValueError(f"{name} of a {cls._name}: layers must be whole numbers, got {record[name]}")
-                record[name] = tuple(record[name])
+        for name, kind in declared.items():
+            value = record[name]
+            if kind is tuple and isinstance(value, list):  # JSON has no tuples
+                if not all(type(index) is int for index in value):
+                    raise ValueError(f"{name} of a {cls._name}: layers must be whole numbers, got {value}")
+                record[name] = tuple(value)
+            elif type(value) is not kind:
+                raise ValueError(f"{name} of a {cls._name} must be {kind.__name__}, got {value!r}")
         return cls(**record)
 
     def write(self, path: str | os.PathLike) -> None:
@@ -76,29 +76,19 @@ class DropPlan(JsonPlan):
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_n_layers(self.n_layers)
         _check_layers(self.n_layers, self.removed, "removed layers")
         if len(self.removed) == self.n_layers:
             raise ValueError(f"cannot remove {len(self.removed)} of {self.n_layers} layers: at least one must stay")
         check_settings(self.settings)
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """Indices of the layers that stay, ascending."""
-        return tuple(index for index in range(self.n_layers) if index not in self.removed)
 
 
 @dataclass(frozen=True)
 class SublayerPlan(JsonPlan):
     """Attention and MLP sublayers to take out of a model, each alone (BlockPruner, arXiv 2406.10594; EvoPress, 2410.14649).
 
-    n_layers: decoder layers of the dense model. attention, mlp: indices of the layers whose attention, whose MLP goes,
-    ascending; a layer in both goes as a whole. method, settings: as in `DropPlan`.
-
-    Searches and layer sets name a sublayer (layer, "attn" | "mlp"): `removed`, `from_units`.
-
-    Raises ValueError when `attention` or `mlp` is not ascending, unique and in range, when no sublayer would stay, or when
-    `settings` cannot be written as JSON.
+    attention, mlp: indices of the layers whose attention, whose MLP goes, ascending; a layer in both goes as a whole. n_layers,
+    method, settings, and ValueError: as in `DropPlan`. Searches and layer sets name a sublayer (layer, "attn" | "mlp"):
+    `removed`, `from_units`.
     """
 
     _name: ClassVar[str] = "sublayer plan"
@@ -110,7 +100,6 @@ class SublayerPlan(JsonPlan):
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_n_layers(self.n_layers)
         _check_layers(self.n_layers, self.attention, "layers without attention")
         _check_layers(self.n_layers, self.mlp, "layers without MLP")
         if len(self.layers) == self.n_layers:
@@ -121,11 +110,6 @@ class SublayerPlan(JsonPlan):
     def layers(self) -> tuple[int, ...]:
         """Layers that lose both sublayers, ascending: they go as a whole."""
         return tuple(index for index in self.attention if index in self.mlp)
-
-    @property
-    def cut(self) -> tuple[int, ...]:
-        """Layers that lose one of their sublayers only, ascending."""
-        return tuple(sorted(set(self.attention) ^ set(self.mlp)))
 
     @property
     def removed(self) -> tuple[tuple[int, str], ...]:
@@ -146,12 +130,9 @@ class SublayerPlan(JsonPlan):
         return cls(n_layers, attention, mlp, method, settings or {})
 
 
-def _check_n_layers(n_layers: int) -> None:
+def _check_layers(n_layers: int, layers: tuple[int, ...], what: str) -> None:
     if n_layers < 1:
         raise ValueError(f"a model has at least one layer, got n_layers={n_layers}")
-
-
-def _check_layers(n_layers: int, layers: tuple[int, ...], what: str) -> None:
     wrong = [index for index in layers if not 0 <= index < n_layers]
     if wrong:
         raise ValueError(f"layers {wrong} do not exist in a model of {n_layers} layers (0 to {n_layers - 1})")

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelib.io import first_line, flush, leftovers, temporary_prefix
 from prunelib.models.layers import evaluating, layers_path, probe_tokens
-from prunelib.models.loading import CheckpointError, check_keys, load_tokenizer, recover
+from prunelib.models.loading import CheckpointError, from_files, load_tokenizer, recover
 from prunelib.models.onednn import use_onednn_like
 
 
@@ -41,15 +41,16 @@ def save(
         raise ValueError(f"{str(target)!r} is not empty; choose another folder or pass overwrite=True")
     layers_path(model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_beside(target)
+    for left in leftovers(target):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
     try:
-        written = scratch / "new"
-        _write(model, tokenizer, written)
-        _check_reload(model, tokenizer, written)
-        flush(written)
+        _write(model, tokenizer, scratch / "new")
+        _check_reload(model, tokenizer, scratch / "new")
+        flush(scratch / "new")
         if target.is_dir():
             target.rename(scratch / "old")
-        written.rename(target)
+        (scratch / "new").rename(target)
     except BaseException:
         if (scratch / "old").exists() and not target.exists():
             (scratch / "old").rename(target)
@@ -58,23 +59,16 @@ def save(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def scratch_beside(target: Path) -> Path:
-    """A new folder for what is to become `target`; those that killed processes left behind for it are removed."""
-    for left in leftovers(target):
-        shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
-
-
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     generation = model.generation_config
-    if generation is not None:
-        try:
+    try:
+        if generation is not None:
             generation.validate(strict=True)
-        except ValueError as error:
-            # Several published models set a temperature without do_sample, which save_pretrained refuses to write.
-            warnings.warn(f"generation_config saved with do_sample=True: {first_line(error)}", stacklevel=3)
-            model.generation_config = copy.deepcopy(generation)
-            model.generation_config.do_sample = True
+    except ValueError as error:
+        # Several published models set a temperature without do_sample, which save_pretrained refuses to write.
+        warnings.warn(f"generation_config saved with do_sample=True: {first_line(error)}", stacklevel=3)
+        model.generation_config = copy.deepcopy(generation)
+        model.generation_config.do_sample = True
     try:
         model.save_pretrained(folder)
     finally:
@@ -85,21 +79,8 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
 
 @torch.no_grad()
 def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    # Code that already runs in this process may run once more; nothing new is trusted.
-    trusted = type(model).__module__.startswith("transformers_modules")
-    try:
-        again, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
-            trust_remote_code=trusted,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the saved model does not load again: {first_line(error)}") from error
-    check_keys(info, "the saved copy")
+    attention = model.config._attn_implementation
+    again = from_files(folder, dtype=model.dtype, attn_implementation=attention, local_files_only=True)
     again = use_onednn_like(model, again.to(model.device).eval())
     weights = again.state_dict()
     for name, tensor in model.state_dict().items():
@@ -116,7 +97,7 @@ def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
         raise CheckpointError(f"the saved model gives other logits: they differ by up to {difference:.3g} (of {scale:.3g})")
     if tokenizer is not None:
         text = "One clone, two commands: 3.14 (naïve)\n"
-        if load_tokenizer(folder, trust_remote_code=trusted)(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        if load_tokenizer(folder)(text)["input_ids"] != tokenizer(text)["input_ids"]:
             raise CheckpointError("the saved tokenizer does not load as the one in memory")
 
 

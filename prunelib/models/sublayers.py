@@ -5,9 +5,6 @@ layer that loses one keeps its form, and the output projection of the lost subla
 and gives the logits of a model without that sublayer, but nothing is saved: the weights stay in the file and in memory, and
 they are multiplied as before. `idle_fraction` says how much of the model that is. Only a runtime that skips sublayers gains
 from the rest (BlockPruner's and EvoPress's own code mask them in memory and write no smaller model).
-
-What the names of modules promise is checked by running the layers: with both sublayers silent a layer must hand its input on,
-and with the zeros in place it must give what it gives with that sublayer silent.
 """
 
 import torch
@@ -20,10 +17,11 @@ from prunelib.models.layers import (
     decoder_layers,
     describe_layer,
     evaluating,
+    keep_layers,
     parameter_count,
     probe_tokens,
     remove_layers,
-    sublayer_name,
+    sublayer_names,
     sublayers_of,
 )
 from prunelib.models.layerwise import LayerwiseModel, silent
@@ -46,18 +44,16 @@ def remove_sublayers(model: PreTrainedModel, plan: SublayerPlan) -> PreTrainedMo
     be told apart, do not simply add to its input, or are not silenced by zeros, and the same errors as `remove_layers`.
     """
     lost = _lost(model, plan)
-    pruned = remove_layers(model, plan.layers)
-    kept = [index for index in range(plan.n_layers) if index not in plan.layers]
-    zeroed = {index: _zero_output(pruned, kept.index(index), part) for index, part in lost.items()}
-    with torch.no_grad(), evaluating(model), evaluating(pruned):
-        dense, cut = LayerwiseModel(model), LayerwiseModel(pruned)
-        hidden, same = dense.embed(probe_tokens(model)), cut.embed(probe_tokens(model))
+    pruned = keep_layers(model, range(plan.n_layers))
+    with torch.no_grad(), evaluating(pruned):
+        engine = LayerwiseModel(pruned)
+        hidden = engine.embed(probe_tokens(pruned))
         for index, part in lost.items():
-            expected = dense.run_layer(index, hidden, (part,))
-            if not torch.equal(expected, cut.run_layer(kept.index(index), same)):
-                names = ", ".join(zeroed[index])
+            silenced = engine.run_layer(index, hidden, (part,))
+            names = ", ".join(_zero_output(pruned, index, part))
+            if not torch.equal(silenced, engine.run_layer(index, hidden)):
                 raise UnsupportedModel(f"{describe_layer(model, index)}: zeros for {names} do not silence its sublayer")
-    return pruned
+    return remove_layers(pruned, plan.layers)
 
 
 def idle_fraction(model: PreTrainedModel, plan: SublayerPlan) -> float:
@@ -82,15 +78,15 @@ def _lost(model: PreTrainedModel, plan: SublayerPlan) -> dict[int, str]:
     n_layers = len(decoder_layers(model))
     if plan.n_layers != n_layers:
         raise ValueError(f"the plan is for {plan.n_layers} layers, this {model.config.model_type} model has {n_layers}")
-    for index in plan.cut:
-        sublayers_of(model, index)
-    return {index: "attn" if index in plan.attention else "mlp" for index in plan.cut}
+    lost = {index: part for index, part in plan.removed if index not in plan.layers}
+    for index in lost:
+        sublayer_names(model, index)
+    return lost
 
 
-def _zero_output(pruned: PreTrainedModel, index: int, part: str) -> list[str]:
+def _zero_output(model: PreTrainedModel, index: int, part: str) -> list[str]:
     """Put zeros in the place of the output projections of a sublayer; their names within the layer."""
-    layer = decoder_layers(pruned)[index]
-    prefix = sublayer_name(pruned, index, part) + "."
+    layer, prefix = decoder_layers(model)[index], sublayer_names(model, index)[part] + "."
     names = [
         name
         for name, _ in layer.named_parameters()
@@ -98,7 +94,7 @@ def _zero_output(pruned: PreTrainedModel, index: int, part: str) -> list[str]:
     ]
     if not names:
         known = ", ".join(OUTPUT_NAMES)
-        raise UnsupportedModel(f"{describe_layer(pruned, index)}: no output projection {known} in {prefix[:-1]}")
+        raise UnsupportedModel(f"{describe_layer(model, index)}: no output projection {known} in {prefix[:-1]}")
     for name in names:
         parent, _, attribute = name.rpartition(".")
         old = layer.get_parameter(name)
@@ -112,8 +108,7 @@ def _idle(engine: LayerwiseModel, index: int, part: str, hidden: torch.Tensor) -
     Those of the other sublayer all count as working, whatever their gradient: the bias of keys has none by nature, nor has an
     expert that no token reached.
     """
-    layer = engine.layers[index]
-    sublayers = dict(zip(SUBLAYERS, sublayers_of(engine.model, index), strict=True))
+    layer, sublayers = engine.layers[index], sublayers_of(engine.model, index)
     silenced = sublayers.pop(part)
     working = {id(parameter) for other in sublayers.values() for parameter in other.parameters()}
     weights = {name: parameter.detach().requires_grad_() for name, parameter in layer.named_parameters()}

@@ -25,20 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prunelib.criteria.statistics import LayerStats, check_finite, checked_mask, from_states
 from prunelib.evaluation.perplexity import NllAccumulator, Perplexity, check_windows
-from prunelib.io import first_line
-from prunelib.models import (
-    CheckpointError,
-    UnsupportedModel,
-    check_vocabulary,
-    checked_device,
-    checked_dtype,
-    checkpoint_folder,
-    decoder_layers,
-    final_norm,
-    layers_path,
-)
+from prunelib.models import CheckpointError, UnsupportedModel, check_vocabulary, decoder_layers, final_norm
+from prunelib.models.layers import layers_path
 from prunelib.models.layerwise import LayerwiseModel
-from prunelib.models.loading import check_keys
+from prunelib.models.loading import checked_device, checked_dtype, checked_source, from_files
 from prunelib.models.onednn import use_onednn
 
 GIB = 2**30
@@ -69,7 +59,7 @@ class Peak:
 class OffloadedModel:
     """A causal language model whose layers stay in its safetensors files until they are used; for evaluation only.
 
-    `folder` holds an ordinary checkpoint; weights and activations are `dtype`, the work is done on `device`. `device_limit` and
+    `name_or_path` as in `models.load`; weights and activations are `dtype`, the work is done on `device`. `device_limit` and
     `host_limit`, in bytes, are kept even where more memory is free.
 
     Raises ValueError for bad arguments, CheckpointError for a missing, damaged or incomplete checkpoint, UnsupportedModel for a
@@ -78,7 +68,7 @@ class OffloadedModel:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        name_or_path: str | os.PathLike,
         *,
         dtype: str | torch.dtype,
         device: str | torch.device = "cpu",
@@ -88,10 +78,10 @@ class OffloadedModel:
         self.dtype, target = checked_dtype(dtype), checked_device(device)
         if target is None:
             raise ValueError(f"an offloaded model works on one device, not {device!r}")
-        self.folder = checkpoint_folder(folder)
+        source, options = checked_source(name_or_path)
         self.device = torch.empty(0, device=target).device  # with its index
         self.device_limit, self.host_limit = device_limit, host_limit
-        self.model, self.weights = _offloaded(self.folder, self.dtype)
+        self.model, self.weights = _offloaded(source, options, self.dtype)
         self.layers = decoder_layers(self.model)
         self.path = layers_path(self.model)
 
@@ -219,12 +209,12 @@ class OffloadedModel:
                 del weights
 
 
-def _offloaded(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+def _offloaded(source: str, options: dict, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The model with its layers on the meta device, and accelerate's mapping from the names of their weights to the files."""
     from accelerate import init_empty_weights  # takes a while to import, and nothing else here needs it
     from accelerate.hooks import remove_hook_from_submodules
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"this {config.model_type} model is quantized: it can only be loaded resident")
     with init_empty_weights(include_buffers=False):
@@ -233,23 +223,16 @@ def _offloaded(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mappi
     places = {name: "cpu" for name, module in empty.named_modules() if not [*module.children()] and f"{path}." not in name}
     places |= {f"{path}.{index}": "disk" for index in range(len(decoder_layers(empty)))}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=places,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if "re-saved" in str(error):  # such as experts that the files hold one by one, and the model in one tensor
-            raise UnsupportedModel(
-                f"{str(folder)!r} stores weights of a {config.model_type} model in another form than the model has: "
-                "it can only be loaded resident"
-            ) from error
-        raise CheckpointError(f"cannot load a causal language model from {str(folder)!r}: {first_line(error)}") from error
-    check_keys(info, str(folder))
+        model = from_files(source, dtype=dtype, device_map=places, **options)
+    except CheckpointError as error:
+        if "re-saved" not in str(
+            error.__cause__
+        ):  # such as experts that the files hold one by one, and the model in one tensor
+            raise
+        raise UnsupportedModel(
+            f"{source!r} stores weights of a {config.model_type} model in another form than the model has: "
+            "it can only be loaded resident"
+        ) from error
     hooks = [hook for module in decoder_layers(model).modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
     hooks += [inner for hook in hooks for inner in getattr(hook, "hooks", ())]
     weights = next(hook.weights_map for hook in hooks if getattr(hook, "weights_map", None) is not None).dataset
@@ -262,9 +245,7 @@ def _offloaded(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Mappi
             with safe_open(weights.index[name]["safetensors_file"], framework="pt") as file:
                 shape = tuple(file.get_slice(weights.index[name]["weight_name"]).get_shape())
             if shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{name!r} has shape {shape} in {str(folder)!r}, {tuple(tensor.shape)} by its config.json"
-                )
+                raise CheckpointError(f"{name!r} has shape {shape} in {source!r}, {tuple(tensor.shape)} by its config.json")
     return use_onednn(model.eval()), weights
 
 
@@ -385,7 +366,6 @@ def perplexity(
     offloaded: OffloadedModel,
     windows: Int64[Tensor, "window position"],
     *,
-    stride: int | None = None,
     batch_size: int = 8,
     windows_at_once: int | None = None,
     progress: bool = False,
@@ -394,10 +374,10 @@ def perplexity(
 
     `windows_at_once` as in `OffloadedModel.plan`. Raises as both.
     """
-    check_windows(offloaded.model, windows, stride=stride, batch_size=batch_size)
+    check_windows(offloaded.model, windows, batch_size=batch_size)
     at_once, _ = offloaded.plan(*windows.shape, batch_size=batch_size, windows_at_once=windows_at_once)
     setting = {"batch_size": min(batch_size, len(windows)), "windows_at_once": at_once, "states": False, "progress": progress}
-    sums, device = NllAccumulator(windows, stride), offloaded.device
+    sums, device = NllAccumulator(windows), offloaded.device
     for engine, rows, (hidden,) in _passes(offloaded, windows, torch.ones(windows.shape, dtype=torch.bool), **setting):
         with offloaded.head_on_device():
             for window, states in zip(range(rows.start, rows.stop), hidden, strict=True):
