@@ -144,10 +144,11 @@ for stem, entry in DRAWN.items():
         output: files(stem)
         params:
             arguments=" ".join(shlex.quote(f"{name}={json.dumps(value)}") for name, value in sources(entry).items()),
+            stem=stem,  # a value, bound now: the shell command is read when the loop has ended
             folder=PROFILE.figures,
         retries: PROFILE.retries or None
         resources: **DRAWING
-        shell: f"{{PYTHON:q}} -m prunelib.figures {stem} {{params.folder:q}} {{params.arguments}}"
+        shell: "{PYTHON:q} -m prunelib.figures {params.stem} {params.folder:q} {params.arguments}"
 
 
 for chapter, values in CHAPTERS.items():
