@@ -1,6 +1,5 @@
 """The embedded tasks: deterministic, balanced, and nothing but the match tells the answer."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -27,8 +26,6 @@ def test_the_same_corpus_gives_the_same_items_in_any_order(task, documents, buil
     assert len(found) >= 500
     again = docitems.build(task, tuple(reversed(documents)))
     assert again == found
-    assert docitems.digest(again) == docitems.digest(found)
-    assert docitems.digest(found[:-1]) != docitems.digest(found)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -91,7 +88,6 @@ def test_yes_is_right_for_the_own_summary_and_exactly_half_of_the_time(documents
 def test_examples_come_from_other_documents(task, documents, built):
     examples = docitems.items(task, "calibration")
     assert not {item.document for item in examples} & {document.name for document in documents}
-    assert docitems.digest(examples) != docitems.digest(built[task])
 
 
 def test_next_line_on_a_written_example():
@@ -125,13 +121,9 @@ def test_a_shared_description_is_no_answer():
     assert not any("f : float" in choice for item in items for choice in item.choices)
 
 
-def test_unknown_task_and_poor_corpus(monkeypatch, tmp_path):
+def test_unknown_task_and_poor_corpus(monkeypatch):
     with pytest.raises(ValueError, match="pydocs_next_line"):
         docitems.items("pydocs_last_line")
-    path = docitems.write("pydocs_summary", tmp_path / "items.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == docitems.ITEMS
-    assert set(rows[0]) == {"document", "query", "choices", "continuation", "label"}
     with pytest.raises(ValueError, match="unknown split 'test'"):
         docitems.items("pydocs_summary", "test")
     monkeypatch.setattr(docitems, "ITEMS", 100_000)

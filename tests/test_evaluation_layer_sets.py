@@ -50,15 +50,6 @@ def test_every_set_equals_the_pruned_model(family):
     assert perplexity(model, windows).window_nll == pytest.approx(shared[()].window_nll, abs=NLL)
 
 
-def test_strides_work_for_layer_sets_too():
-    model, windows = build("gemma2"), random_windows(1, 40)[0].unfold(0, 12, 4)
-    shared = layer_set_perplexity(model, windows, [(2,), (3, 4)], stride=4, batch_size=3, progress=False)
-    for removed, result in shared.items():
-        alone = perplexity(remove_layers(model, removed), windows, stride=4)
-        assert result.window_nll == pytest.approx(alone.window_nll, abs=NLL)
-        assert result.window_tokens == alone.window_tokens == (11, *[4] * 7)
-
-
 def test_each_shared_beginning_runs_once():
     model, windows = build("llama"), random_windows(5)
     sets = list(itertools.combinations(range(6), 2))

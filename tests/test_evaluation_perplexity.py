@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from architectures import build
-from torch.nn import functional
 
 from prunelib.evaluation.perplexity import NotFinite, PerplexityProtocol, perplexity
 from prunelib.models import load as load_model
@@ -60,25 +59,6 @@ def test_agrees_with_the_loss_of_transformers():
     assert perplexity(model, windows).nll == pytest.approx(expected, abs=1e-6)
 
 
-def test_overlapping_windows_score_every_token_once():
-    stream = random_windows(1, 30)[0]
-    model, window, stride = build("gpt_neox"), 12, 3
-    windows = stream.unfold(0, window, stride)
-    found = perplexity(model, windows, stride=stride, batch_size=2)
-    assert found.window_tokens == (window - 1, *[stride] * (len(windows) - 1))
-    assert found.tokens == 29  # all but the first of 30: each once
-    sums, hits = one_by_one(model, windows, lambda number: range(window - stride if number else 1, window))
-    assert found.window_nll == pytest.approx(sums, abs=NLL)
-    assert found.correct == hits
-    # The last token by itself, with exactly the context of the last window.
-    with torch.no_grad():
-        last = functional.cross_entropy(model(windows[-1:]).logits[0, -2:-1], windows[-1, -1:]).item()
-    alone = perplexity(model, windows, stride=1).window_nll[-1]
-    assert alone == pytest.approx(last, abs=1e-5)
-    # No overlap, said or unsaid, is the same.
-    assert perplexity(model, windows, stride=window) == perplexity(model, windows)
-
-
 def test_uniform_model_has_the_vocabulary_as_perplexity():
     model = build("llama")
     with torch.no_grad():
@@ -117,16 +97,14 @@ def test_only_one_batch_of_logits_exists_at_a_time():
 def test_bad_requests_are_named():
     model, windows = build("llama"), random_windows()
     for arguments, message in [
-        ((windows[:0],), "at least 1 window"),
-        ((windows[:, :1],), "at least 2 tokens"),
+        ((windows[:0],), "windows of shape .0, 17"),
+        ((windows[:, :1],), "windows of shape .7, 1"),
         ((torch.full((1, 65), 3),), "windows of 65 tokens exceed the 64 positions"),
         ((windows + 100,), "token ids .* but the model knows 0 to 127"),
         ((windows - 100,), "token ids -"),
     ]:
         with pytest.raises(ValueError, match=message):
             perplexity(model, *arguments)
-    with pytest.raises(ValueError, match="stride=18"):
-        perplexity(model, windows, stride=18)
     with pytest.raises(ValueError, match="batch_size=0"):
         perplexity(model, windows, batch_size=0)
     with pytest.raises(ValueError, match=r"call model\.eval"):
@@ -152,15 +130,12 @@ def test_protocol_describes_everything_in_json():
     assert {field.name for field in dataclasses.fields(PerplexityProtocol)} <= set(described)
     assert (described["window"], described["stride"], described["bos"]) == (128, 127, True)
     assert PerplexityProtocol(window=128).describe()["stride"] == 128
-    assert PerplexityProtocol(join=" ").describe()["join"] == " "
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"window": 1}, "window=1"),
-        ({"window": 8, "stride": 9}, "stride=9"),
-        ({"window": 8, "stride": 8, "bos": True}, "stride=8: between 1 and the 7"),
         ({"limit": 0}, "limit=0"),
         ({"dtype": "float17"}, "float17"),
         ({"dtype": "nn"}, "nn"),
@@ -175,10 +150,9 @@ def test_protocol_is_held_against_model_and_windows():
     model, windows = build("llama"), random_windows()
     protocol = PerplexityProtocol(window=17)
     assert protocol.measure(model, windows) == perplexity(model, windows)
-    assert PerplexityProtocol(window=17, stride=4).measure(model, windows) == perplexity(model, windows, stride=4)
-    with pytest.raises(ValueError, match=r"states dtype=bfloat16, the model is in torch\.float32"):
+    with pytest.raises(ValueError, match=r"states bfloat16 and .* these are torch\.float32"):
         PerplexityProtocol(window=17, dtype="bfloat16").measure(model, windows)
-    with pytest.raises(ValueError, match="windows of 16 tokens, these have 17"):
+    with pytest.raises(ValueError, match=r"windows of 16 tokens, these are .* 17 tokens"):
         PerplexityProtocol(window=16).measure(model, windows)
     with pytest.raises(ValueError, match="states bos=True"):
         PerplexityProtocol(window=17, bos=True).measure(model, windows)

@@ -104,8 +104,6 @@ def test_random_scores_give_chance_and_every_item_is_asked(scripted):
         assert abs(result.acc - 0.25) < 3.5 * result.stderr()
         assert result.constant_answer is None and result.best_constant is None
         assert len(set(result.items)) >= result.n // 2
-    assert json.loads(json.dumps(results.describe()))["tasks"]["pydocs_summary"]["embedded_items_sha256"]
-    assert str(project_root()) not in json.dumps([results.describe(), results.rows()])
 
 
 def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
@@ -118,9 +116,6 @@ def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
         assert here[name] == there[name]
     dense = evaluate_tasks(small, tokenizer, "embedded", bos=True, limit=12, progress=False)
     assert any(dense[name].predicted != here[name].predicted for name in tasks.EMBEDDED)
-    assert json.loads(json.dumps(here.to_json()))["tasks"][0]["scores"]["acc"].count("1") == sum(
-        here["pydocs_next_line"].scores["acc"]
-    )
     differences = tasks.compare(here, dense)
     assert [entry.task for entry in differences] == [*tasks.EMBEDDED, "average"]
     assert differences[0].difference.value == pytest.approx(here["pydocs_next_line"].acc - dense["pydocs_next_line"].acc)
@@ -178,30 +173,7 @@ def test_examples_are_answered_questions_from_other_documents(scripted):
             assert prompt.endswith("\n\n" + question)
             before = prompt.removesuffix("\n\n" + question)
             assert before.startswith(tuple(told)) and before.endswith(tuple(told)) and before not in told
-        assert results[name].settings["num_fewshot"] == 2 and results[name].settings["fewshot_items_sha256"]
-    assert "fewshot_items_sha256" not in scripted(keep, names[:1], limit=1)[names[0]].settings
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pydocs_letters", "pydocs_parameter"])
-def test_the_yaml_of_an_embedded_task_runs_by_itself(small, tokenizer, tmp_path, monkeypatch, name):
-    """As the ``lm_eval`` command runs it, from the files that ``python -m prunelib.evaluation.embedded_tasks`` writes."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    embedded_tasks.write(name, tmp_path / "build" / "tasks" / f"{name}.jsonl")
-    embedded_tasks.write(name, tmp_path / "build" / "tasks" / f"{name}_fewshot.jsonl", "calibration")
-    monkeypatch.chdir(tmp_path)
-    theirs = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=small, tokenizer=tokenizer, batch_size=16),
-        tasks=[name],
-        task_manager=tasks.task_manager(),
-        num_fewshot=1,
-        limit=12,
-    )
-    ours = evaluate_tasks(small, tokenizer, name, bos=False, num_fewshot=1, limit=12, progress=False)[name]
-    right = [sample["acc"] for sample in theirs["samples"][name]]
-    assert ours.scores["acc"] == tuple(right) and 0 < sum(right) < 12
+        assert results[name].settings["num_fewshot"] == 2
 
 
 # --- many sets of layers -------------------------------------------------------------------------------------------------
@@ -341,10 +313,9 @@ def test_every_family_of_official_tasks_runs_offline(stories, shared_data):
     assert mmlu.chance == 0.25 and len(mmlu.settings["members"]) == 57
     assert {"mmlu_anatomy/0", "mmlu_astronomy/0"} < set(mmlu.items)
     assert results["lambada_openai"].chance is None and "log_likelihood" in results["lambada_openai"].scores
-    text = json.dumps([results.describe(), results.rows()])
+    text = json.dumps([results.settings, [one.settings for one in results.tasks.values()], results.rows()])
     assert str(shared_data) not in text and str(Path.home()) not in text
-    labels = [average.label for average in results.averages()]
-    assert labels == ["average", "average_without_wsc"]
+    assert list(results.averages()) == ["average", "average_without_wsc"]
 
 
 @pytest.mark.slow
@@ -404,8 +375,7 @@ def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tm
     assert results["wsc"].answers == (1, 0) and results["wsc"].choices == ("no", "yes") and results["wsc"].best_constant == 0.5
     assert results["race"].answers == (3, 3) and results["race"].chance == 0.25
     assert results["commonsense_qa"].answers == (1, 1) and results["commonsense_qa"].chance == 0.2
-    average, without = results.averages()
-    assert average.tasks == tuple(names) and set(names) - set(without.tasks) == {"wsc"}
+    assert [average.n for average in results.averages().values()] == [len(names), len(names) - 1]
 
 
 def test_every_task_of_every_set_resolves():
@@ -418,7 +388,7 @@ def test_every_task_of_every_set_resolves():
 
 
 def test_without_hub_and_copy_there_is_one_clear_error(small, tokenizer):
-    with pytest.raises(tasks.TaskError, match=r"openbookqa.*hub.*data_dir"):
+    with pytest.raises(RuntimeError, match=r"openbookqa.*Hub.*data_dir"):
         evaluate_tasks(small, tokenizer, "openbookqa", bos=True, progress=False)
 
 
@@ -463,16 +433,15 @@ def test_averages_with_and_without_the_two_tasks():
     three = TaskResults(
         {"wsc": result("wsc", [1, 1, 0, 1]), "boolq": result("boolq", [0, 1]), "piqa": result("piqa", [0, 0, 1])}, {}
     )
-    found = {average.label: average for average in three.averages()}
-    assert found["average"].interval.value == pytest.approx((0.75 + 0.5 + 1 / 3) / 3)
-    assert found["average_without_wsc"].interval.value == pytest.approx((0.5 + 1 / 3) / 2)
-    assert found["average_without_boolq"].tasks == ("wsc", "piqa")
-    assert found["average_without_wsc_boolq"].interval.value == pytest.approx(1 / 3)
-    assert all(average.interval.low <= average.interval.value <= average.interval.high for average in found.values())
-    assert three.averages() == three.averages()
+    found = three.averages()
+    assert found["average"].value == pytest.approx((0.75 + 0.5 + 1 / 3) / 3)
+    assert found["average_without_wsc"].value == pytest.approx((0.5 + 1 / 3) / 2)
+    assert found["average_without_boolq"].n == 2
+    assert found["average_without_wsc_boolq"].value == pytest.approx(1 / 3)
+    assert all(average.low <= average.value <= average.high for average in found.values())
+    assert three.averages() == found
     assert [row["metric"] for row in three.rows() if row["task"] == "all"][:3] == ["average", "average_low", "average_high"]
-    alone = TaskResults({"boolq": result("boolq", [0, 1])}, {})
-    assert [average.label for average in alone.averages()] == ["average"]
+    assert list(TaskResults({"boolq": result("boolq", [0, 1])}, {}).averages()) == ["average"]
 
 
 def test_compare_refuses_other_items_and_other_prompts():

@@ -122,7 +122,7 @@ def test_bad_requests_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         load("c4", data_dir=tmp_path / "absent")
     with pytest.raises(ValueError, match="max_documents=0"):
-        load("c4", data_dir=tmp_path, max_documents=0)
+        load("c4", max_documents=0)
 
 
 def test_hash_sees_document_borders():
@@ -149,8 +149,8 @@ def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = {}
 
-    def load_dataset(repository, config=None, **options):
-        asked[repository] = (config, options)
+    def load_dataset(path, **options):
+        asked[path] = options
         return [{"text": " = A = \n"}, {"text": ""}, {"text": " b \n"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -158,73 +158,45 @@ def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
     assert load("wikitext2", "evaluation").documents == (" = A = \n\n\n\n\n b \n",)
     assert load("c4", "evaluation", max_documents=1).documents == (" = A = \n",)
     assert load("alpaca", "calibration").documents == (" = A = \n", " b \n")
-    assert all(re.fullmatch("[0-9a-f]{40}", options["revision"]) for _, options in asked.values())
-    assert asked["Salesforce/wikitext"][0] == "wikitext-2-raw-v1"
-    assert asked["Salesforce/wikitext"][1]["split"] == "test"
-    assert asked["allenai/c4"][1]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    assert asked["allenai/c4"][1]["streaming"]
+    assert all(re.fullmatch("[0-9a-f]{40}", options["revision"]) and options["streaming"] for options in asked.values())
+    assert asked["Salesforce/wikitext"]["data_files"] == {"test": "wikitext-2-raw-v1/test-*.parquet"}
+    assert asked["allenai/c4"]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 
-
-def test_failure_of_the_hub_client_names_the_remedy(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def load_dataset(*arguments, **options):
+    def refuse(*arguments, **options):
         raise ConnectionError("Couldn't reach it\nand much more")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(corpora, "require_hub", lambda *arguments: None)
-    with pytest.raises(
-        RuntimeError, match=r"could not be read from tatsu-lab/alpaca \(ConnectionError: Couldn't reach it\).*data_dir"
-    ):
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    remedy = r"could not be read from tatsu-lab/alpaca \(ConnectionError: Couldn't reach it\).*data_dir"
+    with pytest.raises(RuntimeError, match=remedy):
         load("alpaca")
 
 
-def test_wikitext_forms_of_an_offline_copy_agree(tmp_path):
-    raw = " \n = A = \n \n one \n two \n \n \n = B = \n \n three \n \n"
-    rows = ["", " = A = \n", "", " one \n", " two \n", "", "", " = B = \n", "", " three \n", ""]
-    folders = {form: tmp_path / form for form in ("raw", "rows", "nested")}
-    for folder in folders.values():
-        folder.mkdir()
-    (folders["raw"] / "wiki.test.raw").write_text(raw, encoding="utf-8")
-    (folders["rows"] / "test.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
-    (folders["nested"] / "wikitext").mkdir()
-    (folders["nested"] / "wikitext" / "wiki.test.raw").write_text(raw, encoding="utf-8")
-    found = {form: load("wikitext2", "evaluation", data_dir=folder) for form, folder in folders.items()}
-    assert {item.documents for item in found.values()} == {("\n\n".join(rows),)}
-    assert {item.split for item in found.values()} == {"test"}
-    assert found["raw"].source == "offline copy: wiki.test.raw"
-    # A file called `sample` stands for train alone: nobody evaluates on calibration text.
-    (tmp_path / "sample.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
-    assert load("c4", "calibration", data_dir=tmp_path).documents == ("a",)
-    with pytest.raises(FileNotFoundError, match="validation"):
-        load("c4", "evaluation", data_dir=tmp_path)
-    # The version with <unk> is another text: it must not stand in for the raw one.
-    (tmp_path / "wiki.test.tokens").write_text(raw, encoding="utf-8")
-    with pytest.raises(
-        FileNotFoundError, match=r"no offline copy of 'wikitext2' \(test\).*looked for .*wiki\.test\.raw.*test\.jsonl"
-    ):
-        load("wikitext2", "test", data_dir=tmp_path)
-
-
-def test_hub_layout_is_read_from_a_folder(tmp_path):
+def test_an_offline_copy_is_read_as_the_hub_lays_it_out(tmp_path):
     datasets = pytest.importorskip("datasets")
+    (tmp_path / "wikitext-2-raw-v1").mkdir()
     rows = datasets.Dataset.from_list([{"text": " = A = \n"}, {"text": ""}])
-    snapshot = tmp_path / "datasets--Salesforce--wikitext" / "snapshots" / corpora.WIKITEXT2.revision
-    for folder in (tmp_path / "copy", snapshot):
-        (folder / "wikitext-2-raw-v1").mkdir(parents=True)
-        rows.to_parquet(folder / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")
-    for folder in (tmp_path / "copy", tmp_path / "copy" / "wikitext-2-raw-v1", tmp_path):
-        assert load("wikitext2", "test", data_dir=folder).documents == (" = A = \n\n\n",)
+    rows.to_parquet(tmp_path / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")
+    found = load("wikitext2", "evaluation", data_dir=tmp_path)
+    assert (found.documents, found.split) == ((" = A = \n\n\n",), "test")
+    assert str(tmp_path) not in found.source
     shard = tmp_path / "en" / "c4-train.00000-of-01024.json.gz"
     shard.parent.mkdir()
-    shard.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(30))))
-    assert load("c4", data_dir=tmp_path, max_documents=3).documents == ("0", "1", "2")
+    shard.write_bytes(gzip.compress(b"".join(b'{"text": "n%d"}\n' % number for number in range(30))))
+    assert load("c4", data_dir=tmp_path, max_documents=3).documents == ("n0", "n1", "n2")
     (tmp_path / "data").mkdir()
-    for shard in range(2):
-        datasets.Dataset.from_list([{"instruction": str(shard), "input": "", "output": "x"}]).to_parquet(
-            tmp_path / "data" / f"train-0000{shard}-of-00002.parquet"
-        )
+    for number in range(2):
+        part = datasets.Dataset.from_list([{"instruction": str(number), "input": "", "output": "x"}])
+        part.to_parquet(tmp_path / "data" / f"train-0000{number}-of-00002.parquet")
     assert len(load("alpaca", data_dir=tmp_path).documents) == 2
+    with pytest.raises(FileNotFoundError, match=r"no offline copy of 'c4' \(validation\).*hf download.*validation"):
+        load("c4", "evaluation", data_dir=tmp_path)
+
+
+def test_a_raw_file_is_the_rows_of_wikitext(tmp_path):
+    raw = " \n = A = \n \n one \n two \n \n \n = B = \n \n three \n \n"
+    rows = ["", " = A = \n", "", " one \n", " two \n", "", "", " = B = \n", "", " three \n", ""]
+    (tmp_path / "wiki.test.raw").write_text(raw, encoding="utf-8")
+    assert load(tmp_path / "wiki.test.raw").documents == ("\n\n".join(rows),)
 
 
 # --- windows
@@ -236,7 +208,6 @@ def test_stream_puts_the_end_of_text_between_documents():
     many = corpus(*(f"w{number} w0" for number in range(1, 200)))
     expected = [token for number in range(1, 200) for token in (end, number, 0)][1:]
     assert token_stream(many, tokenizer).tolist() == expected
-    assert token_stream(many, tokenizer, join=" w7 ").tolist() == [7 if token == end else token for token in expected]
     assert token_stream(many, word_tokenizer()).tolist() == [token for token in expected if token != end]
 
 
@@ -255,12 +226,6 @@ def test_consecutive_windows_cover_the_text_once(bos):
     assert spread[-1] > len(windows) / 2, "a few windows stand for the whole text, not for its beginning"
     assert torch.equal(consecutive_windows(counting(100), tokenizer, 9, limit=3, bos=bos), windows[spread])
     assert torch.equal(consecutive_windows(counting(100), tokenizer, 9, limit=10**6, bos=bos), windows)
-
-
-def test_consecutive_windows_with_stride():
-    windows = consecutive_windows(counting(20), word_tokenizer(), 8, stride=3)
-    assert windows[:, 0].tolist() == [0, 3, 6, 9, 12]
-    assert windows[-1].tolist() == list(range(12, 20))
 
 
 def test_sampled_windows_are_pieces_of_the_text_without_overlap():
@@ -306,9 +271,9 @@ def test_short_corpus_gives_overlap_with_a_warning_and_too_short_an_error():
     assert torch.equal(windows, windows[:, :1] + torch.arange(8))
     assert sample_windows(counting(7), tokenizer, 1, 8, seed=0, bos=True).shape == (1, 8)
     for bos, needed in ((False, 9), (True, 8)):
-        with pytest.raises(ValueError, match=rf"corpus 'toy' \(train\) has 7 tokens; a window of 9 needs {needed}"):
+        with pytest.raises(ValueError, match=rf"corpus 'toy' \(train\) has 7 tokens; a window needs {needed}"):
             sample_windows(counting(7), tokenizer, 1, 9, seed=0, bos=bos)
-        with pytest.raises(ValueError, match=rf"has 7 tokens; a window of 9 needs {needed}"):
+        with pytest.raises(ValueError, match=rf"has 7 tokens; a window needs {needed}"):
             consecutive_windows(counting(7), tokenizer, 9, bos=bos)
     with pytest.raises(ValueError, match="has 0 tokens"):
         consecutive_windows(corpus(), tokenizer, 9)
@@ -317,31 +282,25 @@ def test_short_corpus_gives_overlap_with_a_warning_and_too_short_an_error():
 def test_bad_window_settings_are_named():
     tokenizer = word_tokenizer()
     for settings, message in [
-        ({"n_samples": 0, "seq_len": 8, "seed": 0}, "n_samples=0"),
-        ({"n_samples": 1, "seq_len": 1, "seed": 0}, "seq_len=1"),
+        ({"n_samples": 0, "seq_len": 8, "seed": 0}, "0 rows"),
+        ({"n_samples": 1, "seq_len": 1, "seed": 0}, "rows of 1 tokens"),
         ({"n_samples": 1, "seq_len": 8, "seed": -1}, "seed=-1"),
         ({"n_samples": 1, "seq_len": 8, "seed": 0, "bos": True}, "tokenizer has no bos_token"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample_windows(counting(50), tokenizer, **settings)
-    for settings, message in [
-        ({"seq_len": 8, "limit": 0}, "limit=0"),
-        ({"seq_len": 8, "stride": 9}, "stride=9"),
-        ({"seq_len": 8, "stride": 0}, "stride=0"),
-        ({"seq_len": 8, "bos": True}, "tokenizer has no bos_token"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            consecutive_windows(counting(50), tokenizer, **settings)
+    with pytest.raises(ValueError, match="0 rows"):
+        consecutive_windows(counting(50), tokenizer, 8, limit=0)
 
 
 # --- real text, real tokenizer
 
 
 def test_wikitext2_is_the_usual_perplexity_text(shared_data):
-    test = load("wikitext2", "evaluation", data_dir=shared_data / "benchmarks")
-    (text,) = test.documents
-    raw = (shared_data / "benchmarks" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")
-    assert len(corpora.wikitext_rows(shared_data / "benchmarks" / "wikitext" / "wiki.test.raw")) == 4358
+    path = shared_data / "benchmarks" / "wikitext" / "wiki.test.raw"
+    (text,) = load(path).documents
+    raw = path.read_text(encoding="utf-8")
+    assert len(corpora.wikitext_rows(path)) == 4358
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
     # Every line of the file is a line of the text, its end apart.
     lines = [line for line in text.split("\n") if line.strip()]

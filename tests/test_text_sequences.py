@@ -31,18 +31,16 @@ TEXTS = ["".join(chr(200 + 7 * i + j) for j in range(7)) for i in range(200)]
 
 
 def test_packed_rows_repeat_no_text_before_all_of_it_was_read():
-    for count, passes in ((160, 1), (161, 2)):  # 200 documents of 8 tokens, the end counted
-        rows = packed_rows(corpus(*TEXTS), Letters(), count, 10, seed=3, progress=False)
-        assert rows.input_ids.shape == (count, 10)
-        assert torch.equal(rows.labels, rows.input_ids)
-        assert rows.passes == passes
-    once = packed_rows(corpus(*TEXTS), Letters(), 160, 10, seed=3, progress=False).input_ids
+    rows = packed_rows(corpus(*TEXTS), Letters(), 160, 10, seed=3, progress=False)  # 200 documents of 8 tokens, the end counted
+    once = rows.input_ids
+    assert once.shape == (160, 10) and torch.equal(rows.labels, once)
     letters, counts = once.unique(return_counts=True)
     assert letters.tolist() == [1, *range(200, 1600)]  # all of the text, and the end of a document
     assert counts.tolist() == [200] + [1] * 1400
     steps = once.diff(dim=1)[(once[:, 1:] != 1) & (once[:, :-1] != 1)]
     assert (steps == 1).all()  # within a document in order
-    assert packed_rows(corpus(*TEXTS), Letters(), 500, 10, seed=3, progress=False).passes == 4
+    again = packed_rows(corpus(*TEXTS), Letters(), 480, 10, seed=3, progress=False).input_ids
+    assert again.unique(return_counts=True)[1].tolist() == [600] + [3] * 1400  # three passes
 
 
 def test_little_text_is_tokenized_for_few_rows_and_the_seed_decides():
@@ -71,7 +69,7 @@ def test_packed_rows_begin_with_the_bos_token_when_asked():
 
 def test_document_rows_are_cut_and_padded_and_padding_is_not_trained():
     rows = document_rows(corpus("abc", "defghijkl", ""), Letters(), 4, 6, seed=0, progress=False)
-    assert rows.passes == 2  # the empty document has nothing to predict
+    # The empty document has nothing to predict.
     found = {tuple(row[mask].tolist()) for row, mask in zip(rows.input_ids, rows.mask, strict=True)}
     assert found == {(0, *map(ord, "abc")), (0, *map(ord, "defgh"))}  # no end-of-text token
     assert torch.equal(rows.labels == IGNORED, ~rows.mask)
@@ -85,7 +83,7 @@ def test_too_little_text_is_refused():
         packed_rows(corpus("abc"), Letters(), 1, 10, 0, progress=False)
     with pytest.raises(ValueError, match="no document of at least 2 tokens"):
         document_rows(corpus("", ""), Letters(), 1, 10, 0, progress=False)
-    with pytest.raises(ValueError, match="count=0"):
+    with pytest.raises(ValueError, match="0 rows"):
         packed_rows(corpus("abc"), Letters(), 0, 2, 0, progress=False)
     with pytest.raises(ValueError, match="seed=-1"):
         packed_rows(corpus("abc"), Letters(), 1, 2, -1, progress=False)

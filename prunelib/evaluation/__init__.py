@@ -1,6 +1,6 @@
 """What is lost?"""
 
-from prunelib.evaluation.intervals import bootstrap, mcnemar, paired_bootstrap
+from prunelib.evaluation.intervals import mcnemar, paired_bootstrap
 from prunelib.evaluation.layer_sets import layer_set_divergence, layer_set_likelihoods, layer_set_perplexity
 from prunelib.evaluation.perplexity import NotFinite, Perplexity, PerplexityProtocol, check_windows, perplexity
 from prunelib.evaluation.tasks import compare, evaluate_layer_sets, evaluate_tasks
@@ -9,7 +9,6 @@ __all__ = [
     "NotFinite",
     "Perplexity",
     "PerplexityProtocol",
-    "bootstrap",
     "check_windows",
     "compare",
     "evaluate_layer_sets",

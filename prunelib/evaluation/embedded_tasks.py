@@ -17,15 +17,12 @@ Everything follows from names and texts by sha256: the same corpus gives the sam
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from pathlib import Path
 
-from prunelib.io import project_root, write_text
 from prunelib.text import embedded as pydocs
 
 CHOICES = 4
@@ -78,21 +75,6 @@ def _from_corpus(task: str, split: str, modified: int) -> tuple[Item, ...]:
 def build(task: str, documents: Sequence[pydocs.Document]) -> tuple[Item, ...]:
     """At most `ITEMS` items of one task from the given documents, those whose hash is lowest."""
     return tuple(sorted(BUILDERS[task](documents), key=lambda item: _hash(task, item.document, *item.choices))[:ITEMS])
-
-
-def digest(found: Sequence[Item]) -> str:
-    """sha256 of the items, as `write` writes them."""
-    return hashlib.sha256(_lines(found).encode()).hexdigest()
-
-
-def write(task: str, path: Path, split: str = "evaluation") -> Path:
-    """Write the items of one task as JSON lines, the form that the YAML of the task reads; return the path."""
-    write_text(path, _lines(items(task, split)))
-    return path
-
-
-def _lines(found: Sequence[Item]) -> str:
-    return "".join(json.dumps(asdict(item), ensure_ascii=False, sort_keys=True) + "\n" for item in found)
 
 
 def _hash(*parts: str) -> int:
@@ -273,15 +255,3 @@ BUILDERS: dict[str, Callable[[Sequence[pydocs.Document]], Iterator[Item]]] = {
     "pydocs_letters": letters,
     "pydocs_yes_no": yes_no,
 }
-
-
-def main() -> None:
-    """``python -m prunelib.evaluation.embedded_tasks``: write the items to build/tasks, where their YAML reads them."""
-    folder = project_root() / "build" / "tasks"
-    for task in BUILDERS:
-        write(task, folder / f"{task}.jsonl")
-        write(task, folder / f"{task}_fewshot.jsonl", "calibration")
-
-
-if __name__ == "__main__":
-    main()

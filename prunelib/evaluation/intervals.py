@@ -1,6 +1,5 @@
-"""How sure is a difference? Bootstrap over windows or items, McNemar's test, and answers that never change."""
+"""How sure is a difference? Bootstrap over windows or items, and McNemar's test."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ from jaxtyping import Float64
 
 Values = Sequence[float] | Sequence[int] | np.ndarray  # one number per window or item
 
-CONSTANT = 0.95  # share of one answer from which a model counts as giving a constant answer
 EXACT_UP_TO = 1000  # discordant items up to which McNemar's test is the exact binomial one
 
 
@@ -70,23 +68,6 @@ def bootstrap_draws(
     return drawn
 
 
-def bootstrap(
-    values: Values,
-    *,
-    sizes: Values | None = None,
-    groups: Sequence[str] | None = None,
-    seed: int = 0,
-    n: int = 2000,
-    level: float = 0.95,
-) -> Interval:
-    """The mean of `values` with its bootstrap interval: the middle `level` of `bootstrap_draws`, which names the arguments."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: between 0 and 1")
-    drawn = bootstrap_draws(values, sizes=sizes, groups=groups, seed=seed, n=n)
-    mean = float(np.sum(values) / (len(values) if sizes is None else np.sum(sizes)))
-    return interval(mean, drawn, level, len(values) if groups is None else len(set(groups)))
-
-
 def interval(value: float, drawn: Float64[np.ndarray, " draw"], level: float, n: int) -> Interval:
     """`value` between the quantiles of its draws."""
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -103,15 +84,19 @@ def paired_bootstrap(
     groups: Sequence[str] | None = None,
     level: float = 0.95,
 ) -> Interval:
-    """`bootstrap` of a − b: two models on the same windows or items, the same ones drawn for both.
+    """The mean of a − b with the middle `level` of its `bootstrap_draws`: two models on the same windows or items.
 
     For a difference in nats per token take `Perplexity.window_nll` of both, and ``sizes=Perplexity.window_tokens``.
 
     Raises:
-        ValueError: as `bootstrap_draws`, and lengths of `a` and `b` that differ.
+        ValueError: as `bootstrap_draws`, ``level`` outside 0 to 1, and lengths of `a` and `b` that differ.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: between 0 and 1")
     left, right = _paired(a, b)
-    return bootstrap(left - right, sizes=sizes, groups=groups, seed=seed, n=n, level=level)
+    drawn = bootstrap_draws(left - right, sizes=sizes, groups=groups, seed=seed, n=n)
+    mean = float(np.sum(left - right) / (len(left) if sizes is None else np.sum(sizes)))
+    return interval(mean, drawn, level, len(left) if groups is None else len(set(groups)))
 
 
 def mcnemar(a: Values, b: Values) -> McNemar:
@@ -133,12 +118,6 @@ def mcnemar(a: Values, b: Values) -> McNemar:
         return McNemar(only_a, only_b, float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0)
     statistic = max(abs(only_a - only_b) - 1, 0) ** 2 / discordant
     return McNemar(only_a, only_b, float(stats.chi2.sf(statistic, df=1)))
-
-
-def constant_answer(predicted: Sequence[int]) -> int | None:
-    """The answer that is given to (nearly) every question, None when there is none; see `CONSTANT`."""
-    (answer, count), *_ = Counter(predicted).most_common(1)
-    return answer if count >= CONSTANT * len(predicted) else None
 
 
 def _paired(a: Values, b: Values) -> tuple[Float64[np.ndarray, " item"], Float64[np.ndarray, " item"]]:

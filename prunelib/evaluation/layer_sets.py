@@ -21,7 +21,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.evaluation.perplexity import NllAccumulator, NotFinite, Perplexity, check_windows
+from prunelib.evaluation.perplexity import NllAccumulator, NotFinite, Perplexity, check_windows, require_finite
 from prunelib.models import memory
 from prunelib.models.layerwise import LayerSet, SharedPrefixEvaluator
 
@@ -69,7 +69,6 @@ def layer_set_perplexity(
     windows: Int64[Tensor, "window position"],
     layer_sets: Iterable[LayerSet],
     *,
-    stride: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> LayerSetResults:
@@ -80,9 +79,9 @@ def layer_set_perplexity(
         NotFinite: a likelihood that is not finite; names what was removed and the window.
         UnsupportedModel: as `layerwise.SharedPrefixEvaluator`.
     """
-    check_windows(model, windows, stride=stride, batch_size=batch_size)
+    check_windows(model, windows, batch_size=batch_size)
     runs = SharedPrefixEvaluator(model, layer_sets)
-    sums = {removed: NllAccumulator(windows, stride) for removed in runs.sets}
+    sums = {removed: NllAccumulator(windows) for removed in runs.sets}
     for start, ids, removed, logits in runs.logits(windows, batch_size=batch_size, progress=progress):
         try:
             sums[removed].add(start, ids, logits)
@@ -135,12 +134,7 @@ def layer_set_divergence(
         if removed == ():
             dense = logits
         values = torch.stack([_divergence(*pair) for pair in zip(dense, logits, strict=True)]).cpu().numpy()
-        finite = np.isfinite(values)
-        if not finite.all():
-            raise NotFinite(
-                f"without layers {removed}: the divergence of window {start + int(np.argmin(finite))} is not finite: NaN "
-                "or infinite logits (damaged weights, or an overflow in float16: load it in bfloat16 or float32)"
-            )
+        require_finite(values, start, f"without layers {removed}: the divergence")
         sums[removed][start : start + len(ids)] = values.clip(min=0)
         del logits
     tokens = len(windows) * (windows.shape[1] - 1)

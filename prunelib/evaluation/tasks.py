@@ -1,10 +1,8 @@
 """Tasks through lm-eval on a model in memory, and paired tests between two models on the same items.
 
-`evaluate_tasks` runs lm-eval's official tasks, the YAML tasks in ``data/tasks`` and the embedded ones
-(`prunelib.evaluation.embedded_tasks`) with the prompts, metrics and item order of the ``lm_eval`` command. What the command
-leaves to the tokenizer or to chance is stated: BOS, few-shot examples, seeds. ``data_dir`` points at offline copies,
-``<data_dir>/<task>/<split>.jsonl`` with the columns that the official task reads; then no hub is needed. `evaluate_layer_sets`
-gives the same results for many removals of layers of one model in one walk.
+lm-eval's official tasks, the YAML tasks in ``data/tasks`` and the embedded ones (`prunelib.evaluation.embedded_tasks`) run with
+the prompts, metrics and item order of the ``lm_eval`` command. What the command leaves to the tokenizer or to chance is stated:
+BOS, few-shot examples, seeds. `evaluate_layer_sets` gives the results for many removals of layers of one model in one walk.
 
 Two tasks decide averages by a constant answer (BoolQ 62.2 % "yes", WSC 63.5 % "no"): `TaskResult.constant_answer` says when
 that has happened, and `TaskResults.averages` gives every average with and without them.
@@ -14,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import random
@@ -26,20 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float64
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from prunelib.evaluation import embedded_tasks
-from prunelib.evaluation.intervals import (
-    Interval,
-    McNemar,
-    bootstrap_draws,
-    constant_answer,
-    interval,
-    mcnemar,
-    paired_bootstrap,
-)
+from prunelib.evaluation.intervals import Interval, McNemar, bootstrap_draws, interval, mcnemar
 from prunelib.evaluation.layer_sets import Answer, Continuation, LayerSetResults, layer_set_likelihoods
-from prunelib.io import project_root
+from prunelib.io import first_line, project_root
 from prunelib.models import decoder_layers, memory
 from prunelib.models.layerwise import LayerSet, check_layer_set
 from prunelib.text import corpora
@@ -57,10 +48,6 @@ TASK_SETS: dict[str, tuple[str, ...]] = {
     "embedded_prompts": EMBEDDED_PROMPTS,
     "simdiff_zero_shot": ZERO_SHOT,
     "simdiff_nlu": NLU,
-    "mmlu": ("mmlu",),
-    "gsm8k": ("gsm8k",),
-    "lambada": ("lambada_openai",),
-    "wsc273": ("wsc273",),
 }
 
 # Where lm-eval keeps the tasks above. An index of these folders takes a quarter of a second, of everything over ten.
@@ -69,11 +56,8 @@ OFFICIAL_FOLDERS += ("race", "super_glue/boolq", "super_glue/wsc", "winogrande",
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 WITHOUT = {"average": (), "average_without_wsc": ("wsc", "wsc273"), "average_without_boolq": ("boolq",)}
 WITHOUT["average_without_wsc_boolq"] = ("wsc", "wsc273", "boolq")
-
-
-class TaskError(RuntimeError):
-    """A task cannot be run here: its data cannot be reached, or it gave nothing that can be scored."""
-
+CONSTANT = 0.95  # share of one answer from which a model counts as giving a constant answer
+COLUMNS = "an offline copy needs the columns of the official data set"
 
 # --- results -------------------------------------------------------------------------------------------------------------
 
@@ -83,12 +67,12 @@ class TaskResult:
     """One task on one model, item by item.
 
     Attributes:
-        scores: metric → one number per item, in the task's order: ``acc`` and ``acc_norm`` are 0 or 1, ``rouge1`` lies between,
-            ``log_likelihood`` (LAMBADA) is in nats. A filter of lm-eval stands behind a comma: ``exact_match,strict-match``.
+        scores: metric → one number per item: ``acc`` and ``acc_norm`` are 0 or 1, ``rouge1`` lies between, ``log_likelihood``
+            (LAMBADA) is in nats. A filter of lm-eval stands behind a comma: ``exact_match,strict-match``.
         items: names of the items; those of the embedded tasks name the docstring, which two items may share.
         chance: expected ``acc`` of a uniform guess, None where there are no choices.
-        predicted, answers: index of the choice, empty where there are no choices. Only where every item has the same choice
-            texts (``choices``) can an answer be constant.
+        predicted, answers: index of the choice, empty where there are no choices.
+        choices: the choice texts where every item has the same, else empty. Only there can an answer be constant.
         items_sha256: over every prompt, continuation and answer: two results with the same hash can be paired.
         settings: dataset, split, shots and version, without any machine path.
     """
@@ -133,12 +117,9 @@ class TaskResult:
 
     @property
     def constant_answer(self) -> str | None:
-        """The answer that the model gives to (nearly) every question, None when it does not.
-
-        Such a score says how often that answer is right, nothing about the model: 62.2 % on BoolQ, 36.5 or 63.5 % on WSC.
-        """
-        answer = constant_answer(self.predicted) if self.choices else None
-        return None if answer is None else self.choices[answer]
+        """The answer to (nearly) every question, None when there is none; see `CONSTANT`. The score then says nothing else."""
+        constant = self.choices and self.constant_share >= CONSTANT
+        return self.choices[Counter(self.predicted).most_common(1)[0][0]] if constant else None
 
     @property
     def best_constant(self) -> float | None:
@@ -147,37 +128,13 @@ class TaskResult:
 
     def rows(self) -> list[dict]:
         """Rows for a run file: one per metric, then chance and the two facts about constant answers."""
-        rows = []
-        for metric in self.scores:
-            row = {"task": self.task, "metric": metric, "value": self.value(metric), "n": self.n, "stderr": self.stderr(metric)}
-            rows.append({key: value for key, value in row.items() if value is not None})
-        more = {"chance": self.chance, "best_constant": self.best_constant, "constant_share": self.constant_share}
-        return rows + [
-            {"task": self.task, "metric": name, "value": value, "n": self.n}
-            for name, value in more.items()
+        found = [(metric, self.value(metric), self.stderr(metric)) for metric in self.scores]
+        found += [(name, getattr(self, name), None) for name in ("chance", "best_constant", "constant_share")]
+        return [
+            {"task": self.task, "metric": metric, "value": value, "n": self.n} | ({} if error is None else {"stderr": error})
+            for metric, value, error in found
             if value is not None
         ]
-
-    def to_json(self) -> dict:
-        """Plain data that keeps every item, for paired tests between runs; items are numbered, their names are not kept.
-
-        Right or wrong answers are a string of 1 and 0: a run file holds thousands.
-        """
-        number = {name: i for i, name in enumerate(dict.fromkeys(self.items))}
-        packed = {
-            metric: "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
-            for metric, values in self.scores.items()
-        }
-        return {**asdict(self), "scores": packed, "items": [number[name] for name in self.items]}
-
-
-@dataclass(frozen=True)
-class Average:
-    """Unweighted mean of the values of ``tasks``, with a bootstrap interval over items (each task resampled by itself)."""
-
-    label: str
-    tasks: tuple[str, ...]
-    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -190,38 +147,28 @@ class TaskResults:
     def __getitem__(self, task: str) -> TaskResult:
         return self.tasks[task]
 
-    def averages(self) -> tuple[Average, ...]:
-        """The average of the tasks' main metrics over all tasks, and without WSC, without BoolQ and without both."""
-        found: dict[tuple[str, ...], Average] = {}
+    def averages(self) -> dict[str, Interval]:
+        """Unweighted means of the tasks' main metrics over all tasks, and without WSC, without BoolQ and without both.
+
+        With the bootstrap interval over items, each task resampled by itself; `Interval.n` counts tasks.
+        """
+        found: dict[tuple[str, ...], str] = {}
+        averages = {}
         for label, without in WITHOUT.items():
             kept = {name: result for name, result in self.tasks.items() if name not in without}
-            if not kept or tuple(kept) in found:
-                continue
-            draws = [_draws(one.scores[one.metric], one.items, seed, 2000) for seed, one in enumerate(kept.values())]
-            mean = float(np.mean([one.value() for one in kept.values()]))
-            found[tuple(kept)] = Average(label, tuple(kept), interval(mean, np.mean(draws, axis=0), 0.95, len(kept)))
-        return tuple(found.values())
+            if kept and found.setdefault(tuple(kept), label) == label:
+                draws = [_draws(one.scores[one.metric], one.items, seed, 2000) for seed, one in enumerate(kept.values())]
+                mean = float(np.mean([one.value() for one in kept.values()]))
+                averages[label] = interval(mean, np.mean(draws, axis=0), 0.95, len(kept))
+        return averages
 
     def rows(self) -> list[dict]:
         """Rows for a run file: every task's, then the averages with the ends of their intervals."""
         rows = [row for result in self.tasks.values() for row in result.rows()]
-        for average in self.averages():
-            for end in ("value", "low", "high"):
-                name = average.label if end == "value" else f"{average.label}_{end}"
-                rows.append({"task": "all", "metric": name, "value": getattr(average.interval, end), "n": len(average.tasks)})
+        for label, average in self.averages().items():
+            for name, end in ((label, "value"), (f"{label}_low", "low"), (f"{label}_high", "high")):
+                rows.append({"task": "all", "metric": name, "value": getattr(average, end), "n": average.n})
         return rows
-
-    def to_json(self) -> dict:
-        """Plain data for the ``extra`` of a run file; see `TaskResult.to_json`."""
-        return {"settings": dict(self.settings), "tasks": [result.to_json() for result in self.tasks.values()]}
-
-    def describe(self) -> dict:
-        """What JSON can hold beside the rows: settings, items' hashes, constant answers."""
-        tasks = {
-            name: {**result.settings, "items_sha256": result.items_sha256, "constant_answer": result.constant_answer}
-            for name, result in self.tasks.items()
-        }
-        return {"settings": dict(self.settings), "tasks": tasks}
 
 
 def _draws(values: Sequence[float] | np.ndarray, items: Sequence[str], seed: int, n: int) -> Float64[np.ndarray, " draw"]:
@@ -264,11 +211,10 @@ def compare(a: TaskResults, b: TaskResults, *, seed: int = 0, n: int = 10_000, l
                 f"sha256 {left.items_sha256[:12]}… and {right.items_sha256[:12]}…); a paired test needs the same"
             )
         x, y = np.array(left.scores[left.metric]), np.array(right.scores[left.metric])
-        difference = paired_bootstrap(x, y, seed + i, n, groups=left.items, level=level)
-        found.append(
-            Comparison(name, left.metric, left.n, difference, mcnemar(x, y) if np.isin([x, y], (0, 1)).all() else None)
-        )
         drawn.append(_draws(x - y, left.items, seed + i, n))
+        difference = interval(float(np.mean(x - y)), drawn[-1], level, len(set(left.items)))
+        test = mcnemar(x, y) if np.isin([x, y], (0, 1)).all() else None
+        found.append(Comparison(name, left.metric, left.n, difference, test))
     mean = float(np.mean([one.difference.value for one in found]))
     average = interval(mean, np.mean(drawn, axis=0), level, sum(one.difference.n for one in found))
     return (*found, Comparison("average", "main", sum(one.n for one in found), average, None))
@@ -314,15 +260,16 @@ def evaluate_layer_sets(
             itself; an empty prompt is always scored after it. limit: the first so many items of every task (of every subject of
             MMLU), None for all. num_fewshot: examples before every item (0), None for the task's own default. batch_size: texts
             in one forward pass (16). seed: of the few-shot examples and of the global generators, which are left as they were
-            (1234). data_dir: folder with ``<task>/<split>.jsonl`` (``mmlu/test.jsonl`` and ``dev.jsonl`` with a column
-            ``subject``); None reads the hub, or its cache under ``HF_HUB_OFFLINE=1``. progress (True).
+            (1234). data_dir: folder with offline copies, ``<task>/<split>.jsonl`` with the columns of the official data set
+            (``mmlu/test.jsonl`` and ``dev.jsonl`` with a column ``subject``); None reads the hub, or its cache under
+            ``HF_HUB_OFFLINE=1``. progress (True).
 
     Raises:
         ValueError: unknown task, numbers out of range, no BOS token, a damaged file, few-shot examples that could only come
             from the evaluated items themselves, a set that is not ascending, out of range, or everything, or a task that does
             not compare likelihoods of given texts.
         FileNotFoundError: no ``data_dir``, or no file for a task in it (the message names what was looked for).
-        TaskError: the hub cannot be reached and there is no copy.
+        RuntimeError: the hub cannot be reached and there is no copy, or a task gave nothing that can be compared by item.
         UnsupportedModel: layers of this model cannot be skipped.
     """
     sets = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
@@ -449,15 +396,13 @@ def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators that lm-eval draws from, and put them back; keep it from warning of our settings."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        torch.manual_seed(seed)
-        try:
+    try:
+        with torch.random.fork_rng():
+            set_seed(seed)
             yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(array)  # noqa: NPY002
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)  # noqa: NPY002
 
 
 # --- which tasks, from where ---------------------------------------------------------------------------------------------
@@ -470,16 +415,6 @@ def task_manager(*, everything: bool = False):
 
     official = [] if everything else [Path(lm_eval.tasks.__file__).parent / name for name in OFFICIAL_FOLDERS]
     return lm_eval.tasks.TaskManager(include_defaults=everything, include_path=[*official, project_root() / "data" / "tasks"])
-
-
-def _manager_for(names: Sequence[str]):
-    manager = task_manager()
-    if not all(name in manager.task_index for name in names):
-        manager = task_manager(everything=True)
-    unknown = [name for name in names if name not in manager.task_index]
-    if unknown:
-        raise ValueError(f"unknown task {unknown[0]!r}: neither a set ({', '.join(TASK_SETS)}) nor a task of lm-eval's")
-    return manager
 
 
 def leaf_tasks(name: str, index: Mapping) -> tuple[str, ...]:
@@ -495,37 +430,38 @@ def leaf_tasks(name: str, index: Mapping) -> tuple[str, ...]:
 
 def _loaded(
     names: Sequence[str], data_dir: Path | None, num_fewshot: int | None
-) -> tuple[dict, dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
+) -> tuple[dict, dict[str, tuple[str, ...]], dict[str, str]]:
     """lm-eval's task objects; name → its leaf tasks; where every leaf's items come from, in words."""
-    manager = _manager_for(names)
+    manager = task_manager()
+    if not set(names) <= set(manager.task_index):
+        manager = task_manager(everything=True)
+    for name in names:
+        if name not in manager.task_index:
+            raise ValueError(f"unknown task {name!r}: neither a set ({', '.join(TASK_SETS)}) nor a task of lm-eval's")
     leaves = {name: leaf_tasks(name, manager.task_index) for name in names}
     specs, sources = [], {}
     for name, members in leaves.items():
         for leaf in members:
             config = manager.task_index[leaf].cfg
             if leaf in embedded_tasks.BUILDERS:
-                override, sources[leaf] = _embedded(leaf, fewshot=bool(num_fewshot))
+                override, sources[leaf] = _embedded(leaf, fewshot=bool(num_fewshot)), "pydocs/evaluation"
             elif data_dir is not None:
-                override, sources[leaf] = _local(name, leaf, config, data_dir), {"source": "offline copy"}
+                override, sources[leaf] = _local(name, leaf, config, data_dir), "offline copy"
             else:
-                path = "/".join(filter(None, (config.get("dataset_path"), config.get("dataset_name"))))
-                override, sources[leaf] = {}, {"source": path}
+                place = (config.get("dataset_path"), config.get("dataset_name"))
+                override, sources[leaf] = {}, "/".join(filter(None, place))
             specs.append({"task": leaf, **override})
-    what = f"the tasks {', '.join(names)} are read from the Hugging Face hub"
+    what = f"the tasks {', '.join(names)}"
     remedy = "Give data_dir, a folder with <task>/<split>.jsonl, or take the tasks 'embedded'."
-    hub = any("custom_dataset" not in spec for spec in specs)
+    if any("custom_dataset" not in spec for spec in specs):
+        corpora.require_hub(f"{what} are read from the Hugging Face hub", remedy)
     try:
-        if hub:
-            corpora.require_hub(what, remedy)
         # Only members of an inline group are merged with the official configuration.
         loaded = manager.load([{"group": "prunelib", "task": specs}])
-    except KeyError as error:
-        raise ValueError(f"the tasks {', '.join(names)}: a record lacks {error}; {COLUMNS}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        if not hub:
-            raise
-        first = str(error).partition("\n")[0]
-        raise TaskError(f"{what}, which failed ({type(error).__name__}: {first}). {remedy}") from error
+    except KeyError as error:  # lm-eval tries its prompts on the first item
+        raise ValueError(f"{what}: a record lacks {error}; {COLUMNS}") from error
+    except OSError as error:
+        raise RuntimeError(f"{what} could not be read ({type(error).__name__}: {first_line(error)}). {remedy}") from error
     for task in loaded["tasks"].values():
         if num_fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -533,21 +469,15 @@ def _loaded(
     return loaded, leaves, sources
 
 
-COLUMNS = "an offline copy needs the columns of the official data set"
-
-
-def _embedded(task: str, *, fewshot: bool) -> tuple[dict, dict[str, str]]:
-    """What to override of an embedded task, and where its items come from."""
+def _embedded(task: str, *, fewshot: bool) -> dict:
+    """What to override of an embedded task."""
     import datasets
 
-    splits = {"test": embedded_tasks.items(task)}
-    source = {"source": "pydocs/evaluation", "embedded_items_sha256": embedded_tasks.digest(splits["test"])}
-    if fewshot:
-        splits["fewshot"] = embedded_tasks.items(task, "calibration")
-        source["fewshot_items_sha256"] = embedded_tasks.digest(splits["fewshot"])
-    read = {split: datasets.Dataset.from_list([asdict(item) for item in items]) for split, items in splits.items()}
+    splits = {"test": "evaluation"} | ({"fewshot": "calibration"} if fewshot else {})
+    found = {name: embedded_tasks.items(task, split) for name, split in splits.items()}
+    read = {name: datasets.Dataset.from_list(list(map(asdict, items))) for name, items in found.items()}
     # lm-eval reads the examples even for 0 shots.
-    return {"custom_dataset": lambda **_: read, **({} if fewshot else {"fewshot_split": None})}, source
+    return {"custom_dataset": lambda **_: read, **({} if fewshot else {"fewshot_split": None})}
 
 
 def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
@@ -562,11 +492,25 @@ def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
         raise FileNotFoundError(f"task {leaf!r}: {folder.name}/{evaluated}.jsonl is not in data_dir={str(data_dir)!r}")
     present = {split: path for split, path in files.items() if path.is_file()}
     subject = config.get("dataset_name") if folder.name != leaf else None
-    _check_columns(leaf, config, _records(files[evaluated], subject)[0])
     read = {split: datasets.Dataset.from_list(_records(path, subject)) for split, path in present.items()}
+    _check_columns(leaf, config, read[evaluated].column_names)
     # lm-eval reads the few-shot pool even for 0 shots: a split without a file must not be configured.
     absent = {key: None for key, split in wanted.items() if split not in present}
     return {"custom_dataset": lambda **_: read, "dataset_kwargs": None, **absent}
+
+
+def _check_columns(leaf: str, config: Mapping, columns: Sequence[str]) -> None:
+    """Refuse records without a column that the prompts name: lm-eval would score an empty text or the column's name instead."""
+    from jinja2 import Environment, TemplateError, meta
+
+    wanted: set[str] = set()
+    for value in (config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")):
+        if isinstance(value, str):
+            with contextlib.suppress(TemplateError):  # filters of lm-eval's own
+                wanted |= {value} if value.isidentifier() else meta.find_undeclared_variables(Environment().parse(value))
+    absent = sorted(wanted - set(columns))
+    if absent and not config.get("process_docs"):  # it makes columns of its own, and fails by itself
+        raise ValueError(f"task {leaf!r} reads the column {absent[0]!r}, the offline copy has {', '.join(columns)}: {COLUMNS}")
 
 
 def _records(path: Path, subject: str | None) -> list[dict]:
@@ -581,25 +525,6 @@ def _records(path: Path, subject: str | None) -> list[dict]:
 def _file(path: Path, modified: int) -> list[dict]:
     """`modified` makes the cache forget a file that changed."""
     return list(corpora.read_records(path))
-
-
-def _check_columns(leaf: str, config: Mapping, record: Mapping) -> None:
-    """Refuse records without a column that the prompts name: lm-eval would score an empty text or the column's name instead."""
-    from jinja2 import Environment, TemplateError, meta
-
-    wanted: set[str] = set()
-    for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
-        value = config.get(key)
-        if isinstance(value, str) and value.isidentifier():
-            wanted.add(value)
-        elif isinstance(value, str) and "{{" in value:
-            with contextlib.suppress(TemplateError):  # filters of lm-eval's own
-                wanted |= meta.find_undeclared_variables(Environment().parse(value))
-    absent = sorted(wanted - set(record))
-    if absent and not config.get("process_docs"):  # it makes columns of its own, and fails by itself
-        raise ValueError(
-            f"task {leaf!r} reads the column {absent[0]!r}, the offline copy has {', '.join(map(repr, record))}: {COLUMNS}"
-        )
 
 
 def _check_fewshot(task) -> None:
@@ -619,7 +544,7 @@ def _check_fewshot(task) -> None:
 # --- from lm-eval's samples to results -----------------------------------------------------------------------------------
 
 
-def _result(leaf: str, task, samples: Sequence[Mapping], source: Mapping) -> TaskResult:
+def _result(leaf: str, task, samples: Sequence[Mapping], source: str) -> TaskResult:
     """One task's samples, in the order of its items (one entry per filter and item)."""
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -631,7 +556,7 @@ def _result(leaf: str, task, samples: Sequence[Mapping], source: Mapping) -> Tas
                 name += "" if sample["filter"] == "none" else f",{sample['filter']}"
                 scores.setdefault(name, []).append(float(sample[metric]))
     if not scores:
-        raise TaskError(f"task {leaf!r} has no metric that is one number per item: it cannot be compared item by item")
+        raise RuntimeError(f"task {leaf!r} has no metric that is one number per item: it cannot be compared item by item")
     several = task.OUTPUT_TYPE == "multiple_choice"
     choices = [tuple(task.doc_to_choice(sample["doc"])) for sample in first] if several else []
     likelihoods = [[likelihood for likelihood, _ in sample["filtered_resps"]] for sample in first] if several else []
@@ -649,7 +574,7 @@ def _result(leaf: str, task, samples: Sequence[Mapping], source: Mapping) -> Tas
         answers=tuple(_answer(task, sample) for sample in first) if several else (),
         choices=choices[0] if len(set(choices)) == 1 and len(first) > 1 else (),
         items_sha256=digest.hexdigest(),
-        settings={**source, "split": split, "num_fewshot": task.get_config("num_fewshot"), "version": task.VERSION},
+        settings={"source": source, "split": split, "num_fewshot": task.get_config("num_fewshot"), "version": task.VERSION},
     )
 
 
@@ -663,15 +588,19 @@ def _merged(name: str, parts: Sequence[TaskResult]) -> TaskResult:
     """A group as one task: every item weighs the same, as lm-eval's ``weight_by_size``."""
     if len(parts) == 1:
         return parts[0]
+
+    def joined(values: Iterable[tuple]) -> tuple:
+        return tuple(itertools.chain.from_iterable(values))
+
     metrics = [metric for metric in parts[0].scores if all(metric in part.scores for part in parts)]
     chances, choices = [part.chance for part in parts], {part.choices for part in parts}
     return TaskResult(
         task=name,
-        scores={metric: tuple(score for part in parts for score in part.scores[metric]) for metric in metrics},
+        scores={metric: joined(part.scores[metric] for part in parts) for metric in metrics},
         items=tuple(f"{part.task}/{item}" for part in parts for item in part.items),
         chance=None if None in chances else float(np.average(chances, weights=[part.n for part in parts])),
-        predicted=tuple(index for part in parts for index in part.predicted),
-        answers=tuple(index for part in parts for index in part.answers),
+        predicted=joined(part.predicted for part in parts),
+        answers=joined(part.answers for part in parts),
         choices=choices.pop() if len(choices) == 1 else (),
         items_sha256=hashlib.sha256("".join(part.items_sha256 for part in parts).encode()).hexdigest(),
         settings={**parts[0].settings, "members": {part.task: part.n for part in parts}},

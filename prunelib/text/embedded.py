@@ -1,16 +1,15 @@
 """The embedded corpora: human-written English that every installation of the lock already holds.
 
-Three corpora, in three registers, are read from the installed packages (never imported, only parsed): ``pydocs``, docstrings of
-ten scientific packages; ``pycomments``, comment paragraphs from the source of the same packages; ``pyreadmes``, the long
-descriptions (README files) of the installed distributions. Short texts and near-duplicates are left out of these. A fourth,
-``pyraw``, keeps both: all docstrings and comment paragraphs, with their licence headers and generated texts.
+They are read from the installed packages (never imported, only parsed): ``pydocs``, docstrings of ten scientific packages;
+``pycomments``, comment paragraphs of their source; ``pyreadmes``, the descriptions of the installed distributions. Short texts
+and near-duplicates are left out. ``pyraw`` keeps both: all docstrings and comment paragraphs, generated ones included.
 
-The same lock gives the same bytes. ``data/corpora/manifest.json`` holds the package versions and one sha256 per
-split; `check` compares. Extraction costs about a minute, so `build` writes each corpus once, below ``data/corpora/``.
+The same lock gives the same bytes. ``data/corpora/manifest.json`` holds the package versions and one sha256 per split; `check`
+compares. Extraction costs about a minute, so `build` writes each corpus once, below ``data/corpora/``.
 """
 
+import argparse
 import ast
-import fcntl
 import hashlib
 import inspect
 import io
@@ -26,17 +25,16 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
+from datasketch import MinHash, MinHashLSH
 
 from prunelib.io import project_root, write_json, write_text
-from prunelib.text import near_duplicates
 
 SPLITS = ("train", "calibration", "evaluation")
 PACKAGES = ("matplotlib", "networkx", "nltk", "numpy", "pandas", "scikit-learn", "scipy", "seaborn", "sqlalchemy", "sympy")
 SKIPPED_FOLDERS = {"tests", "testing", "_vendor", "vendored", "externals", "_externals", "extern"}
 SHORTEST = 200  # characters; shorter texts ("Return self+value.") are mostly boilerplate
 SHINGLE = 5  # words
-SIMILAR = near_duplicates.Settings(threshold=0.7, verify=False)
+SIMILAR = 0.7  # share of common shingles from which two texts are near-duplicates
 _IMPORT_NAMES = {"scikit-learn": "sklearn"}
 
 
@@ -55,13 +53,15 @@ class ManifestMismatch(RuntimeWarning):
 # --- reading the packages ------------------------------------------------------------------------------------------------
 
 
+def _not_installed(package: str) -> RuntimeError:
+    return RuntimeError(f"the embedded corpora read {package!r}, which is not installed: pip install -r requirements.lock")
+
+
 def _sources(package: str) -> Iterator[tuple[str, str]]:
     """(name, text) of every module of an installed package, tests and vendored code left out."""
     spec = find_spec(_IMPORT_NAMES.get(package, package))
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(
-            f"the embedded corpora read the package {package!r}, which is not installed: pip install -r requirements.lock"
-        )
+        raise _not_installed(package)
     folder = Path(spec.submodule_search_locations[0])
     for path in sorted(folder.rglob("*.py")):
         inside = path.relative_to(folder)
@@ -120,35 +120,15 @@ def _paragraph(name: str, block: list[tuple[int, str]]) -> Document:
 
 
 def _readmes() -> Iterator[Document]:
-    for name in sorted(_described_packages()):
+    # Those of the manifest, so that a package which the lock gains later changes no text.
+    for name in sorted(_manifest("pyreadmes")["packages"]):
         if installed_version(name) is None:
-            raise RuntimeError(
-                f"pyreadmes reads the description of {name!r}, which is not installed: pip install -r requirements.lock"
-            )
+            raise _not_installed(name)
         message = metadata.metadata(name)
         payload = message.get_payload()
         # An old METADATA file carries the text as a header with continuation lines.
         text = payload if isinstance(payload, str) and payload.strip() else message["Description"] or ""
         yield Document(name, text.replace("\r\n", "\n").strip())
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return metadata.version(name).split("+")[0]  # "2.13.0+cpu" and "2.13.0" are the same sources
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def locked_names() -> list[str]:
-    """Distribution names in ``requirements.lock`` (the build tools, whose version pip may change, left out)."""
-    lines = (project_root() / "requirements.lock").read_text().splitlines()
-    names = [line.split("==")[0].strip() for line in lines if "==" in line and not line.startswith("#")]
-    return [name for name in names if name not in {"pip", "setuptools", "wheel"}]
-
-
-def _described_packages() -> list[str]:
-    """Those of the manifest, so that a package which the lock gains later changes no text; the locked ones without it."""
-    return list(_manifest("pyreadmes")["packages"]) if manifest_path().exists() else locked_names()
 
 
 def _each(reader: Callable[[str], Iterator[Document]]) -> Iterator[Document]:
@@ -162,7 +142,6 @@ class Recipe:
     read: Callable[[], Iterator[Document]]
     calibration_from: int
     evaluation_from: int
-    packages: Callable[[], list[str]] = lambda: list(PACKAGES)
     raw: bool = False  # short texts and near-duplicates stay
 
 
@@ -170,7 +149,7 @@ RECIPES = {
     # Reference models are trained on the train split of pydocs alone, so the other two need none.
     "pydocs": Recipe(lambda: _each(_docstrings), 800, 900),
     "pycomments": Recipe(lambda: _each(_comments), 0, 500),
-    "pyreadmes": Recipe(_readmes, 0, 500, _described_packages),
+    "pyreadmes": Recipe(_readmes, 0, 500),
     # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-duplicates apart.
     "pyraw": Recipe(lambda: chain(_each(_docstrings), _each(_comments)), 500, 900, raw=True),
 }
@@ -191,14 +170,18 @@ def without_near_duplicates(documents: list[Document]) -> list[Document]:
 
     Runs over all splits together, so that no near-copy of an evaluation text is left in the training text.
     """
-    signed = near_duplicates.sign((_word_shingles(document.text) for document in documents), SIMILAR)
-    return [documents[index] for index in near_duplicates.first_of_each(signed, SIMILAR)]
+    index, kept = MinHashLSH(threshold=SIMILAR, num_perm=128), []
+    signatures = MinHash.generator((_word_shingles(document.text) for document in documents), num_perm=128, seed=1)
+    for document, signature in zip(documents, signatures, strict=True):
+        if not index.query(signature):
+            index.insert(len(kept), signature)
+            kept.append(document)
+    return kept
 
 
-def _word_shingles(text: str) -> np.ndarray:
+def _word_shingles(text: str) -> set[bytes]:
     words = text.lower().split()
-    shingles = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
-    return np.array([int.from_bytes(hashlib.sha1(one).digest()[:4], "little") for one in shingles], dtype=np.uint64)
+    return {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
 
 
 def extract(corpus: str) -> list[Document]:
@@ -213,12 +196,8 @@ def extract(corpus: str) -> list[Document]:
 # --- the corpora on disk -------------------------------------------------------------------------------------------------
 
 
-def folder() -> Path:
-    return project_root() / "data" / "corpora"
-
-
 def manifest_path() -> Path:
-    return folder() / "manifest.json"
+    return project_root() / "data" / "corpora" / "manifest.json"
 
 
 def _manifest(corpus: str) -> dict:
@@ -226,7 +205,7 @@ def _manifest(corpus: str) -> dict:
 
 
 def corpus_path(corpus: str) -> Path:
-    return folder() / f"{corpus}.jsonl"
+    return manifest_path().with_name(f"{corpus}.jsonl")
 
 
 def build(corpus: str, *, force: bool = False) -> Path:
@@ -234,15 +213,9 @@ def build(corpus: str, *, force: bool = False) -> Path:
     if corpus not in RECIPES:
         raise ValueError(f"unknown embedded corpus {corpus!r}: choose one of {', '.join(EMBEDDED)}")
     path = corpus_path(corpus)
-    if path.exists() and not force:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{corpus}.lock").open("w") as lock:
-        # The first runs of a batch start together: one reads the packages, the others wait for it.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if force or not path.exists():
-            found = [{"name": d.name, "split": split_of(corpus, d.name), "text": d.text} for d in extract(corpus)]
-            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
+    if force or not path.exists():
+        found = [{"name": d.name, "split": split_of(corpus, d.name), "text": d.text} for d in extract(corpus)]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
     return path
 
 
@@ -255,22 +228,18 @@ def records(corpus: str, split: str) -> tuple[Document, ...]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {corpus}: choose one of {', '.join(SPLITS)}")
     found = []
-    with build(corpus).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                document, belongs = Document(record["name"], record["text"]), record["split"] == split
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{corpus_path(corpus)}, line {number}: damaged ({type(error).__name__}: {error}); "
-                    "delete the file, it is rebuilt"
-                ) from None
-            if belongs:
-                found.append(document)
+    for number, line in enumerate(build(corpus).read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            document, belongs = Document(record["name"], record["text"]), record["split"] == split
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{corpus_path(corpus)}, line {number}: damaged ({error!r}); delete the file, it is rebuilt"
+            ) from None
+        if belongs:
+            found.append(document)
     if not found:
-        raise ValueError(
-            f"{corpus} has no {split} split: only pydocs and pyraw have a train split, take calibration or evaluation"
-        )
+        raise ValueError(f"{corpus} has no {split} split: only pydocs and pyraw have a train split, take another one")
     return tuple(found)
 
 
@@ -293,6 +262,13 @@ def digest(found: Iterable[Document]) -> str:
     return texts_sha256(part for document in found for part in (document.name, document.text))
 
 
+def installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name).split("+")[0]  # "2.13.0+cpu" and "2.13.0" are the same sources
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def describe(corpus: str) -> dict:
     """The manifest's entry for one corpus as it is on this machine."""
     splits = {}
@@ -300,45 +276,39 @@ def describe(corpus: str) -> dict:
         found = records(corpus, split)
         characters = sum(len(document.text) for document in found)
         splits[split] = {"documents": len(found), "characters": characters, "sha256": digest(found)}
-    return {"packages": {name: installed_version(name) for name in RECIPES[corpus].packages()}, "splits": splits}
+    return {"packages": {name: installed_version(name) for name in _manifest(corpus)["packages"]}, "splits": splits}
 
 
-def check(corpus: str, split: str) -> dict:
-    """Compare one split with the committed manifest.
-
-    Returns ``{"sha256", "expected", "matches"}``; a mismatch also warns (`ManifestMismatch`) with what differs and the remedy.
-    """
+def check(corpus: str, split: str) -> bool:
+    """Whether one split is that of the committed manifest; where it is not, warn (`ManifestMismatch`) of what differs."""
     actual, entry = digest(records(corpus, split)), _manifest(corpus)
     expected = entry["splits"][split]["sha256"]
     if actual != expected:
-        installed = {name: installed_version(name) for name in entry["packages"]}
-        moved = [f"{name} {installed[name]} instead of {v}" for name, v in entry["packages"].items() if installed[name] != v]
-        why = (
-            "versions differ: " + ", ".join(moved)
-            if moved
-            else f"the packages are the locked ones, so {corpus_path(corpus)} was altered"
-        )
+        moved = [
+            f"{name} is not {version}" for name, version in entry["packages"].items() if installed_version(name) != version
+        ]
         warnings.warn(
-            f"corpus {corpus}/{split} has sha256 {actual[:12]}…, the manifest says {expected[:12]}…: {why}. "
-            f"Numbers will differ from the committed ones; pip install -r requirements.lock and delete {corpus_path(corpus)}.",
+            f"corpus {corpus}/{split} has sha256 {actual[:12]}…, the manifest says {expected[:12]}…: "
+            f"{', '.join(moved) or f'{corpus_path(corpus)} was altered'}. Numbers will differ from the committed ones; "
+            f"pip install -r requirements.lock and delete {corpus_path(corpus)}.",
             ManifestMismatch,
             stacklevel=2,
         )
-    return {"sha256": actual, "expected": expected, "matches": actual == expected}
+    return actual == expected
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """``python -m prunelib.text.embedded``: build every corpus and check it; ``--write-manifest`` records what is here."""
-    if arguments not in ([], ["--write-manifest"]):
-        print(f"usage: python -m prunelib.text.embedded [--write-manifest]; got {' '.join(arguments)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--write-manifest", action="store_true")
+    write = parser.parse_args().write_manifest
     for corpus in EMBEDDED:
-        build(corpus, force=bool(arguments))
-    if arguments:
+        build(corpus, force=write)
+    if write:
         write_json(manifest_path(), {corpus: describe(corpus) for corpus in EMBEDDED})
-        return 0
-    return 0 if all(check(corpus, split)["matches"] for corpus in EMBEDDED for split in describe(corpus)["splits"]) else 1
+    same = [check(corpus, split) for corpus in EMBEDDED for split in _manifest(corpus)["splits"]]
+    return 0 if all(same) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,23 +1,23 @@
 """Near-duplicates: clusters in a corpus, what is left without them, and how much of other texts it contains.
 
-Documents are compared as sets of character 25-grams. MinHash (Broder 1997; the datasketch library) with banding proposes pairs,
+Documents are compared as sets of character n-grams. MinHash (Broder 1997; the datasketch library) with banding proposes pairs,
 exact Jaccard similarity decides about them, connected components are the clusters: the steps of Lee et al. 2021
 (arXiv 2107.06499), who compare words. Everything is deterministic, and a cluster is named after its first document.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
-from jaxtyping import Bool, Float64, Int64, UInt32, UInt64
+from jaxtyping import Bool, Float64, Int64, UInt64
+from scipy.cluster.hierarchy import DisjointSet
 from tqdm.auto import tqdm
 
 BATCH = 50_000  # shingles that meet all permutations at once: 25 MB for 128 of them
-RECALL_WEIGHTS = (0.1, 0.9)  # of false positives and false negatives, where the exact comparison removes the former
+THOROUGH = (0.1, 0.9)  # weights for which few near-duplicates are missed, at many more exact comparisons
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,15 @@ class Settings:
         ngram: characters of a shingle. A document that is shorter is one shingle by itself.
         permutations: length of a MinHash signature.
         threshold: Jaccard similarity of shingle sets from which two documents are near-duplicates.
-        bands, rows: two documents are compared when all ``rows`` values of at least one of ``bands`` bands agree. None for both
-            takes datasketch's choice for ``threshold``.
-        verify: keep a proposed pair only when its exact Jaccard similarity reaches ``threshold``. Without it, whatever
-            the bands propose is a near-duplicate, as in most published pipelines.
+        weights: of false positives and false negatives of the banding, which minimizes their areas around ``threshold``
+            (datasketch). The exact comparison removes the former, nothing brings back the latter.
         seed: of the permutations.
     """
 
     ngram: int = 25
     permutations: int = 128
     threshold: float | int = 0.85
-    bands: int | None = None
-    rows: int | None = None
-    verify: bool = True
+    weights: tuple[float, float] = (0.5, 0.5)
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -49,35 +45,29 @@ class Settings:
                 f"ngram={self.ngram}, permutations={self.permutations}, threshold={self.threshold}, seed={self.seed}: "
                 "ngram from 1, permutations from 2, a threshold above 0 and at most 1, seed from 0"
             )
-        if (self.bands is None) != (self.rows is None):
-            raise ValueError(f"bands={self.bands}, rows={self.rows}: give both, or neither for datasketch's choice")
-        if self.bands is None:
-            bands, rows = banding(self.threshold, self.permutations)
-            object.__setattr__(self, "bands", bands)
-            object.__setattr__(self, "rows", rows)
-        if min(self.bands, self.rows) < 1 or self.bands * self.rows > self.permutations:
-            raise ValueError(
-                f"{self.bands} bands of {self.rows} rows need {self.bands * self.rows} permutations, not {self.permutations}"
-            )
+
+    def index(self) -> MinHashLSH:
+        """An empty index: two documents are compared when all rows of at least one band of their signatures agree."""
+        return MinHashLSH(threshold=self.threshold, num_perm=self.permutations, weights=self.weights)
+
+    @cached_property
+    def banding(self) -> tuple[int, int]:
+        """Bands and rows of `index`."""
+        index = self.index()
+        return int(index.b), int(index.r)
 
     def probability(self, similarity: float | int) -> float:
         """The S-curve: 1 - (1 - s^rows)^bands, the chance that two documents of Jaccard similarity s are compared."""
-        return 1 - (1 - float(similarity) ** self.rows) ** self.bands
+        bands, rows = self.banding
+        return 1 - (1 - float(similarity) ** rows) ** bands
 
     def describe(self) -> dict:
-        """Every setting, and the similarity at which the S-curve passes one half."""
-        return asdict(self) | {"midpoint": (1 - 0.5 ** (1 / self.bands)) ** (1 / self.rows)}
+        """Every setting, the banding, and the similarity at which the S-curve passes one half."""
+        bands, rows = self.banding
+        return asdict(self) | {"bands": bands, "rows": rows, "midpoint": (1 - 0.5 ** (1 / bands)) ** (1 / rows)}
 
 
-@cache
-def banding(threshold: float | int, permutations: int = 128, weights: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int]:
-    """Bands and rows that minimize the weighted areas of false positives and false negatives around ``threshold`` (datasketch).
-
-    `RECALL_WEIGHTS` suit an exact comparison afterwards: it removes the false positives, nothing brings back the others.
-    """
-    index = MinHashLSH(threshold=threshold, num_perm=permutations, weights=weights)
-    return int(index.b), int(index.r)
-
+DEFAULT = Settings()
 
 # --- shingles and signatures ---------------------------------------------------------------------------------------------
 
@@ -111,100 +101,25 @@ def jaccard(first: UInt64[np.ndarray, " a"], second: UInt64[np.ndarray, " b"]) -
     return shared / (len(first) + len(second) - shared)
 
 
-def signatures(
-    documents: Sequence[str], settings: Settings, *, progress: bool = False
-) -> UInt32[np.ndarray, "document permutation"]:
+def signatures(documents: Sequence[str], settings: Settings = DEFAULT) -> list[MinHash]:
     """MinHash signatures, over the upper half of the shingles' hashes. Raises ValueError when there is no document."""
     if isinstance(documents, str) or not len(documents):
         raise ValueError("near-duplicates need a list of at least 1 document")
-    bar = tqdm(documents, desc="MinHash", unit="document", disable=not progress, delay=3)
-    return sign((shingles(document, settings.ngram) >> np.uint64(32) for document in bar), settings)
-
-
-def sign(
-    shingle_sets: Iterable[UInt64[np.ndarray, " shingle"]], settings: Settings
-) -> UInt32[np.ndarray, "document permutation"]:
-    """MinHash signatures by datasketch of sets of 32-bit hashes."""
-    empty = MinHash(num_perm=settings.permutations, seed=settings.seed, hashfunc=int)
-    values = []
-    for hashes in shingle_sets:
-        signature = empty.copy()
+    found = MinHash.bulk([[]] * len(documents), num_perm=settings.permutations, seed=settings.seed, hashfunc=int)
+    for document, signature in zip(tqdm(documents, desc="MinHash", unit="document", delay=3), found, strict=True):
+        hashes = shingles(document, settings.ngram) >> np.uint64(32)
         for start in range(0, len(hashes), BATCH):
             signature.update_batch(hashes[start : start + BATCH].tolist())
-        values.append(signature.hashvalues.astype(np.uint32))
-    return np.stack(values)
-
-
-def _bands(signed: UInt32[np.ndarray, "document permutation"], settings: Settings) -> Iterator[Int64[np.ndarray, " document"]]:
-    """For every band the group of each document: those that agree in the band have one number."""
-    for band in range(settings.bands):
-        rows = np.ascontiguousarray(signed[:, band * settings.rows : (band + 1) * settings.rows])
-        yield np.unique(rows.view(f"V{rows.shape[1] * rows.itemsize}").ravel(), return_inverse=True)[1]
-
-
-def _proposed(signed: UInt32[np.ndarray, "document permutation"], settings: Settings) -> Iterator[list[int]]:
-    """Groups of two or more documents that agree in one band, band after band."""
-    for group in _bands(signed, settings):
-        order = np.argsort(group, kind="stable")
-        for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-            if len(members) > 1:
-                yield members.tolist()
-
-
-def first_of_each(signed: UInt32[np.ndarray, "document permutation"], settings: Settings) -> list[int]:
-    """The documents that agree in no band with one kept before them, in order; pairs are not compared exactly."""
-    kept: list[int] = []
-    seen: list[set[int]] = [set() for _ in range(settings.bands)]
-    for index, groups in enumerate(np.stack(list(_bands(signed, settings)), axis=1).tolist()):
-        if not any(group in known for group, known in zip(groups, seen, strict=True)):
-            kept.append(index)
-            for group, known in zip(groups, seen, strict=True):
-                known.add(group)
-    return kept
-
-
-# --- clusters ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Clusters:
-    """Which documents are near-duplicates of each other.
-
-    ``labels`` holds, for every document, the index of the first document of its cluster: a document without near-duplicates
-    is its own. ``compared`` pairs were compared exactly, ``rejected`` of them were below the threshold.
-    """
-
-    labels: Int64[np.ndarray, " document"] = field(repr=False)
-    compared: int
-    rejected: int
-
-    def __len__(self) -> int:
-        """How many clusters there are, those of one document included."""
-        return len(self.sizes)
-
-    @cached_property
-    def sizes(self) -> Mapping[int, int]:
-        """First document → number of documents, in the order of the corpus."""
-        return dict(sorted(Counter(self.labels.tolist()).items()))
-
-    def members(self, first: int) -> list[int]:
-        """The documents of the cluster that begins with ``first``."""
-        return np.flatnonzero(self.labels == first).tolist()
-
-    def largest(self, count: int) -> list[int]:
-        """First documents of the ``count`` largest clusters of two documents or more, the largest first."""
-        return sorted((first for first, size in self.sizes.items() if size > 1), key=lambda first: -self.sizes[first])[:count]
+    return found
 
 
 def clusters(
-    documents: Sequence[str],
-    settings: Settings | None = None,
-    *,
-    signed: UInt32[np.ndarray, "document permutation"] | None = None,
-    progress: bool = False,
-) -> Clusters:
-    """Near-duplicate clusters: connected components of the pairs that the bands propose and, with `Settings.verify`, of those
-    among them whose exact Jaccard similarity reaches the threshold.
+    documents: Sequence[str], settings: Settings = DEFAULT, *, signed: Sequence[MinHash] | None = None
+) -> Int64[np.ndarray, " document"]:
+    """For every document the index of the first document of its cluster: one without near-duplicates is its own.
+
+    Clusters are the connected components of the pairs that the bands propose and whose exact Jaccard similarity reaches the
+    threshold.
 
     Args:
         signed: `signatures` of the same documents, for several clusterings of one corpus.
@@ -212,52 +127,40 @@ def clusters(
     Raises:
         ValueError: no document.
     """
-    settings = settings or Settings()
-    signed = signatures(documents, settings, progress=progress) if signed is None else signed
-    root = list(range(len(documents)))
-
-    def find(index: int) -> int:
-        while root[index] != index:
-            root[index] = root[root[index]]
-            index = root[index]
-        return index
-
+    signed = signatures(documents, settings) if signed is None else signed
     shingles_of = cache(lambda index: shingles(documents[index], settings.ngram))
-    seen: set[tuple[int, int]] = set()
-    rejected = 0
-    for group in tqdm(_proposed(signed, settings), desc="compare", unit="group", disable=not progress, delay=3):
-        for place, second in enumerate(group):
-            for first in group[:place]:
-                # A pair that is already connected adds nothing to the components, however similar it is.
-                one, other = find(first), find(second)
-                if one == other or (first, second) in seen:
-                    continue
-                if settings.verify:
-                    seen.add((first, second))
-                    if jaccard(shingles_of(first), shingles_of(second)) < settings.threshold:
-                        rejected += 1
-                        continue
-                root[max(one, other)] = min(one, other)
-    return Clusters(np.array([find(index) for index in range(len(documents))], dtype=np.int64), len(seen), rejected)
+    index, joined = settings.index(), DisjointSet(range(len(documents)))
+    for second, signature in enumerate(signed):
+        for first in index.query(signature):
+            # A pair that is already connected adds nothing to the components, however similar it is.
+            if joined.connected(first, second):
+                continue
+            if jaccard(shingles_of(first), shingles_of(second)) >= settings.threshold:
+                joined.merge(first, second)
+        index.insert(second, signature)
+    labels = np.empty(len(documents), dtype=np.int64)
+    for members in joined.subsets():
+        labels[list(members)] = min(members)
+    return labels
 
 
-def deduplicate(corpus, settings: Settings | None = None, *, progress: bool = False):
+def deduplicate(corpus, settings: Settings = DEFAULT):
     """A `corpora.Corpus` with one document of every near-duplicate cluster, the first one, in the old order.
 
     Its name says so, and its hash is that of the documents that are left. Raises as `clusters`.
     """
-    settings = settings or Settings()
-    kept = list(clusters(corpus.documents, settings, progress=progress).sizes)
+    kept = np.unique(clusters(corpus.documents, settings)).tolist()
+    bands, rows = settings.banding
     said = (
         f"{len(kept)} of {len(corpus.documents)} documents, one of every cluster of near-duplicates "
-        f"(Jaccard {settings.threshold:g} of character {settings.ngram}-grams, {settings.bands} bands of {settings.rows})"
+        f"(Jaccard {settings.threshold:g} of character {settings.ngram}-grams, {bands} bands of {rows})"
     )
     documents = tuple(corpus.documents[index] for index in kept)
     return replace(corpus, name=f"{corpus.name}_deduplicated", documents=documents, source=f"{corpus.source}; {said}")
 
 
 def overlap(
-    texts: Sequence[str], corpus: Sequence[str], settings: Settings | None = None, *, progress: bool = False
+    texts: Sequence[str], corpus: Sequence[str], settings: Settings = DEFAULT
 ) -> tuple[Float64[np.ndarray, " text"], Bool[np.ndarray, " text"]]:
     """For every text, which share of it the corpus contains, and whether it is a near-duplicate of a document of the corpus.
 
@@ -267,21 +170,17 @@ def overlap(
     Raises:
         ValueError: no text, or no document.
     """
-    settings = settings or Settings()
-    signed = np.concatenate([signatures(corpus, settings, progress=progress), signatures(texts, settings)])
-    own = [shingles(text, settings.ngram) for text in texts]
+    index = settings.index()
+    for place, signature in enumerate(signatures(corpus, settings)):
+        index.insert(place, signature)
     known = _distinct(np.concatenate([shingles(document, settings.ngram) for document in corpus]))
-    contained = [float(np.mean(known[np.minimum(np.searchsorted(known, one), len(known) - 1)] == one)) for one in own]
-
-    shingles_of = cache(lambda index: shingles(corpus[index], settings.ngram))
-    near = np.zeros(len(texts), dtype=bool)
-    for group in _proposed(signed, settings):
-        documents = [index for index in group if index < len(corpus)]
-        for text in (index - len(corpus) for index in group[len(documents) :]):
-            near[text] = near[text] or any(
-                not settings.verify or jaccard(shingles_of(document), own[text]) >= settings.threshold for document in documents
-            )
-    return np.array(contained, dtype=np.float64), near
+    shingles_of = cache(lambda place: shingles(corpus[place], settings.ngram))
+    contained, near = [], []
+    for text, signature in zip(texts, signatures(texts, settings), strict=True):
+        own = shingles(text, settings.ngram)
+        contained.append(float(np.mean(known[np.minimum(np.searchsorted(known, own), len(known) - 1)] == own)))
+        near.append(any(jaccard(shingles_of(place), own) >= settings.threshold for place in index.query(signature)))
+    return np.array(contained, dtype=np.float64), np.array(near)
 
 
 # --- quality -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prunelib.text.corpora import BLANK_LINE, Corpus
-from prunelib.text.windows import TOKENIZED_AT_ONCE, encode, windows_sha256
+from prunelib.text.windows import TOKENIZED_AT_ONCE, check_draw, encode, prepend_bos, windows_sha256
 
 IGNORED = -100  # label of a position that is not trained on
 
@@ -23,14 +23,12 @@ class TrainingRows:
         labels: the token at each position, or `IGNORED` where it is not to be predicted.
         mask: False at padding; None where nothing is padded.
         source: what the rows were made from.
-        passes: how many times the text was gone through; 1 where no text is repeated.
     """
 
     input_ids: Int64[Tensor, "row position"] = field(repr=False)
     labels: Int64[Tensor, "row position"] = field(repr=False)
     mask: Bool[Tensor, "row position"] | None = field(repr=False)
     source: str
-    passes: int = 1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,41 +55,34 @@ def packed_rows(
 
     Documents in random order are joined by the end-of-text token (by a blank line where the tokenizer has none), cut into rows,
     and the rows are shuffled. No more text is tokenized than is needed; where it is used up, another pass begins in another
-    order (`TrainingRows.passes` counts them). The same seed gives the same rows.
+    order. The same seed gives the same rows.
 
     Args:
         bos: put the beginning-of-text token at position 0 of every row (`seq_len` counts it).
 
     Raises ValueError: less text than one row, no bos token, `count` or `seq_len` too small, a negative seed.
     """
-    _check_draw(count, seq_len, seed)
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
-
+    check_draw(tokenizer, seq_len, bos, count, seed)
     end = tokenizer.eos_token_id
     between = encode(tokenizer, [BLANK_LINE])[0] if end is None else [end]
     generator = np.random.default_rng(seed)
     content = seq_len - int(bos)
     pieces: list[np.ndarray] = []
-    found = passes = 0
+    found, order = 0, generator.permutation(len(corpus.documents))
     with tqdm(total=count * content, desc=f"tokenize {corpus.name}", unit="token", disable=not progress, delay=3) as bar:
         while found < count * content:
-            if passes and found < content:
-                raise ValueError(f"{corpus.label} has {found} tokens, fewer than one row of {seq_len}: take more text")
-            passes += 1
-            order = generator.permutation(len(corpus.documents))
-            for start in range(0, len(order), TOKENIZED_AT_ONCE):
-                block = encode(tokenizer, [corpus.documents[index] for index in order[start : start + TOKENIZED_AT_ONCE]])
-                pieces += [np.asarray([*ids, *between], dtype=np.int64) for ids in block]
-                new = sum(map(len, block)) + len(block) * len(between)
-                found += new
-                bar.update(new)
-                if found >= count * content:
-                    break
+            if not len(order):  # the text is used up
+                if found < content:
+                    raise ValueError(f"{corpus.label} has {found} tokens, fewer than one row of {seq_len}: take more text")
+                order = generator.permutation(len(corpus.documents))
+            now, order = order[:TOKENIZED_AT_ONCE], order[TOKENIZED_AT_ONCE:]
+            for ids in encode(tokenizer, [corpus.documents[index] for index in now]):
+                pieces.append(np.array([*ids, *between], dtype=np.int64))
+                found += len(pieces[-1])
+                bar.update(len(pieces[-1]))
     ids = torch.from_numpy(np.concatenate(pieces)[: count * content].reshape(count, content)[generator.permutation(count)])
-    if bos:
-        ids = torch.cat([torch.full((count, 1), tokenizer.bos_token_id, dtype=torch.int64), ids], dim=1)
-    return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}", passes)
+    ids = prepend_bos(ids, tokenizer) if bos else ids
+    return TrainingRows(ids, ids, None, f"{corpus.label}, packed, seed {seed}")
 
 
 def document_rows(corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int, *, progress: bool = True) -> TrainingRows:
@@ -103,33 +94,23 @@ def document_rows(corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int
 
     Raises ValueError: no document with two tokens, `count` or `seq_len` too small, a negative seed.
     """
-    _check_draw(count, seq_len, seed)
+    check_draw(tokenizer, seq_len, False, count, seed)
     generator = np.random.default_rng(seed)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     ids = torch.full((count, seq_len), pad, dtype=torch.int64)
     mask = torch.zeros((count, seq_len), dtype=torch.bool)
-    filled = passes = 0
+    filled, order = 0, generator.permutation(len(corpus.documents))
     with tqdm(total=count, desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
         while filled < count:
-            if passes and not filled:
-                raise ValueError(f"{corpus.label} has no document of at least 2 tokens: take more text")
-            passes += 1
-            for index in generator.permutation(len(corpus.documents)):
-                encoded = tokenizer(corpus.documents[index], truncation=True, max_length=seq_len, verbose=False)["input_ids"]
-                if len(encoded) < 2:
-                    continue
+            if not len(order):
+                if not filled:
+                    raise ValueError(f"{corpus.label} has no document of at least 2 tokens: take more text")
+                order = generator.permutation(len(corpus.documents))
+            text, order = corpus.documents[order[0]], order[1:]
+            encoded = tokenizer(text, truncation=True, max_length=seq_len, verbose=False)["input_ids"]
+            if len(encoded) >= 2:
                 ids[filled, : len(encoded)] = torch.tensor(encoded)
                 mask[filled, : len(encoded)] = True
                 filled += 1
                 bar.update()
-                if filled == count:
-                    break
-    labels = ids.masked_fill(~mask, IGNORED)
-    return TrainingRows(ids, labels, mask, f"{corpus.label}, one document a row, seed {seed}", passes)
-
-
-def _check_draw(count: int, seq_len: int, seed: int) -> None:
-    if count < 1 or seq_len < 2:
-        raise ValueError(f"count={count}, seq_len={seq_len}: draw at least 1 row of at least 2 tokens")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is 0 or a positive integer")
+    return TrainingRows(ids, ids.masked_fill(~mask, IGNORED), mask, f"{corpus.label}, one document a row, seed {seed}")

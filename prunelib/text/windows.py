@@ -18,61 +18,52 @@ from prunelib.text.corpora import BLANK_LINE, Corpus
 TOKENIZED_AT_ONCE = 64  # documents
 
 
-def token_stream(corpus: Corpus, tokenizer, *, join: str | None = None, progress: bool = True) -> Int64[np.ndarray, " token"]:
-    """All documents as one stream of token ids, without the special tokens that the tokenizer would add.
-
-    Args:
-        join: text put between two documents before tokenizing. None puts the tokenizer's end-of-text token between them, or a
-            blank line where it has none.
-    """
-    between = tokenizer.eos_token_id if join is None else None
-    texts = list(corpus.documents)
-    if between is None:
-        texts = [(BLANK_LINE if join is None else join).join(texts)]
-    pieces: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
-        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
-            for ids in encode(tokenizer, texts[start : start + TOKENIZED_AT_ONCE]):
-                if pieces:
-                    pieces.append(np.array([between], dtype=np.int64))
-                pieces.append(np.asarray(ids, dtype=np.int64))
-                bar.update()
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-
-
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """The token ids of each text, without special tokens."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _content_length(seq_len: int, tokenizer, bos: bool) -> int:
-    """Text tokens per window: ``seq_len``, less one when position 0 is the beginning-of-text token."""
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len}: a window needs at least 2 tokens")
+def token_stream(corpus: Corpus, tokenizer, *, progress: bool = True) -> Int64[np.ndarray, " token"]:
+    """All documents as one stream of token ids, without the special tokens that the tokenizer would add.
+
+    The tokenizer's end-of-text token stands between two documents, or a blank line where it has none.
+    """
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = list(corpus.documents) if between else [BLANK_LINE.join(corpus.documents)]
+    pieces: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    with tqdm(total=len(texts), desc=f"tokenize {corpus.name}", unit="document", disable=not progress, delay=3) as bar:
+        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+            for ids in encode(tokenizer, texts[start : start + TOKENIZED_AT_ONCE]):
+                pieces.append(np.array([*ids, *between], dtype=np.int64))
+                bar.update()
+    return np.concatenate(pieces)[: -1 if between and texts else None]  # nothing behind the last document
+
+
+def check_draw(tokenizer, seq_len: int, bos: bool, count: int, seed: int) -> None:
+    """Raise ValueError where no rows of so many tokens can be made."""
+    if count < 1 or seq_len < 2 or seed < 0:
+        raise ValueError(f"{count} rows of {seq_len} tokens, seed={seed}: at least 1 row of at least 2 tokens, seed from 0")
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos=True, but the tokenizer has no bos_token: take bos=False, or set tokenizer.bos_token")
-    return seq_len - int(bos)
 
 
-def _windows(
-    stream: Int64[np.ndarray, " token"], offsets: Int64[np.ndarray, " window"], content: int, tokenizer, bos: bool
-) -> Int64[Tensor, "window position"]:
-    windows = torch.from_numpy(stream[offsets[:, None] + np.arange(content)])
-    if bos:
-        windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id, dtype=torch.int64), windows], dim=1)
-    return windows
+def prepend_bos(rows: Int64[Tensor, "row position"], tokenizer) -> Int64[Tensor, "row longer"]:
+    """The beginning-of-text token at position 0 of every row."""
+    return torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id, dtype=torch.int64), rows], dim=1)
+
+
+def _stream(corpus: Corpus, tokenizer, content: int, progress: bool) -> Int64[np.ndarray, " token"]:
+    """`token_stream`, refused where it does not fill one window of so many tokens of text."""
+    stream = token_stream(corpus, tokenizer, progress=progress)
+    if len(stream) < content:
+        raise ValueError(
+            f"{corpus.label} has {len(stream)} tokens; a window needs {content} of them: take more text or shorter windows"
+        )
+    return stream
 
 
 def sample_windows(
-    corpus: Corpus,
-    tokenizer,
-    n_samples: int,
-    seq_len: int,
-    seed: int,
-    bos: bool = False,
-    *,
-    join: str | None = None,
-    progress: bool = True,
+    corpus: Corpus, tokenizer, n_samples: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
 ) -> Int64[Tensor, "sample position"]:
     """Draw calibration windows of exactly ``seq_len`` tokens at random places of the joined documents.
 
@@ -82,18 +73,13 @@ def sample_windows(
 
     Args:
         bos: put the beginning-of-text token at position 0 of every window (``seq_len`` counts it).
-        join: see `token_stream`.
 
     Raises:
         ValueError: fewer tokens than one window needs, no bos token, ``n_samples`` or ``seq_len`` too small, a negative seed.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: draw at least 1 window")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is 0 or a positive integer")
-    content = _content_length(seq_len, tokenizer, bos)
-    stream = token_stream(corpus, tokenizer, join=join, progress=progress)
-    _require_tokens(corpus, len(stream), content, seq_len)
+    check_draw(tokenizer, seq_len, bos, n_samples, seed)
+    content = seq_len - int(bos)
+    stream = _stream(corpus, tokenizer, content, progress)
     generator = np.random.default_rng(seed)
     slack = len(stream) - n_samples * content
     if slack >= 0:
@@ -106,19 +92,12 @@ def sample_windows(
             stacklevel=2,
         )
         offsets = generator.integers(0, len(stream) - content + 1, size=n_samples)
-    return _windows(stream, offsets, content, tokenizer, bos)
+    windows = torch.from_numpy(stream[offsets[:, None] + np.arange(content)])
+    return prepend_bos(windows, tokenizer) if bos else windows
 
 
 def consecutive_windows(
-    corpus: Corpus,
-    tokenizer,
-    seq_len: int,
-    limit: int | None = None,
-    bos: bool = False,
-    *,
-    stride: int | None = None,
-    join: str | None = None,
-    progress: bool = True,
+    corpus: Corpus, tokenizer, seq_len: int, limit: int | None = None, bos: bool = False, *, progress: bool = True
 ) -> Int64[Tensor, "window position"]:
     """Cut the joined documents into windows from their beginning; the tail that fills no window is dropped.
 
@@ -126,37 +105,20 @@ def consecutive_windows(
         limit: keep at most so many windows, evenly spaced over the whole text (None: all). The first ones alone would stand
             for one source: a corpus is often sorted.
         bos: put the beginning-of-text token at position 0 of every window (``seq_len`` counts it).
-        stride: text tokens from one window to the next; None means windows that do not overlap.
-        join: see `token_stream`.
 
     Raises:
-        ValueError: fewer tokens than one window needs (both numbers are named), no bos token, ``seq_len``, ``limit`` or
-            ``stride`` out of range.
+        ValueError: fewer tokens than one window needs, no bos token, ``seq_len`` or ``limit`` too small.
     """
-    content = _content_length(seq_len, tokenizer, bos)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: keep at least 1 window, or None for all")
-    step = content if stride is None else stride
-    if not 1 <= step <= content:
-        raise ValueError(f"stride={stride}: between 1 and the {content} text tokens of a window, else text would be skipped")
-    stream = token_stream(corpus, tokenizer, join=join, progress=progress)
-    _require_tokens(corpus, len(stream), content, seq_len)
-    offsets = np.arange(0, len(stream) - content + 1, step)
-    if limit is not None and limit < len(offsets):
-        offsets = offsets[np.arange(limit) * len(offsets) // limit]
-    return _windows(stream, offsets, content, tokenizer, bos)
-
-
-def _require_tokens(corpus: Corpus, available: int, needed: int, seq_len: int) -> None:
-    if available < needed:
-        raise ValueError(
-            f"{corpus.label} has {available} tokens; a window of {seq_len} needs {needed}: take more text or shorter windows"
-        )
+    check_draw(tokenizer, seq_len, bos, 1 if limit is None else limit, 0)
+    content = seq_len - int(bos)
+    stream = _stream(corpus, tokenizer, content, progress)
+    windows = torch.from_numpy(stream[: len(stream) // content * content].reshape(-1, content))
+    if limit is not None and limit < len(windows):
+        windows = windows[torch.arange(limit) * len(windows) // limit]
+    return prepend_bos(windows, tokenizer) if bos else windows
 
 
 def windows_sha256(windows: Int64[Tensor, "window position"]) -> str:
     """Hash of a tensor of windows: its shape and its ids as little-endian 64-bit integers."""
     array = windows.cpu().numpy()
-    state = hashlib.sha256(repr(array.shape).encode())
-    state.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-    return state.hexdigest()
+    return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array, dtype="<i8").tobytes()).hexdigest()
