@@ -13,6 +13,8 @@ from prunelib.speed.speculative import acceptance, best_drafted, expected_speedu
 from prunelib.text.corpora import load
 
 NOTEBOOK = "notebooks/experiments/combining.ipynb"
+
+pytestmark = pytest.mark.slow
 SETS = {2: (1, 2), 3: (1, 2, 4)}
 
 

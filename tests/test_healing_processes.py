@@ -58,6 +58,7 @@ def rows_of(project, recipe):
     return document_rows(corpus, tokenizer, recipe.rows, recipe.seq_len, 0, progress=False)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model(project, tmp_path, capsys):
     # What `accelerate launch` runs too; it starts several processes on GPUs alone.
     launch = [
@@ -116,6 +117,7 @@ def train(project, folder, measure):
     return heal(pruned, rows_of(project, recipe), recipe, folder, **options)
 
 
+@pytest.mark.slow
 def test_a_training_killed_without_warning_loses_and_repeats_no_step(project, tmp_path):
     command = [sys.executable, "-c", KILLED, str(project), str(tmp_path / "killed")]
     killed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)

@@ -255,6 +255,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_killed_training_resumes_to_the_same_losses_and_weights(case, tmp_path):
     family, recipe = RESUMED[case]
@@ -495,7 +496,7 @@ def test_an_unpruned_copy_has_nothing_to_learn(tmp_path):
 def test_states_behind_the_cut_are_matched_with_those_of_the_same_layer(family, tmp_path):
     dense = build(family)
     for index in (2, 3):  # layers that do nothing: without them, all later states are the same
-        attention, mlp = sublayers_of(dense, index)
+        attention, mlp = sublayers_of(dense, index).values()
         for module in (*attention.modules(), *mlp.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.weight)
@@ -561,6 +562,7 @@ def held_out(model) -> dict[str, float]:
         return {"nll": model(input_ids=ids, labels=ids).loss.item()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_heals_a_trained_model(name, trained, tmp_path):
     ids = sentences(16 * 40, 1)
