@@ -3,7 +3,7 @@
 from prunelib.slicing.accounting import ParameterCount, count_parameters, plan_of_size
 from prunelib.slicing.redundancy import layer_redundancy
 from prunelib.slicing.rotate import principal_axes, random_axes, slice_model
-from prunelib.slicing.schedules import SlicePlan, constant, dynamic, dynamic_inverted, dynamic_random, final_slices, from_slices
+from prunelib.slicing.schedules import SlicePlan, constant, dynamic, final_slices, from_slices
 
 __all__ = [
     "ParameterCount",
@@ -11,8 +11,6 @@ __all__ = [
     "constant",
     "count_parameters",
     "dynamic",
-    "dynamic_inverted",
-    "dynamic_random",
     "final_slices",
     "from_slices",
     "layer_redundancy",

@@ -7,18 +7,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunelib.models import parameter_count
-from prunelib.models.architectures import SLICED_MODEL_TYPE
-from prunelib.slicing.modeling import Diagonal, SlicedLayer, dense_configuration, empty_model, sliced_configuration
+from prunelib.slicing.modeling import Diagonal, SlicedLayer, empty_model, sliced_configuration
 from prunelib.slicing.schedules import SlicePlan
+
+HIGHEST = 0.85  # slice percentage that `plan_of_size` tries
 
 
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters and FLOPs of a model beside those of its dense one. FLOPs are per token; a multiply-add is two.
 
-    parameters includes `shortcut_parameters`, and the head, which slicing unties from the embeddings. FLOPs are those of the
-    linear maps, head and shortcuts included, and of attention over `context` earlier tokens; norms, activations and the
-    embedding look-up are not counted.
+    Shortcuts are included, and the head, which slicing unties from the embeddings. FLOPs are those of the linear maps and of
+    attention over `context` earlier tokens; norms, activations and the embedding look-up are not counted.
     """
 
     dense_parameters: int
@@ -42,19 +42,13 @@ class ParameterCount:
 def count_parameters(
     config: PreTrainedConfig, plan: SlicePlan | None = None, *, shortcuts: str = "folded", context: int = 0
 ) -> ParameterCount:
-    """Parameters and FLOPs per token of a dense model, of a sliced one, or of a dense one as `plan` would slice it.
+    """Parameters and FLOPs per token of a dense model, and of the same as `plan` would slice it.
 
     Raises ValueError when the plan does not fit, and UnsupportedModel for a plan of a family that cannot be sliced.
     """
-    dense_config = config
-    if config.model_type == SLICED_MODEL_TYPE:
-        if plan is not None:
-            raise ValueError("this configuration is of a sliced model, which has its plan: give none, or the dense one")
-        dense_config = dense_configuration(config)
-    elif plan is not None:
-        config = sliced_configuration(config, plan, shortcuts=shortcuts)
-    dense = empty_model(dense_config)
-    counted = dense if config is dense_config else empty_model(config)
+    dense = counted = empty_model(config)
+    if plan is not None:
+        counted = empty_model(sliced_configuration(config, plan, shortcuts=shortcuts))
     added = [layer.shortcuts for layer in counted.modules() if isinstance(layer, SlicedLayer)]
     return ParameterCount(
         dense_parameters=parameter_count(dense),
@@ -70,28 +64,20 @@ def plan_of_size(
     config: PreTrainedConfig,
     removed: float | int,
     schedule: Callable[[float], SlicePlan],
-    *,
-    shortcuts: str = "folded",
-    highest: float = 0.85,
-    tolerance: float = 1e-3,
 ) -> SlicePlan:
-    """The plan of a schedule that removes this fraction of a dense model's parameters, shortcuts included, to `tolerance`.
+    """The plan of a schedule that removes this fraction of a dense model's parameters, folded shortcuts included, to 0.1 %.
 
     `schedule` makes a plan of a slice percentage: ``lambda s: constant(32, 4096, s)``. The smallest one that removes enough is
-    found by bisection up to `highest`. Raises ValueError when even that does not remove so much.
+    found by bisection up to `HIGHEST`. Raises ValueError when even that does not remove so much.
     """
-
-    def removed_by(plan: SlicePlan) -> float:
-        return count_parameters(config, plan, shortcuts=shortcuts).removed
-
-    low, high, plan = 0.0, highest, schedule(highest)
-    found = removed_by(plan)
+    low, high, plan = 0.0, HIGHEST, schedule(HIGHEST)
+    found = count_parameters(config, plan).removed
     if not 0 <= removed <= found:
         raise ValueError(f"removed={removed}: this schedule removes 0 to {found:.3f} of the parameters, at slices up to {high}")
-    while found - removed > tolerance and high - low > 1e-4:
+    while found - removed > 1e-3 and high - low > 1e-4:
         middle = (low + high) / 2
         candidate = schedule(middle)
-        share = removed_by(candidate)
+        share = count_parameters(config, candidate).removed
         if share >= removed:
             high, plan, found = middle, candidate, share
         else:

@@ -9,7 +9,7 @@ Attention, MLP activations, rotary embeddings, masks, caches and generation are 
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,12 +37,15 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-# ---------------------------------------------------------------------------------------------------- widths, shortcuts
-
-
 def positions(widths: Sequence[int], steps: int, hidden_size: int) -> list[int]:
     """Widths of the stream before every step of every layer, and before the head, where it is as wide as in the dense model."""
     return [width for width in widths for _ in range(steps)] + [hidden_size]
+
+
+SHORTCUTS = ("folded", "full", "shared_basis")
+"""Kinds of shortcut. "full": a basis of its own at every position, and a matrix between each two, as in SliceGPT. "folded": the
+same function, with matrices reduced to diagonals or the identity wherever that changes nothing. "shared_basis": one basis for
+the whole model, of which each position keeps the first directions; no shortcut has parameters."""
 
 
 def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "folded") -> list[str]:
@@ -52,10 +55,8 @@ def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "fo
     """
     if shortcuts not in SHORTCUTS:
         raise ValueError(f"unknown shortcuts {shortcuts!r}; there are: {', '.join(SHORTCUTS)}")
-    return SHORTCUTS[shortcuts](widths, hidden_size)
-
-
-def _folded(widths: Sequence[int], hidden_size: int) -> list[str]:
+    if shortcuts != "folded":
+        return ["dense" if shortcuts == "full" else "identity"] * (len(widths) - 1)
     # A basis may be rotated within the space it spans: the matrices that read and write there absorb the rotation. Where
     # nothing is cut, any basis of the whole space will do. So of two shortcuts in a row, one can be made diagonal (singular
     # value decomposition, both bases rotated), and one into or out of an uncut position becomes the identity, with dimensions
@@ -75,17 +76,6 @@ def _folded(widths: Sequence[int], hidden_size: int) -> list[str]:
     return kinds
 
 
-SHORTCUTS: dict[str, Callable[[Sequence[int], int], list[str]]] = {
-    "folded": _folded,
-    "full": lambda widths, hidden_size: ["dense"] * (len(widths) - 1),
-    "shared_basis": lambda widths, hidden_size: ["identity"] * (len(widths) - 1),
-}
-"""Kinds of shortcut between positions of given widths. "full": a basis of its own at every position, and a matrix between each
-two, as in SliceGPT. "folded": the same function, with matrices reduced to diagonals or the identity wherever that changes
-nothing. "shared_basis": one basis for the whole model, of which each position keeps the first directions; no shortcut has
-parameters."""
-
-
 class Identity(nn.Module):
     """Leading dimensions kept; the others dropped, or zeros added: [..., before] to [..., after]."""
 
@@ -97,13 +87,12 @@ class Identity(nn.Module):
         return functional.pad(states, (0, self.added)) if self.added else states
 
 
-class Diagonal(nn.Module):
+class Diagonal(Identity):
     """A rectangular diagonal matrix: [..., before] to [..., after]."""
 
     def __init__(self, before: int, after: int):
-        super().__init__()
+        super().__init__(before, after)
         self.weight = nn.Parameter(torch.ones(min(before, after)))
-        self.added = after - before
 
     def forward(self, states: Float[Tensor, "... before"]) -> Float[Tensor, "... after"]:
         scaled = states[..., : len(self.weight)] * self.weight
@@ -114,27 +103,19 @@ SHORTCUT_MODULES = {"identity": Identity, "diagonal": Diagonal, "dense": functoo
 """Modules of a residual connection between two bases, called with the widths before and after."""
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-def normalized(states: Float[Tensor, "... width"], size: int, eps: float) -> Float[Tensor, "... width"]:
-    """states / sqrt(sum of squares / size + eps), in float32 at least: RMSNorm of a stream that was `size` wide when dense."""
-    wide = states.to(torch.promote_types(states.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) / size + eps)).to(states.dtype)
-
-
 class Normalize(nn.Module):
-    """`normalized` as a module, without weights."""
+    """RMSNorm without weights of a stream that was `size` wide when dense: states / sqrt(sum of squares / size + eps).
+
+    In float32 at least, whatever the dtype of the states.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.size, self.eps = size, eps
 
     def forward(self, states: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        return normalized(states, self.size, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, eps={self.eps}"
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) / self.size + self.eps)).to(states.dtype)
 
 
 def norm_eps(norm: nn.Module) -> float:
@@ -160,7 +141,7 @@ class SlicedLayer(GradientCheckpointingLayer):
     instance of its family's own class (`_layer_class`), by which transformers finds the layers to record hidden states of.
     """
 
-    returns = torch.Tensor  # for `models.IdentityLayer`, which cannot run a layer on hidden states of another one's width
+    returns = torch.Tensor  # `models.layerwise` cannot find out: the layers differ in width
 
     def __init__(
         self,
@@ -267,9 +248,6 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     return Config, Model
 
 
-# ------------------------------------------------------------------------------------------------------ configurations
-
-
 def config_class(record: dict) -> type[PreTrainedConfig]:
     """The class for the contents of a sliced model's config.json. Raises UnsupportedModel when they are damaged."""
     slicing = record.get("slicing")
@@ -294,7 +272,6 @@ def sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, *, shortcuts
     record["slicing"] = asdict(plan) | {
         "family": config.model_type,
         "shortcuts": shortcut_kinds(positions(plan.widths, steps, plan.hidden_size), plan.hidden_size, shortcuts),
-        "tied": bool(config.tie_word_embeddings),
     }
     record["tie_word_embeddings"] = False
     sliced = classes(config.model_type)[0].from_dict(record)
@@ -302,18 +279,7 @@ def sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, *, shortcuts
     return sliced
 
 
-def dense_configuration(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Configuration of the dense model behind that of a sliced one."""
-    family_config = classes(config.slicing["family"])[0].__mro__[1]
-    left_out = ("model_type", "architectures", "slicing")
-    record = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    return family_config.from_dict(record | {"tie_word_embeddings": config.slicing["tied"]})
-
-
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, sliced or not, without its weights: on the meta device."""
-    config = copy.deepcopy(config)
     with torch.device("meta"):
-        if config.model_type == SLICED_MODEL_TYPE:
-            return classes(config.slicing["family"])[1](config)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))

@@ -8,58 +8,51 @@ from jaxtyping import Float64
 from prunelib.criteria.similarity import block_influence
 from prunelib.criteria.statistics import LayerStats
 
+QUANTILE = 0.1
+"""What "clipped" leaves out at either end."""
+
 
 def layer_redundancy(
-    stats: LayerStats,
-    tokens: str = "all",
-    normalize: str = "minmax",
-    quantile: float | int = 0.1,
-    last: float | int | None = None,
+    stats: LayerStats, normalize: str = "minmax", last: float | int | None = None
 ) -> Float64[np.ndarray, "layer"]:
     """LR in [0, 1], 1 = most redundant: 1 - block influence, brought to that range.
 
     It is not an importance (higher = keep), hence no criterion of `prunelib.criteria`.
 
     normalize: one of `NORMALIZATIONS`. "minmax" as published; "rank" spaces the layers evenly (ties share their mean rank);
-        "clipped" is min-max after values below the `quantile` and above the 1 - `quantile` were set to these, so that one
+        "clipped" is min-max after values beyond the quantiles `QUANTILE` and 1 - `QUANTILE` were set to these, so that one
         outlying layer, usually layer 0, does not decide. Where all layers are equally important, all are 1.
     last: replaces the block influence of the last layer. With `criteria.statistics.influence_through_final_norm` the score is
         that of the released code, which compares the last layer's input with its output after the final norm.
 
-    Raises ValueError for an unknown normalization, or a quantile outside [0, 0.5), and RuntimeError for damaged statistics.
+    Raises ValueError for an unknown normalization, and RuntimeError for damaged statistics.
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalize {normalize!r}; there are: {', '.join(NORMALIZATIONS)}")
-    if not 0 <= quantile < 0.5:
-        raise ValueError(f"quantile={quantile}: at least 0 and below 0.5")
-    importance = block_influence(stats, tokens=tokens).copy()
+    importance = block_influence(stats).copy()
     bad = np.flatnonzero(~np.isfinite(importance)).tolist()
     if bad:
         raise RuntimeError(f"block influence is NaN or infinite at {bad}; the statistics are damaged, collect them again")
     if last is not None:
         importance[-1] = last
-    return 1 - NORMALIZATIONS[normalize](importance, quantile)
+    return 1 - NORMALIZATIONS[normalize](importance)
 
 
-def _minmax(importance: np.ndarray, quantile: float) -> np.ndarray:
+def _minmax(importance: np.ndarray) -> np.ndarray:
     span = importance.max() - importance.min()
     return (importance - importance.min()) / span if span > 0 else np.zeros(len(importance))
 
 
-def _ranked(importance: np.ndarray, quantile: float) -> np.ndarray:
+def _ranked(importance: np.ndarray) -> np.ndarray:
     order = np.sort(importance)
     # A tie spans the ranks from the first to the last place at which it could stand.
     ranks = (np.searchsorted(order, importance, "left") + np.searchsorted(order, importance, "right") - 1) / 2
-    return _minmax(ranks, quantile)
+    return _minmax(ranks)
 
 
-def _clipped(importance: np.ndarray, quantile: float) -> np.ndarray:
-    return _minmax(np.clip(importance, *np.quantile(importance, [quantile, 1 - quantile])), quantile)
+def _clipped(importance: np.ndarray) -> np.ndarray:
+    return _minmax(np.clip(importance, *np.quantile(importance, [QUANTILE, 1 - QUANTILE])))
 
 
-NORMALIZATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "minmax": _minmax,
-    "rank": _ranked,
-    "clipped": _clipped,
-}
+NORMALIZATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"minmax": _minmax, "rank": _ranked, "clipped": _clipped}
 """Ways of bringing block influence to [0, 1] for `layer_redundancy`."""

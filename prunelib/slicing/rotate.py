@@ -6,8 +6,7 @@ of the stream, the last axes carry little and are cut. (LayerNorm is RMSNorm aft
 that write to the stream absorb.)
 
 A sliced model computes what the dense one does when its stream is projected onto the kept axes at every position. So the
-calibration runs the dense layers, unrotated, on a projected stream: each attention and MLP once, and every position sees the
-effect of all cuts before it. Weights are rotated once, when the bases on both of their sides are known.
+calibration runs the dense layers, unrotated, on a projected stream: every position sees the effect of all cuts before it.
 """
 
 import copy
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,13 +27,12 @@ from prunelib.models.architectures import Architecture, Sublayer
 from prunelib.models.layerwise import LayerwiseModel
 from prunelib.models.onednn import use_onednn_like
 from prunelib.slicing.modeling import (
+    Normalize,
     architecture_of,
     classes,
     empty_model,
     norm_eps,
-    normalized,
     positions,
-    shortcut_kinds,
     sliced_configuration,
     sublayer_output,
 )
@@ -48,9 +47,6 @@ Axes = Callable[[Tensor, int], Tensor]
 
 _ROWS = 8192  # of an embedding table that are rotated at once in float64
 _BLOCK = 512  # rows of second moments that are added at once: large enough for an accelerator
-
-
-# ----------------------------------------------------------------------------------------------------------------- axes
 
 
 def principal_axes(moments: Float64[Tensor, "D D"], width: int) -> Float64[Tensor, "D width"]:
@@ -72,10 +68,7 @@ def random_axes(seed: int) -> Axes:
     return axes
 
 
-# -------------------------------------------------------------------------------------------------------------- slicing
-
-
-@memory.says_what_fits("batch_size", "activation_device='cpu', or fewer or shorter windows")
+@memory.says_what_fits("batch_size", "fewer or shorter windows")
 def slice_model(
     model: PreTrainedModel,
     plan: SlicePlan,
@@ -83,11 +76,9 @@ def slice_model(
     *,
     batch_size: int = 8,
     device: str | torch.device | None = None,
-    activation_device: str | torch.device | None = None,
     shortcuts: str = "folded",
     subtract_mean: bool = False,
     axes: Axes = principal_axes,
-    damping: float | int = DAMPING,
     progress: bool = True,
 ) -> PreTrainedModel:
     """A new model whose residual stream has the widths of `plan`, calibrated on token windows; `model` stays as it is.
@@ -97,13 +88,12 @@ def slice_model(
 
     Work is done layer by layer on `device` (that of the model unless given; the model may then stay on the CPU), which holds
     one layer, one batch, a few D x D matrices in float64, and the stream of all windows (samples x tokens x D numbers of the
-    model's dtype), unless it is kept on `activation_device`. Moments, principal axes and rotations are float64, and the axes
-    are those of the stream before the norms, not centered; the layers run in the model's dtype.
+    model's dtype). Moments, axes and rotations are float64, and the axes are those of the stream before the norms, not
+    centered; the layers run in the model's dtype.
 
     shortcuts: one of `modeling.SHORTCUTS`. "full" keeps a matrix between each two positions, as SliceGPT does. "folded"
         computes the same with half of these parameters or less. "shared_basis" gives the whole model one basis, the principal
-        axes of the dense stream's moments at all positions, each divided by its trace: no shortcut has parameters, so that
-        more directions can be kept at equal size, which fit each position less well.
+        axes of the dense stream's moments at all positions, each divided by its trace.
     subtract_mean: take the mean over D off the embeddings, as SliceGPT's code does for every model. It changes nothing where
         the norms do the same (LayerNorm), and changes the function of a model that has RMSNorm.
     axes: how directions are chosen; `random_axes` is a control.
@@ -111,7 +101,8 @@ def slice_model(
     Raises, before any work, UnsupportedModel naming the model type for a model that cannot be sliced, and ValueError for a
     plan of another model or windows that cannot calibrate it; RuntimeError naming the layer at the first NaN or infinity.
     """
-    architecture = _checked(model, plan)
+    config = sliced_configuration(model.config, plan, shortcuts=shortcuts)
+    architecture = _checked(model)
     check_windows(model, windows, batch_size=batch_size)
     widths = positions(plan.widths, len(architecture.steps(model.config)), plan.hidden_size)
     widest = max((width for width in widths if width < plan.hidden_size), default=0)
@@ -120,32 +111,27 @@ def slice_model(
             f"{windows.numel()} calibration tokens cannot say which {widest} of {plan.hidden_size} directions to keep: "
             "give more tokens than the widest layer keeps (many times as many, for good axes)"
         )
-    shortcut_kinds(widths, plan.hidden_size, shortcuts)
-    device = torch.empty(0, device=device if device is not None else model.device).device  # with its index
     calibration = _Calibration(
         model=model,
         architecture=architecture,
         widths=widths,
         windows=windows,
         batch_size=batch_size,
-        device=device,
-        storage=torch.device(activation_device) if activation_device is not None else device,
+        device=torch.empty(0, device=model.device if device is None else device).device,  # with its index
         everywhere=shortcuts != "folded",
         subtract_mean=subtract_mean,
         axes=axes,
-        damping=float(damping),
         progress=progress,
     )
     with torch.no_grad():
-        config = sliced_configuration(model.config, plan, shortcuts=shortcuts)
         weights = _rotated(calibration, _BASES[shortcuts](calibration), config.slicing["shortcuts"])
         return use_onednn_like(model, _assembled(model, config, weights))
 
 
-def _checked(model: PreTrainedModel, plan: SlicePlan) -> Architecture:
-    """The architecture of a model that can be sliced by this plan; refuses everything else before any work."""
-    architecture = architecture_of(model.config)
+def _checked(model: PreTrainedModel) -> Architecture:
+    """The architecture of a model of a family that can be sliced; refuses what of it cannot be."""
     model_type, config = model.config.model_type, model.config
+    architecture = architecture_of(config)
     if not isinstance(model, classes(model_type)[1].__mro__[1]) or type(model).__module__.startswith("transformers_modules"):
         raise UnsupportedModel(f"{type(model).__name__} is not the causal language model of type {model_type!r}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
@@ -154,34 +140,18 @@ def _checked(model: PreTrainedModel, plan: SlicePlan) -> Architecture:
         raise UnsupportedModel(
             f"this {model_type} model is spread over several devices; load it on one (the CPU), and give slice_model a device"
         )
-    layers = model.get_submodule(architecture.layers)
-    needed = [(model, (architecture.final_norm, architecture.head, *architecture.embeddings))] + [
-        (layer, (sublayer.norm, sublayer.output, *sublayer.inputs))
-        for layer in layers
-        for step in architecture.steps(config)
-        for sublayer in step
-    ]
-    for module, paths in needed:
-        known = dict(module.named_modules())
-        missing = [path for path in paths if path not in known]
-        if missing:
-            raise UnsupportedModel(f"this {model_type} model cannot be sliced: it has no {missing[0]}, or one of another kind")
-    for path in architecture.embeddings:
-        if model.get_submodule(path).weight.shape[1] != config.hidden_size:
+    known = dict(model.named_modules())
+    for path in (architecture.final_norm, *architecture.embeddings):  # OPT may be without, or project its embeddings
+        if path not in known:
+            raise UnsupportedModel(f"this {model_type} model cannot be sliced: it has no {path}")
+        if path in architecture.embeddings and known[path].weight.shape[1] != config.hidden_size:
             raise UnsupportedModel(f"this {model_type} model cannot be sliced: {path} is narrower than its hidden states")
-    if plan.hidden_size != config.hidden_size:
-        raise ValueError(f"the plan is for a hidden size of {plan.hidden_size}, this model has {config.hidden_size}")
-    if plan.n_layers != len(layers):
-        raise ValueError(f"the plan has the widths of {plan.n_layers} layers, this model has {len(layers)}")
     return architecture
-
-
-# ---------------------------------------------------------------------------------------------------------- calibration
 
 
 @dataclass(frozen=True)
 class _Calibration:
-    """Everything that finding the bases needs; `everywhere` asks for axes where nothing is cut as well."""
+    """What finding the bases needs; `everywhere` asks for axes where nothing is cut as well."""
 
     model: PreTrainedModel
     architecture: Architecture
@@ -189,11 +159,9 @@ class _Calibration:
     windows: Tensor
     batch_size: int
     device: torch.device
-    storage: torch.device
     everywhere: bool
     subtract_mean: bool
     axes: Axes
-    damping: float
     progress: bool
 
     @property
@@ -217,11 +185,12 @@ class _Calibration:
             index, step = divmod(place - 1, len(steps))
             if place == 0:
                 what = "the embeddings"
-                self.start(states, moments)
+                for state in states:
+                    _add_moments(moments, state)
             else:
                 what = f"the hidden states after {' and '.join(one.modules[0] for one in steps[step])} of layer {index}"
                 layer = layer or _on(layers[index], self.device)
-                arguments = {rows: _moved(of_layers[index][1], self.device) for rows, of_layers in calls.items()}
+                arguments = {rows: send_to_device(of_layers[index][1], self.device) for rows, of_layers in calls.items()}
                 self.advance(states, layer, steps[step], arguments, found, self.widths[place - 1], moments)
                 if step == len(steps) - 1:
                     layer = None  # it leaves the device before the next one comes
@@ -229,14 +198,15 @@ class _Calibration:
             if moments is not None:
                 if not bool(torch.isfinite(moments).all()):
                     raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
-                found = (basis or self.chosen)(_mirrored(moments), self.widths[place])
+                moments.tril_().add_(moments.tril(-1).T)
+                found = (basis or self.chosen)(moments, self.widths[place])
                 del moments
             yield None if found is None else found[:, : self.widths[place]]
         yield from (None for _ in self.widths[last + 1 :])
 
     def chosen(self, moments: Float64[Tensor, "D D"], width: int) -> Float64[Tensor, "D _"]:
         """The axes of moments that are damped here, in place: `width` to keep, then, where they come for free, those to cut."""
-        floor = self.damping * float(moments.diagonal().mean())
+        floor = DAMPING * float(moments.diagonal().mean())
         moments.diagonal().add_(floor)
         if self.architecture.centered:
             moments -= floor / self.size
@@ -245,21 +215,11 @@ class _Calibration:
     def embedded(self) -> tuple[list[Tensor], dict[int, list[tuple[tuple, dict]]]]:
         """The stream before layer 0, by batch, and what each layer is called with beside it, by number of rows in the batch."""
         engine, states, calls = LayerwiseModel(self.model), [], {}
-        pinned = self.storage.type == "cpu" and self.device.type == "cuda"  # an accelerator will read it from the CPU
         for rows in self.windows.split(self.batch_size):
-            stream = engine.embed(rows)
-            states.append(torch.empty(stream.shape, dtype=stream.dtype, device=self.storage, pin_memory=pinned).copy_(stream))
+            stream = engine.embed(rows).to(self.device)
+            states.append(_centered(stream) if self.architecture.centered or self.subtract_mean else stream)
             calls[len(rows)] = engine.calls
         return states, calls
-
-    def start(self, states: list[Tensor], moments: Float64[Tensor, "D D"] | None) -> None:
-        """Center the embedded stream where the norms do, in place, and add up its moments."""
-        for state in states:
-            stream = state.to(self.device)
-            if self.architecture.centered or self.subtract_mean:
-                stream = _centered(stream)
-                state.copy_(stream)
-            _add_moments(moments, stream)
 
     def advance(
         self,
@@ -271,27 +231,24 @@ class _Calibration:
         width: int,
         moments: Float64[Tensor, "D D"] | None,
     ) -> None:
-        """Project the stream onto the first `width` axes of `basis`, run one step on it, in place, and add up the moments of
-        the result."""
+        """Project the stream onto the first `width` axes of `basis`, run a step on it, and add up the moments of the result."""
         dtype, centered = self.model.dtype, self.architecture.centered
-        norms = {sublayer: _norm_weights(layer.get_submodule(sublayer.norm), self.architecture, dtype) for sublayer in step}
+        norms = [layer.get_submodule(sublayer.norm) for sublayer in step]
+        weights = [(Normalize(self.size, norm_eps(norm)), *_norm_weights(norm, self.architecture, dtype)) for norm in norms]
         kept = None if basis is None or width == self.size else basis[:, :width].to(dtype)
         # Subtracting what is cut is less work than projecting onto what is kept, and rounds less.
         cut = basis[:, width:].to(dtype) if kept is not None and basis.shape[1] == self.size < 2 * width else None
-        for state in states:
-            stream = state.to(self.device, non_blocking=self.device.type != "cpu")
+        for number, stream in enumerate(states):
             if cut is not None:
                 stream = stream - (stream @ cut) @ cut.T
             elif kept is not None:
                 stream = (stream @ kept) @ kept.T
             result = stream
-            for sublayer, (scale, shift, eps) in norms.items():
-                normed = normalized(stream, self.size, eps) * scale + shift
+            for sublayer, (normalize, scale, shift) in zip(step, weights, strict=True):
+                normed = normalize(stream) * scale + shift
                 result = result + sublayer_output(layer, sublayer, normed, arguments[len(stream)])
-            if centered:
-                result = _centered(result)
-            state.copy_(result)
-            _add_moments(moments, result)
+            states[number] = _centered(result) if centered else result
+            _add_moments(moments, states[number])
 
 
 def _add_moments(moments: Float64[Tensor, "D D"] | None, stream: Float[Tensor, "sample token D"]) -> None:
@@ -303,45 +260,22 @@ def _add_moments(moments: Float64[Tensor, "D D"] | None, stream: Float[Tensor, "
             moments[rows, : rows.stop].addmm_(flat[:, rows].T, flat[:, : rows.stop])
 
 
-def _mirrored(moments: Float64[Tensor, "D D"]) -> Float64[Tensor, "D D"]:
-    """The symmetric matrix of one that is filled in on and below the diagonal."""
-    return moments.tril_().add_(moments.tril(-1).T)
-
-
 def _centered(stream: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
     return (wide - wide.mean(dim=-1, keepdim=True)).to(stream.dtype)
 
 
-def _norm_weights(
-    norm: nn.Module, architecture: Architecture, dtype: torch.dtype
-) -> tuple[Tensor | float, Tensor | float, float]:
-    """Scale, shift and epsilon of a family's norm."""
+def _norm_weights(norm: nn.Module, architecture: Architecture, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+    """Scale and shift of a family's norm."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     scale = 1.0 if weight is None else weight.to(dtype) + architecture.norm_offset
-    return scale, 0.0 if bias is None else bias.to(dtype), norm_eps(norm)
+    return scale, 0.0 if bias is None else bias.to(dtype)
 
 
 def _on(layer: nn.Module, device: torch.device) -> nn.Module:
-    """The layer itself where it is on the device already, else a copy there."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    if all(tensor.device == device for tensor in tensors):
-        return layer
-    # The memo makes deepcopy take these for copies of the layer's tensors, which are not copied on their own device first.
-    copies = {id(tensor): nn.Parameter(tensor.to(device), requires_grad=False) for tensor in layer.parameters()}
-    return copy.deepcopy(layer, copies | {id(buffer): buffer.to(device) for buffer in layer.buffers()})
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors of a nested value on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(item, device) for name, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
-
-
-# ------------------------------------------------------------------------------------------------- from axes to bases
+    """The layer with its tensors on the device, those that are there already shared."""
+    # deepcopy takes the values of its memo for copies made before: no tensor is copied on its own device first.
+    return copy.deepcopy(layer, {id(tensor): tensor.to(device) for tensor in (*layer.parameters(), *layer.buffers())})
 
 
 def _shared(calibration: _Calibration) -> Iterator[Tensor]:
@@ -378,11 +312,7 @@ def _folded(calibration: _Calibration) -> Iterator[Tensor]:
         yield torch.eye(calibration.size, dtype=torch.float64, device=calibration.device)
 
 
-_BASES: dict[str, Callable[[_Calibration], Iterator[Tensor]]] = {
-    "folded": _folded,
-    "full": _Calibration.bases,
-    "shared_basis": _shared,
-}
+_BASES = {"folded": _folded, "full": _Calibration.bases, "shared_basis": _shared}
 
 
 def _paired(bases: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
@@ -422,9 +352,6 @@ def _completed(basis: Float64[Tensor, "D width"]) -> Float64[Tensor, "D D"]:
     return torch.cat([basis, torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------ rotating weights
-
-
 def _rotated(calibration: _Calibration, bases: Iterable[Tensor], shortcuts: list[str]) -> dict[str, Tensor]:
     """The weights of the sliced model that differ from the dense model's, each made as soon as its bases are known."""
     model, architecture, device = calibration.model, calibration.architecture, calibration.device
@@ -440,7 +367,7 @@ def _rotated(calibration: _Calibration, bases: Iterable[Tensor], shortcuts: list
     def reads(module: nn.Module, path: str, norm: nn.Module, name: str, basis: Tensor) -> None:
         """A linear map behind a norm absorbs the norm's weights and the basis."""
         linear = module.get_submodule(path)
-        scale, shift, _ = _norm_weights(norm, architecture, torch.float64)
+        scale, shift = _norm_weights(norm, architecture, torch.float64)
         weight = wide(linear.weight)
         put(f"{name}.weight", (weight * torch.as_tensor(scale).to(device)) @ basis, linear.weight)
         if linear.bias is not None or isinstance(shift, Tensor):

@@ -4,7 +4,6 @@ A slice is the fraction of the residual stream's width D that a layer loses. `sl
 L layers, `slice_base` (S_B) the slice of the least redundant layer, both fractions of 1.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from jaxtyping import Float64, Int64
 from prunelib.models.plans import JsonPlan, check_settings
 
 CAP = 0.9
-"""No layer loses more than this unless a schedule is told otherwise; the other layers lose the difference."""
+"""No layer loses more than this unless a schedule is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +58,13 @@ class SlicePlan(JsonPlan):
         return 1 - sum(self.widths) / (self.hidden_size * self.n_layers)
 
 
-# --------------------------------------------------------------------------------------------------------- schedules
-
-
-def constant(
-    n_layers: int,
-    hidden_size: int,
-    slice_percentage: float | int,
-    *,
-    keep_full: Sequence[int] = (),
-    multiple: int = 1,
-    rounding: str = "remainder",
-) -> SlicePlan:
-    """Every layer loses the same (SliceGPT, arXiv 2401.15024), except that layers `keep_full` lose nothing and the others more.
-
-    The mean slice is `slice_percentage` either way: ``keep_full=(0,)`` is the control for schedules that mostly keep layer 0.
-    Raises ValueError for layers that do not exist, for a slice that the others cannot take, and as `from_slices`.
-    """
+def constant(n_layers: int, hidden_size: int, slice_percentage: float | int, *, multiple: int = 1) -> SlicePlan:
+    """Every layer loses the same (SliceGPT, arXiv 2401.15024). Raises ValueError as `from_slices`."""
     _check_percentage(slice_percentage)
-    wrong = [layer for layer in keep_full if not 0 <= layer < n_layers]
-    if wrong or len(set(keep_full)) < len(keep_full):
-        raise ValueError(f"keep_full={list(keep_full)}: give distinct layers from 0 to {n_layers - 1}")
-    others = n_layers - len(keep_full)
-    if slice_percentage * n_layers > CAP * others:
-        raise ValueError(
-            f"a mean slice of {slice_percentage} over {n_layers} layers cannot be taken from {others} of them: "
-            f"none may lose more than {CAP}"
-        )
-    slices = np.full(n_layers, slice_percentage * n_layers / max(others, 1))
-    slices[list(keep_full)] = 0.0
-    settings = {"slice_percentage": slice_percentage, "keep_full": list(keep_full)}
-    return from_slices(slices, hidden_size, multiple=multiple, rounding=rounding, method="constant", settings=settings)
+    slices = np.full(n_layers, float(slice_percentage))
+    return from_slices(
+        slices, hidden_size, multiple=multiple, method="constant", settings={"slice_percentage": slice_percentage}
+    )
 
 
 def dynamic(
@@ -100,31 +75,19 @@ def dynamic(
     *,
     cap: float | int = CAP,
     multiple: int = 1,
-    rounding: str = "remainder",
-    method: str = "layer_redundancy",
-    settings: dict[str, Any] | None = None,
 ) -> SlicePlan:
     """Redundant layers lose more: `final_slices` of a layer redundancy (arXiv 2411.03513), as widths.
 
     Raises ValueError as `final_slices` and `from_slices`.
     """
     slices = final_slices(redundancy, slice_percentage, slice_base, cap=cap)
-    record = {"slice_percentage": slice_percentage, "slice_base": slice_base, "cap": cap, "redundancy": redundancy.tolist()}
-    return from_slices(
-        slices, hidden_size, multiple=multiple, rounding=rounding, method=method, settings=record | (settings or {})
-    )
-
-
-def dynamic_random(redundancy: Float64[np.ndarray, "layer"], *sizes: float | int, seed: int, **options: Any) -> SlicePlan:
-    """Control: the slices of `dynamic`, given to the layers in a random order drawn from `seed`."""
-    shuffled = np.random.default_rng(seed).permutation(redundancy)
-    return dynamic(shuffled, *sizes, **options, method="layer_redundancy_random", settings={"seed": seed})
-
-
-def dynamic_inverted(redundancy: Float64[np.ndarray, "layer"], *sizes: float | int, **options: Any) -> SlicePlan:
-    """Control: `dynamic` of 1 - redundancy, so that the least redundant layers lose most."""
-    _check_redundancy(redundancy)
-    return dynamic(1 - redundancy, *sizes, **options, method="layer_redundancy_inverted")
+    settings = {
+        "slice_percentage": slice_percentage,
+        "slice_base": slice_base,
+        "cap": cap,
+        "redundancy": redundancy.tolist(),
+    }
+    return from_slices(slices, hidden_size, multiple=multiple, method="layer_redundancy", settings=settings)
 
 
 def from_slices(
@@ -132,11 +95,10 @@ def from_slices(
     hidden_size: int,
     *,
     multiple: int = 1,
-    rounding: str = "remainder",
     method: str = "given",
     settings: dict[str, Any] | None = None,
 ) -> SlicePlan:
-    """Any vector of slices as widths, each a multiple of `multiple`, rounded by one of `ROUNDINGS`.
+    """Any slices as widths, each a multiple of `multiple`; units left over go to the largest remainders, first layers first.
 
     Raises ValueError unless all slices lie in [0, 1), `hidden_size` is a multiple of `multiple`, and every width is at least
     `multiple`.
@@ -146,17 +108,21 @@ def from_slices(
         raise ValueError(f"slices must be fractions of the width, at least 0 and below 1; got {slices.tolist()}")
     if multiple < 1 or hidden_size < 1 or hidden_size % multiple:
         raise ValueError(f"a width of {hidden_size} cannot be cut in steps of {multiple}: give a divisor of it")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {rounding!r}; there are: {', '.join(ROUNDINGS)}")
-    widths = multiple * ROUNDINGS[rounding]((1 - slices) * hidden_size / multiple)
+    widths = multiple * _largest_remainder((1 - slices) * hidden_size / multiple)
     if widths.min() < 1:
         layers = np.flatnonzero(widths < 1).tolist()
         raise ValueError(f"layers {layers} would keep no width at slices {slices[layers].tolist()}: slice less")
-    record = {"multiple": multiple, "rounding": rounding} | (settings or {})
-    return SlicePlan(hidden_size, tuple(widths.tolist()), method, record)
+    return SlicePlan(hidden_size, tuple(widths.tolist()), method, {"multiple": multiple} | (settings or {}))
 
 
-# ---------------------------------------------------------------------------------------------------- from LR to slices
+def _largest_remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
+    # Rounded first: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. The sum is rounded on its own, since
+    # one of n + 1/2, as bisection meets it, would otherwise depend on the order in which a processor adds.
+    exact = np.round(units, 9)
+    whole = np.floor(exact).astype(np.int64)
+    missing = round(round(float(exact.sum()), 6)) - int(whole.sum())
+    whole[np.argsort(whole - exact, kind="stable")[:missing]] += 1
+    return whole
 
 
 def redundancy_slices(
@@ -170,7 +136,11 @@ def redundancy_slices(
     which the released code prints where its README asks for redundancies, has the opposite sense and mostly other values.)
     """
     _check_percentage(slice_percentage)
-    _check_redundancy(redundancy)
+    if not len(redundancy) or not bool(((redundancy >= 0) & (redundancy <= 1)).all()):
+        raise ValueError(
+            "layer redundancies lie between 0 and 1, 1 = most redundant (prunelib.slicing.layer_redundancy); "
+            f"raw importances are not redundancies; got {redundancy.tolist()}"
+        )
     if not 0 <= slice_base <= slice_percentage:
         raise ValueError(
             f"slice_base={slice_base}: it lies between 0 and slice_percentage={slice_percentage}; "
@@ -217,33 +187,3 @@ def _filled(slices: Float64[np.ndarray, "layer"], cap: float, mean: float) -> Fl
 def _check_percentage(slice_percentage: float | int) -> None:
     if not 0 <= slice_percentage < 1:
         raise ValueError(f"slice_percentage={slice_percentage}: a fraction, at least 0 and below 1")
-
-
-def _check_redundancy(redundancy: Float64[np.ndarray, "layer"]) -> None:
-    if not len(redundancy) or not bool(((redundancy >= 0) & (redundancy <= 1)).all()):
-        raise ValueError(
-            "layer redundancies lie between 0 and 1, 1 = most redundant (prunelib.slicing.layer_redundancy); "
-            f"raw importances are not redundancies; got {redundancy.tolist()}"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------- rounding
-
-
-def _remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
-    # Rounded first: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. The sum is rounded on its own, since
-    # one of n + 1/2, as bisection meets it, would otherwise depend on the order in which a processor adds.
-    exact = np.round(units, 9)
-    whole = np.floor(exact).astype(np.int64)
-    missing = round(round(float(exact.sum()), 6)) - int(whole.sum())
-    whole[np.argsort(whole - exact, kind="stable")[:missing]] += 1
-    return whole
-
-
-ROUNDINGS: dict[str, Callable[[Float64[np.ndarray, "layer"]], Int64[np.ndarray, "layer"]]] = {
-    "remainder": _remainder,
-    "nearest": lambda units: np.round(units).astype(np.int64),
-    "down": lambda units: np.floor(np.round(units, 9)).astype(np.int64),
-}
-"""From wanted to whole widths. "remainder" keeps the sum, giving the units left over to the largest remainders (first layers
-first); "nearest" rounds each layer by itself, half to even, as DynamicSlicing does; "down" as SliceGPT does."""
