@@ -98,14 +98,8 @@ def products(
 ) -> tuple[Float64[Tensor, "token state state"], Float64[Tensor, "token layer"], Float64[Tensor, "token layer"]]:
     """Gram matrices, lengths |h_{i+1} - h_i| and sums of |h_{i+1} - h_i| over the width, computed in float64.
 
-    Tokens and states may lie at any even stride, the width must be contiguous. Raises ValueError for states that are not
-    `usable`.
+    For `usable` states: tokens and states may lie at any even stride, the width must be contiguous.
     """
-    if not usable(states):
-        raise ValueError(
-            f"{states.shape[1]} states of {states.dtype} at strides {states.stride()}: at most {MAX_STATES} of bfloat16 or "
-            "float32, contiguous and even in width"
-        )
     tokens, n_states, width = states.shape
     empty = {"dtype": torch.float64, "device": states.device}
     gram = torch.empty((tokens, n_states, n_states), **empty)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.criteria.registry import ablation
@@ -23,7 +22,7 @@ from prunelib.models.layerwise import LayerwiseModel
 
 @ablation(title="Leave-one-out NLL", source="Shortened LLaMA (PPL), arXiv 2402.02834", protect_first=4, protect_last=2)
 def leave_one_out_nll(
-    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8, progress: bool = False
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8
 ) -> Float64[np.ndarray, "layer"]:
     """Nats per token that the dense model loses without the layer; negative where it does better.
 
@@ -32,17 +31,17 @@ def leave_one_out_nll(
     Published calibration: 10 samples of 128 tokens of BookCorpus.
     """
     sets = [(), *((layer,) for layer in range(len(decoder_layers(model))))]
-    found = layer_set_perplexity(model, windows, sets, batch_size=batch_size, progress=progress)
+    found = layer_set_perplexity(model, windows, sets, batch_size=batch_size, progress=False)
     return np.array([found[removed].nll for removed in sets[1:]]) - found[()].nll
 
 
 @ablation(title="Leave-one-out KL", source="fitness of EvoPress, arXiv 2410.14649, for one layer")
 def leave_one_out_kl(
-    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8, progress: bool = False
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 8
 ) -> Float64[np.ndarray, "layer"]:
     """KL(dense || without the layer) of the predicted distributions, nats per token; >= 0."""
     sets = [(layer,) for layer in range(len(decoder_layers(model)))]
-    found = layer_set_divergence(model, windows, sets, batch_size=batch_size, progress=progress)
+    found = layer_set_divergence(model, windows, sets, batch_size=batch_size, progress=False)
     return np.array([found[removed].kl for removed in sets])
 
 
@@ -51,13 +50,9 @@ def leave_one_out_kl(
 
 @ablation(title="Taylor+", source="Shortened LLaMA (Taylor+), arXiv 2402.02834, Eq. 2", protect_first=4, protect_last=2)
 def taylor(
-    model: PreTrainedModel,
-    windows: Int64[Tensor, "window position"],
-    batch_size: int = 10,
-    power: int = 1,
-    progress: bool = False,
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 10
 ) -> Float64[np.ndarray, "layer"]:
-    """Sum over the weights w of a layer of |w dLoss/dw| to the power `power`; >= 0.
+    """Sum over the weights w of a layer of |w dLoss/dw|; >= 0.
 
     The first-order change of the loss (mean negative log-likelihood of all scored tokens) when a weight is set to zero. All
     matrices and norms of the layer count, biases do not, as in the released code; the products are summed over the samples
@@ -68,24 +63,25 @@ def taylor(
     flat = [weight for layer in weights for weight in layer]
     tokens = windows[:, 1:].numel()
     gradients: list[Tensor | None] = [None] * len(flat)
-    starts = range(0, len(windows), batch_size)
     with _requiring_gradients(flat), torch.enable_grad():
-        for start in tqdm(starts, desc="gradients", unit="batch", disable=not progress):
-            ids = windows[start : start + batch_size].to(model.device)
+        for batch in windows.split(batch_size):
+            ids = batch.to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / tokens
             parts = torch.autograd.grad(loss, flat, allow_unused=True)
             gradients = [_sum(total, part) for total, part in zip(gradients, parts, strict=True)]
-    found = iter(gradients)
-    return np.array([math.fsum(_salience(weight, next(found), power) for weight in layer) for layer in weights])
+    # An expert that no token reached has no gradient.
+    salience = iter(
+        0.0 if gradient is None else _absolute_sum(weight.detach().float() * gradient)
+        for weight, gradient in zip(flat, gradients, strict=True)
+    )
+    return np.array([math.fsum(next(salience) for _ in layer) for layer in weights])
 
 
 @ablation(title="Mag+", source="Shortened LLaMA (Mag+), arXiv 2402.02834, Eq. 1", protect_first=4, protect_last=2)
-def magnitude(
-    model: PreTrainedModel, windows: Int64[Tensor, "window position"], power: int = 1
-) -> Float64[np.ndarray, "layer"]:
-    """Sum over the weights of a layer of |w| to the power `power`; biases do not count; >= 0. The windows do not matter."""
-    return np.array([math.fsum(_norm(weight, power) for weight in _weights(layer)) for layer in decoder_layers(model)])
+def magnitude(model: PreTrainedModel, windows: Int64[Tensor, "window position"]) -> Float64[np.ndarray, "layer"]:
+    """Sum over the weights of a layer of |w|; biases do not count; >= 0. The windows do not matter."""
+    return np.array([math.fsum(map(_absolute_sum, _weights(layer))) for layer in decoder_layers(model)])
 
 
 def _weights(layer: nn.Module) -> list[nn.Parameter]:
@@ -106,18 +102,14 @@ def _requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    # In float32 whatever the model: sums of float16 gradients overflow. An expert that no token reached has none.
+    # In float32 whatever the model: sums of float16 gradients overflow.
     if part is None:
         return total
     return part.float() if total is None else total.add_(part.float())
 
 
-def _salience(weight: Tensor, gradient: Tensor | None, power: int) -> float:
-    return 0.0 if gradient is None else _norm(weight.detach().float() * gradient, power)
-
-
-def _norm(values: Tensor, power: int) -> float:
-    return values.detach().float().abs().pow(power).sum(dtype=torch.float64).item()
+def _absolute_sum(values: Tensor) -> float:
+    return values.detach().float().abs().sum(dtype=torch.float64).item()
 
 
 # --- entropy -------------------------------------------------------------------------------------------------------------
@@ -125,11 +117,7 @@ def _norm(values: Tensor, power: int) -> float:
 
 @ablation(title="EntroDrop", source="EntroDrop, arXiv 2504.03794", protect_first=2, protect_last=1)
 def entropy_gain(
-    model: PreTrainedModel,
-    windows: Int64[Tensor, "window position"],
-    neighbors: int = 25,
-    batch_size: int = 1,
-    progress: bool = False,
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], neighbors: int = 25, batch_size: int = 1
 ) -> Float64[np.ndarray, "layer"]:
     """H(output) - H(input) of the hidden states of a layer, by `knn_entropy` in nats; mean over batches.
 
@@ -138,23 +126,19 @@ def entropy_gain(
     Entropies are those of the tokens of one batch together, which must be more than `neighbors`. Published calibration:
     128 windows of 256 tokens of C4.
     """
-    return _entropy_gains(model, windows, neighbors, batch_size, progress)
+    return _entropy_gains(model, windows, neighbors, batch_size)
 
 
 @ablation(title="EntroDrop (as released)", source="EntroDrop's released code", protect_first=2, protect_last=1)
 def entropy_gain_attention(
-    model: PreTrainedModel,
-    windows: Int64[Tensor, "window position"],
-    neighbors: int = 25,
-    batch_size: int = 1,
-    progress: bool = False,
+    model: PreTrainedModel, windows: Int64[Tensor, "window position"], neighbors: int = 25, batch_size: int = 1
 ) -> Float64[np.ndarray, "layer"]:
     """H(input + attention(input)) - H(input), otherwise as `entropy_gain`.
 
     The released code computes the score of the layer, then ranks whole layers by this one of the attention sublayer alone.
     Raises UnsupportedModel where the sublayers of a layer cannot be told apart, or do not simply add to its input.
     """
-    return _entropy_gains(model, windows, neighbors, batch_size, progress, without=("mlp",))
+    return _entropy_gains(model, windows, neighbors, batch_size, without=("mlp",))
 
 
 def knn_entropy(states: Float[Tensor, "token dim"], neighbors: int = 25) -> float:
@@ -183,7 +167,6 @@ def _entropy_gains(
     windows: Int64[Tensor, "window position"],
     neighbors: int,
     batch_size: int,
-    progress: bool,
     without: tuple[str, ...] = (),
 ) -> Float64[np.ndarray, "layer"]:
     """Entropy of the output of each layer while its sublayers `without` are silent, minus that of its input; batch mean.
@@ -193,8 +176,8 @@ def _entropy_gains(
     check_windows(model, windows, batch_size=batch_size)
     engine = LayerwiseModel(model)
     gains = []
-    for start in tqdm(range(0, len(windows), batch_size), desc="entropy", unit="batch", disable=not progress):
-        hidden = engine.embed(windows[start : start + batch_size])
+    for batch in windows.split(batch_size):
+        hidden = engine.embed(batch)
         entropy = knn_entropy(hidden.flatten(0, 1), neighbors)
         gain = []
         for index in range(engine.n_layers):

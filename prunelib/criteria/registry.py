@@ -17,9 +17,8 @@ import numpy as np
 class Rule:
     """A named rule for importance, called as ``rule(*data, **options)``; importance has one sign, higher = keep.
 
-    kind: what messages call it. title: label in plots. source: where the rule was published. protect_first, protect_last: how
-    many layers at either end the published method never removes; callers pass them on to `prunelib.depth.lowest`. data: how
-    many leading arguments of `importance` are data, the others are options.
+    title: label in plots. protect_first, protect_last: how many layers at either end the published method never removes;
+    callers pass them on to `prunelib.depth.lowest`. data: how many leading arguments of `importance` are no options.
     """
 
     kind: str
@@ -38,11 +37,7 @@ class Rule:
         return {parameter.name: parameter.default for parameter in parameters}
 
     def __call__(self, *data: Any, **options: Any) -> np.ndarray:
-        """Importance in float64, as the docstring of the function behind the rule says.
-
-        Raises ValueError for options the rule does not have, RuntimeError where an importance is NaN or infinite, and what the
-        function itself raises.
-        """
+        """Importance in float64; raises ValueError for options the rule does not have, RuntimeError for NaN or infinity."""
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
@@ -68,11 +63,7 @@ class Rules(dict[str, Rule]):
     def register(
         self, *, title: str, source: str, protect_first: int = 0, protect_last: int = 0
     ) -> Callable[[Callable[..., np.ndarray]], Rule]:
-        """Decorator that turns a function into a rule under its own name, which must be new.
-
-        A function typed in by hand (of ``__main__``, as in a cell of a notebook) may be defined again: running a cell twice is
-        no mistake.
-        """
+        """Decorator that turns a function into a rule under its own name, which must be new, except in cells of a notebook."""
 
         def add(importance: Callable[..., np.ndarray]) -> Rule:
             name = importance.__name__

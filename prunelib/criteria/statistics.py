@@ -9,8 +9,7 @@ MSSD, MASD (with or without division by the width) and relative magnitude all fo
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 import safetensors.numpy
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.io import replacing
-from prunelib.models import check_vocabulary, final_norm, memory
+from prunelib.models import check_vocabulary, memory
 from prunelib.models.layerwise import LayerwiseModel
 
 SUBSETS = ("all", "without_first", "last")
@@ -66,20 +65,12 @@ class LayerStats:
     norm: Float64[np.ndarray, "subset state"]
 
     def __post_init__(self):
-        subsets, layers = len(SUBSETS), self.n_layers
-        expected = {
-            "count": (subsets,),
-            "cosine": (subsets, layers + 1, layers + 1),
-            "angle": (subsets, layers + 1, layers + 1),
-            "squared_difference": (subsets, layers),
-            "absolute_difference": (subsets, layers),
-            "relative_magnitude": (subsets, layers),
-            "norm": (subsets, layers + 1),
-        }
-        for name, shape in expected.items():
-            found = getattr(self, name).shape
+        pairs = (self.n_layers + 1, self.n_layers + 1)
+        axes = {"count": (), "cosine": pairs, "angle": pairs, "norm": pairs[:1]}
+        for name in _ARRAYS:
+            found, shape = getattr(self, name).shape, (len(SUBSETS), *axes.get(name, (self.n_layers,)))
             if found != shape:
-                raise ValueError(f"LayerStats of {layers} layers needs {name} of shape {shape}, got {found}")
+                raise ValueError(f"LayerStats of {self.n_layers} layers needs {name} of shape {shape}, got {found}")
 
     @property
     def n_layers(self) -> int:
@@ -108,31 +99,18 @@ class LayerStats:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LayerStats":
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is damaged or something else."""
-        with _opened(path) as file:
-            missing = {*_ARRAYS, "hidden_size"} - set(file.keys())
-            if missing:
-                raise ValueError(f"{path} holds no layer statistics: {', '.join(sorted(missing))} missing; collect them again")
-            return cls(int(file.get_tensor("hidden_size")[0]), **{name: file.get_tensor(name) for name in _ARRAYS})
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no layer statistics at {path}")
+        try:
+            found = safetensors.numpy.load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); delete it and collect again") from error
+        if missing := {*_ARRAYS, "hidden_size"} - set(found):
+            raise ValueError(f"{path} holds no layer statistics: {', '.join(sorted(missing))} missing; collect them again")
+        return cls(int(found["hidden_size"][0]), **{name: found[name] for name in _ARRAYS})
 
 
 _ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hidden_size")
-
-
-def load_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The strings stored beside the statistics by `LayerStats.save`. Raises like `LayerStats.load`."""
-    with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get("metadata", "{}"))
-
-
-@contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no layer statistics at {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}); delete it and collect again") from error
 
 
 @memory.says_what_fits(
@@ -172,32 +150,20 @@ def collect(
     return total
 
 
-def influence_through_final_norm(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "sample token"],
-    *,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> float:
+@torch.inference_mode()
+def influence_through_final_norm(model: PreTrainedModel, windows: Int[Tensor, "sample token"], *, batch_size: int = 8) -> float:
     """1 - mean over all tokens of cos(input of the last layer, its output after the final norm).
 
     `block_influence` of the last layer as the released code of Dynamic LLM Slicing (arXiv 2411.03513) takes it, from
     ``output_hidden_states``. A norm with unequal weights turns the states, so it is larger than the layer's own.
-    Raises as `collect`, for the last layer.
+    Raises ValueError for no windows, RuntimeError for NaN and infinity.
     """
     checked_mask(windows, None)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    engine, norm, total = LayerwiseModel(model), final_norm(model), 0.0
-    starts = range(0, len(windows), batch_size)
-    with torch.inference_mode():
-        for start in tqdm(starts, desc="influence through the final norm", unit="batch", disable=not progress):
-            hidden = engine.embed(windows[start : start + batch_size])
-            for index in range(engine.n_layers - 1):
-                hidden = engine.run_layer(index, hidden)
-            before = hidden.double()
-            after = norm(engine.run_layer(engine.n_layers - 1, hidden)).double()
-            total += float(torch.cosine_similarity(before, after.to(before.device), dim=-1).sum())
+    total = 0.0
+    for batch in windows.split(batch_size):
+        found = model.base_model(input_ids=batch.to(model.device), output_hidden_states=True, use_cache=False)
+        before, after = (state.double() for state in found.hidden_states[-2:])
+        total += float(torch.cosine_similarity(before.to(after.device), after, dim=-1).sum())
     if not np.isfinite(total):
         raise RuntimeError("NaN or infinity around the last layer; check the weights, or use a dtype of wider range")
     return 1 - total / windows.numel()
@@ -243,10 +209,9 @@ _Products = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 def _products_for(states: Float[Tensor, "token state dim"], device: torch.device) -> tuple[_Products, int]:
     """What multiplies the states on this device, and the bytes that a chunk takes for each token."""
     _, n_states, width = states.shape
-    if device.type == "cuda":
-        fused = _fused(device)
-        if fused is not None and fused.usable(states):
-            return fused.products, 16 * n_states**2 + (0 if states.device == device else states.itemsize * n_states * width)
+    fused = _fused(device) if device.type == "cuda" else None
+    if fused is not None and fused.usable(states):
+        return fused.products, 16 * n_states**2 + (0 if states.device == device else states.itemsize * n_states * width)
     return _Plain(), 8 * n_states * width
 
 
@@ -258,9 +223,10 @@ def _fused(device: torch.device) -> ModuleType | None:
     except ImportError:  # Triton has no build for this platform
         return None
     problem = fused.problem(device)
-    if problem is not None:
-        warnings.warn(f"layer statistics without the Triton kernel, more slowly: {problem}", stacklevel=2)
-    return fused if problem is None else None
+    if problem is None:
+        return fused
+    warnings.warn(f"layer statistics without the Triton kernel, more slowly: {problem}", stacklevel=2)
+    return None
 
 
 class _Plain:
@@ -301,36 +267,31 @@ def checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample t
 class _States:
     """The hidden states of one batch: the inputs of all layers and the output of the last, before the final norm.
 
-    Each is copied as it appears into one buffer that all batches share. Keeping the tensors themselves costs no copy but
-    makes the forward pass allocate new memory for every layer, which measured 10% slower on a CPU; and a later layer that
-    works in place cannot change the copy.
+    Each is copied as it appears into one buffer that all batches share. Keeping the tensors themselves makes the forward pass
+    allocate new memory for every layer, 10% slower on a CPU; and a later layer that works in place cannot change the copy.
     """
 
     def __init__(self):
-        self.buffer: Tensor | None = None
+        self.buffer = torch.empty(0)
 
     def of(
         self, engine: LayerwiseModel, ids: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
     ) -> Float[Tensor, "sample token state dim"]:
         """The states of these windows; the next call overwrites them."""
-        hidden = engine.embed(ids, mask)
-        self._store(0, hidden, engine.n_layers + 1)
+        hidden, n_states = engine.embed(ids, mask), engine.n_layers + 1
+        shape = (*hidden.shape[:2], n_states, hidden.shape[2])
+        if self.buffer.shape != shape:
+            if hidden.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
+                self.buffer = torch.empty(shape, dtype=hidden.dtype)
+            else:  # each state one piece of memory, which is copied fastest
+                self.buffer = hidden.new_empty((n_states, *hidden.shape)).permute(1, 2, 0, 3)
+        self.buffer[:, :, 0].copy_(hidden)
         for index in range(engine.n_layers):
             hidden = engine.run_layer(index, hidden)
-            self._store(index + 1, hidden, engine.n_layers + 1)
+            # Some models widen the residual stream on the way.
+            self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, hidden.dtype))
+            self.buffer[:, :, index + 1].copy_(hidden)
         return self.buffer
-
-    def _store(self, index: int, state: Float[Tensor, "sample token dim"], n_states: int) -> None:
-        shape = (*state.shape[:2], n_states, state.shape[2])
-        if index == 0 and (self.buffer is None or self.buffer.shape != shape):
-            if state.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
-                self.buffer = torch.empty(shape, dtype=state.dtype)
-            else:  # each state one piece of memory, which is copied fastest
-                whole = torch.empty((n_states, *state.shape), dtype=state.dtype, device=state.device)
-                self.buffer = whole.permute(1, 2, 0, 3)
-        # Some models widen the residual stream on the way.
-        self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, state.dtype))
-        self.buffer[:, :, index].copy_(state)
 
 
 def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset real"]:

@@ -39,14 +39,13 @@ RULES: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {"published": _
 class MergeStep:
     """One attempt: `following` layers after layer `base` (indices at that time) merged into it.
 
-    cosine: mean similarity of the final hidden states to the dense model. n_layers: those of the model after the attempt.
+    cosine: mean similarity of the final hidden states to the dense model.
     """
 
     base: int
     following: int
     cosine: float
     accepted: bool
-    n_layers: int
 
 
 @dataclass(frozen=True)
@@ -99,21 +98,17 @@ def collapse(
     samples: Int64[Tensor, "sample position"] | Sequence[Int64[Tensor, " _"]],
     *,
     layers_per_merge: int = 7,
-    interval: int = 1,
     threshold: float = 0.45,
-    lowest: int = 0,
-    highest: int | None = None,
     rule: str = "published",
     layers_removed: int | None = None,
     progress: bool = True,
 ) -> Collapse:
     """LaCo's search: from the top down, merge, and keep a merge when the final hidden states stay similar enough.
 
-    At layer l, starting `layers_per_merge` (C) below `highest` (the last layer), the next C - 1 layers, or as many as there
-    are, are merged into l. If the mean cosine to the dense model exceeds `threshold`, the merge stays and l goes down by
-    `interval`, otherwise by 1; the search ends below `lowest`. The cosine is taken as the released code does: of the states
-    after the final norm, all tokens of a sample as one vector. Defaults are those of the released notebook for Llama-2-13B,
-    which calibrates on five short Wikipedia snippets.
+    At layer l, starting `layers_per_merge` (C) below the last, the next C - 1 layers, or as many as there are, are merged into
+    l. If the mean cosine to the dense model exceeds `threshold`, the merge stays; then l goes down by 1, to 0. The cosine is
+    taken as the released code does: of the states after the final norm, all tokens of a sample as one vector. Settings are
+    those of the released notebook for Llama-2-13B, which calibrates on five short Wikipedia snippets.
 
     Args:
         samples: windows, or token sequences of different length.
@@ -126,15 +121,9 @@ def collapse(
         RuntimeError: hidden states that are not finite.
     """
     n_layers = len(decoder_layers(model))
-    highest = n_layers - 1 if highest is None else highest
-    if layers_per_merge < 2 or interval < 1 or not -1 <= threshold <= 1 or not 0 <= lowest <= highest < n_layers:
+    if not 2 <= layers_per_merge < n_layers or not -1 <= threshold <= 1:
         raise ValueError(
-            f"layers_per_merge={layers_per_merge} (from 2), interval={interval} (from 1), threshold={threshold} (-1 to 1), "
-            f"lowest={lowest}, highest={highest} (0 to {n_layers - 1}, in this order): out of range"
-        )
-    if highest - layers_per_merge < lowest:
-        raise ValueError(
-            f"layers_per_merge={layers_per_merge} below highest={highest} is below lowest={lowest}: nothing would be tried"
+            f"layers_per_merge={layers_per_merge} (2 to {n_layers - 1}) or threshold={threshold} (-1 to 1) is out of range"
         )
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; there are: {', '.join(RULES)}")
@@ -146,32 +135,24 @@ def collapse(
     origins: list[tuple[int, ...]] = [(index,) for index in range(n_layers)]
     steps: list[MergeStep] = []
     to_go = n_layers - 1 if layers_removed is None else layers_removed
-    base = highest - layers_per_merge
-    with tqdm(total=base - lowest + 1, desc="merge", unit="layer", disable=not progress) as bar:
-        while base >= lowest and to_go:
-            following = min(layers_per_merge - 1, len(origins) - base - 1, to_go)
-            candidate = merge(model, base, following, rule)
-            cosine = _similarity(candidate, samples, dense)
-            accepted = cosine > threshold
-            if accepted:
-                model = candidate
-                taken = origins[base : base + following + 1]
-                origins[base : base + following + 1] = [tuple(index for group in taken for index in group)]
-                to_go -= following
-            steps.append(MergeStep(base, following, cosine, accepted, len(origins)))
-            # A merge at l leaves at least l + 1 layers: the next base always has one above it.
-            down = interval if accepted else 1
-            base -= down
-            bar.update(down)
+    # A merge at l leaves at least l + 1 layers: the next base always has one above it.
+    for base in tqdm(range(n_layers - 1 - layers_per_merge, -1, -1), desc="merge", unit="layer", disable=not progress):
+        following = min(layers_per_merge - 1, len(origins) - base - 1, to_go)
+        if following == 0:
+            break
+        candidate = merge(model, base, following, rule)
+        cosines = [
+            functional.cosine_similarity(_final_states(candidate, ids), states, dim=0).item()
+            for ids, states in zip(samples, dense, strict=True)
+        ]
+        cosine = sum(cosines) / len(cosines)
+        steps.append(MergeStep(base, following, cosine, cosine > threshold))
+        if cosine > threshold:
+            model = candidate
+            taken = origins[base : base + following + 1]
+            origins[base : base + following + 1] = [tuple(index for group in taken for index in group)]
+            to_go -= following
     return Collapse(model, tuple(origins), tuple(steps))
-
-
-def _similarity(model: PreTrainedModel, samples: Sequence[Tensor] | Tensor, dense: Sequence[Tensor]) -> float:
-    cosines = [
-        functional.cosine_similarity(_final_states(model, ids), states, dim=0).item()
-        for ids, states in zip(samples, dense, strict=True)
-    ]
-    return sum(cosines) / len(cosines)
 
 
 @torch.inference_mode()

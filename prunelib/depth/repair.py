@@ -9,11 +9,12 @@ or, in a layer with parallel sublayers, what its attention and its MLP write. Th
 nothing but the residual stream behind the span reads a. z is not free: the same layer's MLP and all layers below read parts of
 it. One number is: norms do not see a factor, so that a stream s x behind the span, to which the layers above add, is the
 stream x to which they add 1 / s of it (exactly, but for the epsilon in the norms). Least squares shrinks what it cannot
-predict, and so gives all later additions too much weight; the methods with a factor end by matching the norm of y. A span that
-starts at layer 0 has no a, and no z: x is what the embedding tables hold, and any map of it can be taken in by them, unless
-the output head shares the table. Maps of the whole stream (LinearPatch, Ghosted Layers) fit in no ordinary checkpoint.
+predict, and so gives all later additions too much weight; the method with a factor ends by matching the norm of y. A span that
+starts at layer 0 has no a, and no z: x is what the embedding tables hold, which can take in any map of it, unless the output
+head shares the table. Maps of the whole stream (LinearPatch, Ghosted Layers) fit in no ordinary checkpoint.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -39,63 +40,27 @@ FOLDS = 4
 """Parts of the windows of which each is held out once when the damping is chosen; fewer when there are fewer windows."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to repair.
-
-    source: where it is from, and how it differs. regressors: which columns u the change is a map of: "outputs" of the MLP's
-    last matrix; "inputs" of all matrices that write last; "none". scaled: the stream gets a factor, by least squares together
-    with the change; then both are multiplied so that the sum of squares is that of y, which may raise the error. from_zero:
-    damping shrinks the whole map I + change instead of the change.
-    """
-
-    source: str
-    regressors: str
-    scaled: bool = False
-    from_zero: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "replaceme": Method(
-        "ReplaceMe, arXiv 2505.02819: the MLP output a becomes a T, T = (A^T A)^-1 A^T (Y - Z). Damping shrinks T towards I",
-        "outputs",
-    ),
-    "replaceme_published": Method(
-        "ReplaceMe, arXiv 2505.02819, with its damping, T = (A^T A + lambda I)^-1 A^T (Y - Z), which shrinks T towards 0",
-        "outputs",
-        from_zero=True,
-    ),
-    "scale": Method(
-        "own: LinearPatch (arXiv 2505.24680) with one factor for all channels, |y| / |x|, put into the layers above",
-        "none",
-        scaled=True,
-    ),
-    "replaceme_scale": Method("own: `replaceme` and `scale` fitted together, z s + a T", "outputs", scaled=True),
-    "refit": Method(
-        "own: the last matrices before the span fitted again on their inputs, damped towards what they were. ReplaceMe's T "
-        "is the special case that mixes their outputs. With parallel sublayers that of the attention too",
-        "inputs",
-    ),
-    "refit_scale": Method("own: `refit` and `scale` fitted together", "inputs", scaled=True),
-}
-"""Methods of `repair`: the result is an ordinary checkpoint."""
+METHODS = ("replaceme", "refit", "refit_scale")
+"""What `repair` fits. "replaceme" (arXiv 2505.02819): the MLP output a becomes a T, T = (A^T A)^-1 A^T (Y - Z); damping shrinks
+T towards I here. "refit", own: the last matrices before the span fitted again on their inputs, damped towards what they were;
+ReplaceMe's T is the special case that mixes their outputs. "refit_scale", own: with a factor on the stream, as LinearPatch
+(arXiv 2505.24680) has for each channel, put into the layers above; then both are multiplied so that the sum of squares is that
+of y, which may raise the error."""
 
 
 @dataclass(frozen=True)
 class PrunedSpan:
-    """A run of removed layers and what was done about it. Layer indices are those of the dense model.
+    """A run of removed layers and what was done about it.
 
-    before: the last layer that stays below; None when layer 0 is removed. removed: ascending, contiguous. error_before,
-    error_after: |y - x| / |y| over all tokens (Frobenius norm), with the spans below repaired, without and with this repair; as
-    the regression has it, before the new weights are rounded to their dtype. damping: added to the diagonal of the regressors'
-    second moments, times its mean; None for a method without. scale: the factor s on the stream, 1 for a method without.
+    removed: indices in the dense model. error_before, error_after: |y - x| / |y| over all tokens (Frobenius norm), with the
+    spans below repaired, without and with this repair, before the new weights are rounded to their dtype. damping: see
+    `repair`. scale: the factor s on the stream, 1 for a method without.
     """
 
-    before: int | None
     removed: tuple[int, ...]
     error_before: float
     error_after: float
-    damping: float | None
+    damping: float
     scale: float
 
 
@@ -120,10 +85,9 @@ def repair(
 ) -> Repaired:
     """`dense` without the layers `removed`, repaired at every span of them; `dense` stays as it was.
 
-    The result has the dense model's modules, dtype and device. It costs forward passes: for each span, of the dense model up to
-    behind the span and of the pruned one up to it. In memory are one batch and the sums: 3 D x D numbers in float64 for
-    `replaceme`, F x F and 2 F x D for `refit` (F the width of the MLP), `FOLDS` times when a damping is chosen. Where many
-    factors meet in bfloat16 weights, calibrate in float32 and convert the result.
+    It costs forward passes: for each span, of the dense model up to behind the span and of the pruned one up to it. In memory
+    are one batch and the sums: 3 D x D numbers in float64 for `replaceme`, F x F and 2 F x D for `refit` (F the width of the
+    MLP), `FOLDS` times when a damping is chosen. Where many factors meet in bfloat16 weights, calibrate in float32.
 
     Args:
         windows: token ids, all of them real tokens.
@@ -139,39 +103,26 @@ def repair(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
-    damped = METHODS[method].regressors != "none"
-    if damping is not None and not damped:
-        raise ValueError(f"damping={damping}: method {method!r} has none, leave it out")
     if damping is not None and not 0 <= damping < math.inf:
         raise ValueError(f"damping={damping}: 0 (plain least squares) or a finite positive number, or None to choose it")
     architecture = _architecture(dense, removed)
     check_windows(dense, windows, batch_size=batch_size)
-    if damping is None and damped and len(windows) < 2:
+    if damping is None and len(windows) < 2:
         raise ValueError("a damping cannot be chosen with 1 window, none could be held out: give more windows, or a damping")
     pruned = remove_layers(dense, removed)
-    spans = _spans(removed)
+    gone = sorted(int(index) for index in removed)
+    # Members of a contiguous run have the same difference between index and rank, the number of layers that stay below.
+    runs = itertools.groupby(enumerate(gone), lambda item: item[1] - item[0])
+    spans = [(below, tuple(index for _, index in run)) for below, run in runs]
     shared = dense.get_input_embeddings().weight is getattr(dense.get_output_embeddings(), "weight", None)
-    if spans and spans[0][0] == 0 and damped and shared:
+    if spans and spans[0][0] == 0 and shared:
         raise UnsupportedModel(
             f"layer 0 of this {dense.config.model_type} model is removed, so that only the embedding table could take in the "
-            "repair, but the output head shares it: keep layer 0, use method 'scale', or untie the head first"
+            "repair, but the output head shares it: keep layer 0, or untie the head first"
         )
-    job = _Job(dense, pruned, architecture, windows, METHODS[method], damping, batch_size, progress)
-    found, factor = [], 1.0
-    for below, removed_here in spans:
-        fit, record = job.fitted(below, removed_here, factor)
-        job.fuse(below, fit)
-        factor *= fit.scale
-        found.append(record)
-    return Repaired(pruned, tuple(found))
-
-
-def _spans(removed: Collection[SupportsIndex]) -> list[tuple[int, tuple[int, ...]]]:
-    """(number of layers that stay below, removed layers) for each contiguous run, from the bottom."""
-    gone = sorted(int(index) for index in removed)
-    # Members of a run have the same difference between index and rank.
-    runs = itertools.groupby(enumerate(gone), lambda item: item[1] - item[0])
-    return [(below, tuple(index for _, index in run)) for below, run in runs]
+    engines = LayerwiseModel(dense), LayerwiseModel(pruned)
+    repairs = _Repairs(*engines, architecture, windows, method, damping, batch_size, progress)
+    return Repaired(pruned, tuple(repairs.repaired(below, removed_here) for below, removed_here in spans))
 
 
 def _architecture(model: PreTrainedModel, removed: Collection[SupportsIndex]) -> Architecture:
@@ -200,7 +151,7 @@ def _architecture(model: PreTrainedModel, removed: Collection[SupportsIndex]) ->
     return architecture
 
 
-# ----------------------------------------------------------------------------------------------------------- regression
+# --- regression -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,58 +186,60 @@ class _Sums:
     def combined(self, other: "_Sums", sign: int = 1) -> "_Sums":
         return _Sums(**{name: value + sign * getattr(other, name) for name, value in vars(self).items()})
 
+    def centered(self) -> "_Sums":
+        """The sums of u, x and y less their means over the tokens."""
+        n = self.tokens
+        return _Sums(
+            n, self.u, self.x, self.y,
+            uu=self.uu - torch.outer(self.u, self.u) / n,
+            ux=self.ux - torch.outer(self.u, self.x) / n,
+            uy=self.uy - torch.outer(self.u, self.y) / n,
+            xx=self.xx - float(self.x @ self.x) / n,
+            xy=self.xy - float(self.x @ self.y) / n,
+            yy=self.yy,
+        )  # fmt: skip
+
+    def squared(self, fit: LinearMap) -> float:
+        """Sum of squares of the fitted states."""
+        s, d, c = fit.scale, fit.change, fit.constant
+        total = s * s * self.xx + float((d * (self.uu @ d + 2 * s * self.ux)).sum())
+        return total + float(c @ (self.tokens * c + 2 * (self.u @ d + s * self.x)))
+
     def error(self, fit: LinearMap | None = None) -> float:
         """|y - fit| / |y|; without a fit |y - x| / |y|."""
         if fit is None:
             fit = LinearMap(1.0, torch.zeros_like(self.ux), torch.zeros_like(self.x))
-        s, d, c = fit.scale, fit.change, fit.constant
-        squared = self.yy - 2 * s * self.xy + s * s * self.xx
-        squared += float((d * (self.uu @ d + 2 * (s * self.ux - self.uy))).sum())
-        squared += float(c @ (self.tokens * c + 2 * (self.u @ d + s * self.x - self.y)))
+        product = fit.scale * self.xy + float((fit.change * self.uy).sum()) + float(fit.constant @ self.y)
+        squared = self.yy - 2 * product + self.squared(fit)
         return math.sqrt(max(squared, 0.0) / self.yy) if self.yy else 0.0
 
     def matched(self, fit: LinearMap) -> LinearMap:
         """The fit times what makes its sum of squares that of y."""
-        s, d, c = fit.scale, fit.change, fit.constant
-        squared = s * s * self.xx + float((d * (self.uu @ d + 2 * s * self.ux)).sum())
-        squared += float(c @ (self.tokens * c + 2 * (self.u @ d + s * self.x)))
+        squared = self.squared(fit)
         factor = math.sqrt(self.yy / squared) if self.yy > 0 and squared > 0 else 1.0
-        return LinearMap(s * factor, d * factor, c * factor)
+        return LinearMap(fit.scale * factor, fit.change * factor, fit.constant * factor)
 
 
 class _Regression:
     """Maps fitted to sums, for any damping: the eigenvalues of the second moments are found once."""
 
-    def __init__(self, sums: _Sums, method: Method, intercept: bool):
-        self.sums, self.method, self.intercept = sums, method, intercept
-        self.uu, self.ux, self.uy = sums.uu, sums.ux, sums.uy
-        self.xx, self.xy = sums.xx, sums.xy
-        if intercept:
-            n = sums.tokens
-            self.uu = self.uu - torch.outer(sums.u, sums.u) / n
-            self.ux = self.ux - torch.outer(sums.u, sums.x) / n
-            self.uy = self.uy - torch.outer(sums.u, sums.y) / n
-            self.xx = self.xx - float(sums.x @ sums.x) / n
-            self.xy = self.xy - float(sums.x @ sums.y) / n
-        self.values, self.vectors = torch.linalg.eigh(self.uu)
-        largest = float(self.values[-1]) if len(self.values) else 0.0
+    def __init__(self, sums: _Sums, scaled: bool, intercept: bool):
+        self.sums, self.scaled, self.intercept = sums, scaled, intercept
+        self.moments = sums.centered() if intercept else sums
+        self.values, self.vectors = torch.linalg.eigh(self.moments.uu)
         # Second moments square the singular values: what is below this is rounding of their float64 sums.
-        self.seen = self.values > largest * len(self.values) * torch.finfo(torch.float64).eps
-        self.mean = float(self.uu.diagonal().mean()) if len(self.values) else 0.0
+        self.seen = self.values > float(self.values[-1]) * len(self.values) * torch.finfo(torch.float64).eps
+        self.mean = float(self.moments.uu.diagonal().mean())
 
     def fit(self, damping: float) -> LinearMap:
-        """The minimum of |y - s x - u d - c|^2 + damping mean(diag(u^T u)) |d|^2, s = 1 unless scaled, c = 0 unless there is
-        an intercept."""
+        """The minimum of |y - s x - u d - c|^2 + damping mean(diag(u^T u)) |d|^2.
+
+        s = 1 unless scaled, c = 0 unless there is an intercept.
+        """
         inverse = torch.where(self.seen, 1 / (self.values + damping * self.mean), 0.0)[:, None]
-        px, py = self.vectors.T @ self.ux, self.vectors.T @ self.uy
-        scale = self._scale(px, py, inverse) if self.method.scaled else 1.0
-        target = py - scale * px
-        if self.method.from_zero:
-            # y - z on a, where z = x - a: the whole T is damped.
-            target = target + self.vectors.T @ self.uu
-        change = self.vectors @ (inverse * target)
-        if self.method.from_zero:
-            change = change - torch.eye(len(change), dtype=change.dtype, device=change.device)
+        px, py = self.vectors.T @ self.moments.ux, self.vectors.T @ self.moments.uy
+        scale = self._scale(px, py, inverse) if self.scaled else 1.0
+        change = self.vectors @ (inverse * (py - scale * px))
         constant = torch.zeros_like(self.sums.x)
         if self.intercept:
             constant = (self.sums.y - scale * self.sums.x - self.sums.u @ change) / self.sums.tokens
@@ -294,48 +247,75 @@ class _Regression:
 
     def _scale(self, px: Tensor, py: Tensor, inverse: Tensor) -> float:
         """The best factor on x, when for each the best change comes with it. Positive: norms do see a sign."""
-        unexplained = self.xx - float((inverse * px * px).sum())
-        if unexplained <= 1e-10 * self.xx:
+        unexplained = self.moments.xx - float((inverse * px * px).sum())
+        if unexplained <= 1e-10 * self.moments.xx:
             return 1.0
-        scale = (self.xy - float((inverse * px * py).sum())) / unexplained
+        scale = (self.moments.xy - float((inverse * px * py).sum())) / unexplained
         return scale if scale > 0 else 1.0
 
 
-# -------------------------------------------------------------------------------------------------- calibration, fusing
+def _best_damping(folds: list[_Sums], total: _Sums, scaled: bool, intercept: bool) -> float:
+    """The damping with the smallest error on held-out folds."""
+    squared = dict.fromkeys(DAMPINGS, 0.0)
+    for fold in folds:
+        regression = _Regression(total.combined(fold, -1), scaled, intercept)
+        weight = fold.yy / total.yy if total.yy else 0.0
+        for damping in DAMPINGS:
+            squared[damping] += weight * fold.error(regression.fit(damping)) ** 2
+    return min(DAMPINGS, key=squared.__getitem__)
 
 
-class _Job:
-    """Everything that finding and fusing the maps needs. `below` is always the number of layers below a span that stay."""
+# --- calibration, fusing --------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        dense: PreTrainedModel,
-        pruned: PreTrainedModel,
-        architecture: Architecture,
-        windows: Int[Tensor, "sample position"],
-        method: Method,
-        damping: float | int | None,
-        batch_size: int,
-        progress: bool,
-    ):
-        self.dense, self.pruned, self.architecture = dense, pruned, architecture
-        self.windows, self.method, self.damping = windows, method, damping
-        self.batch_size, self.progress = batch_size, progress
-        self.dense_engine, self.pruned_engine = LayerwiseModel(dense), LayerwiseModel(pruned)
 
-    def writers(self, below: int) -> list[nn.Linear]:
+@dataclass
+class _Repairs:
+    """Finds and fuses the maps, span after span. `below` is always the number of layers below a span that stay.
+
+    factor: that of the repairs so far; the target is divided by it.
+    """
+
+    dense: LayerwiseModel
+    pruned: LayerwiseModel
+    architecture: Architecture
+    windows: Int[Tensor, "sample position"]
+    method: str
+    damping: float | int | None
+    batch_size: int
+    progress: bool
+    factor: float = 1.0
+
+    def repaired(self, below: int, removed: tuple[int, ...]) -> PrunedSpan:
+        """Fit the map of a span and put it into the weights."""
+        sums: dict[int, _Sums] = {}
+        folds = min(FOLDS, len(self.windows)) if self.damping is None else 1
+        for fold, u, x, y in self._states(below, removed, folds):
+            part = _Sums.of(u, x, y / self.factor)
+            sums[fold] = sums[fold].combined(part) if fold in sums else part
+        total = functools.reduce(_Sums.combined, sums.values())
+        writers = self._writers(below)
+        options = {"scaled": self.method == "refit_scale", "intercept": bool(writers) and writers[-1].bias is not None}
+        damping = _best_damping(list(sums.values()), total, **options) if self.damping is None else float(self.damping)
+        fit = _Regression(total, **options).fit(damping)
+        if options["scaled"]:
+            fit = total.matched(fit)
+        self._fuse(below, fit)
+        self.factor *= fit.scale
+        return PrunedSpan(removed, total.error(), total.error(fit), damping, fit.scale)
+
+    def _writers(self, below: int) -> list[nn.Linear]:
         """The matrices that write last before the span, that of the MLP at the end; none above the embeddings."""
         if below == 0:
             return []
-        layer = decoder_layers(self.pruned)[below - 1]
-        return [layer.get_submodule(sublayer.output) for sublayer in self.architecture.steps(self.dense.config)[-1]]
+        sublayers = self.architecture.steps(self.dense.model.config)[-1]
+        return [self.pruned.layers[below - 1].get_submodule(sublayer.output) for sublayer in sublayers]
 
-    def states(self, below: int, removed: tuple[int, ...], folds: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def _states(self, below: int, removed: tuple[int, ...], folds: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """By batch: which fold of the windows, regressors u, states x, target y: [token, _] in float64."""
         name = f"the layers {removed[0]} to {removed[-1]}"
         edges = [fold * len(self.windows) // folds for fold in range(folds + 1)]
         written: dict[int, tuple[Tensor, Tensor]] = {}
-        writers = self.writers(below)
+        writers = self._writers(below)
         with ExitStack() as hooks, torch.no_grad():
             for place, writer in enumerate(writers):
                 hook = writer.register_forward_hook(
@@ -347,83 +327,38 @@ class _Job:
             for fold, (first, stop) in enumerate(itertools.pairwise(edges)):
                 for start in range(first, stop, self.batch_size):
                     ids = self.windows[start : min(start + self.batch_size, stop)]
-                    target = _behind(self.dense_engine, ids, removed[-1] + 1)
+                    target = _behind(self.dense, ids, removed[-1] + 1)
                     written.clear()
-                    stream = _behind(self.pruned_engine, ids, below)
+                    stream = _behind(self.pruned, ids, below)
                     if not bool(torch.isfinite(target).all() and torch.isfinite(stream).all()):
                         raise RuntimeError(f"NaN or infinity at {name}; check the weights, or use a dtype of wider range")
-                    columns = self._regressors(stream, [written[place] for place in range(len(writers))])
-                    yield fold, *(item.double().flatten(0, 1) for item in (columns, stream, target))
+                    if not writers:  # above the embeddings the stream itself is free
+                        columns = [stream]
+                    elif self.method == "replaceme":
+                        columns = [written[len(writers) - 1][1]]
+                    else:
+                        columns = [written[place][0] for place in range(len(writers))]
+                    u = torch.cat([column.reshape(*stream.shape[:2], -1) for column in columns], dim=-1)
+                    yield fold, *(item.double().flatten(0, 1) for item in (u, stream, target))
                     bar.update(len(ids))
 
-    def _regressors(self, stream: Tensor, written: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """From the stream and the last writers' (input, output); above the embeddings the stream itself is free."""
-        if self.method.regressors == "none":
-            return stream[..., :0]
-        if not written:
-            return stream
-        columns = [written[-1][1]] if self.method.regressors == "outputs" else [read for read, _ in written]
-        return torch.cat([column.reshape(*stream.shape[:2], -1) for column in columns], dim=-1)
-
-    def fitted(self, below: int, removed: tuple[int, ...], factor: float) -> tuple[LinearMap, PrunedSpan]:
-        """The map of a span, and its record; the target is divided by `factor`, that of the repairs below."""
-        damped = self.method.regressors != "none"
-        sums: dict[int, _Sums] = {}
-        for fold, u, x, y in self.states(
-            below, removed, min(FOLDS, len(self.windows)) if damped and self.damping is None else 1
-        ):
-            part = _Sums.of(u, x, y / factor)
-            sums[fold] = sums[fold].combined(part) if fold in sums else part
-        folds = list(sums.values())
-        total = folds[0]
-        for part in folds[1:]:
-            total = total.combined(part)
-        writers = self.writers(below)
-        intercept = damped and bool(writers) and writers[-1].bias is not None
-        damping = self.damping if len(folds) == 1 else self._best_damping(folds, total, intercept)
-        fit = _Regression(total, self.method, intercept).fit(float(damping or 0.0))
-        if self.method.scaled:
-            fit = total.matched(fit)
-        record = PrunedSpan(
-            removed[0] - 1 if removed[0] else None,
-            removed,
-            total.error(),
-            total.error(fit),
-            None if damping is None else float(damping),
-            fit.scale,
-        )
-        return fit, record
-
-    def _best_damping(self, folds: list[_Sums], total: _Sums, intercept: bool) -> float:
-        """The damping with the smallest error on held-out folds."""
-        squared = dict.fromkeys(DAMPINGS, 0.0)
-        for fold in folds:
-            regression = _Regression(total.combined(fold, -1), self.method, intercept)
-            weight = fold.yy / total.yy if total.yy else 0.0
-            for damping in DAMPINGS:
-                squared[damping] += weight * fold.error(regression.fit(damping)) ** 2
-        return min(DAMPINGS, key=squared.__getitem__)
-
-    def fuse(self, below: int, fit: LinearMap) -> None:
+    def _fuse(self, below: int, fit: LinearMap) -> None:
         """Put the map into the weights before the span, and its factor into the layers behind it."""
         change, constant = fit.change / fit.scale, fit.constant / fit.scale
-        writers = self.writers(below)
-        if self.method.regressors != "none" and not writers:
+        writers = self._writers(below)
+        if not writers:
             # Positions, where they are learned, are part of the stream: the sum of the tables is mapped when each is.
             for path in self.architecture.embeddings:
-                _change(self.pruned.get_submodule(path), lambda table: table + table @ change)
-        elif self.method.regressors == "outputs":
-            _change(
-                writers[-1],
-                lambda weight: weight + change.T @ weight,
-                lambda bias: bias + change.T @ bias + constant,
-            )
-        elif self.method.regressors == "inputs":
+                _change(self.pruned.model.get_submodule(path), lambda table: table + table @ change)
+        elif self.method == "replaceme":
+            moved = lambda tensor: tensor + change.T @ tensor  # noqa: E731
+            _change(writers[-1], moved, lambda bias: moved(bias) + constant)
+        else:
             for writer, part in zip(writers, change.split([writer.in_features for writer in writers]), strict=True):
                 added = constant if writer is writers[-1] else torch.zeros_like(constant)
                 _change(writer, lambda weight, part=part: weight + part.T, lambda bias, added=added: bias + added)
         if fit.scale != 1.0:
-            for layer in decoder_layers(self.pruned)[below:]:
+            for layer in self.pruned.layers[below:]:
                 for sublayer in (self.architecture.attn, self.architecture.mlp):
                     _change(layer.get_submodule(sublayer.output), lambda weight: weight / fit.scale)
 

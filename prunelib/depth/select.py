@@ -1,12 +1,11 @@
 """Which layers an importance removes: the lowest ones, the lowest contiguous block, and SimDiff's alpha.
 
 SimDiff's importance (arXiv 2604.19520, Eq. 7) of each layer is linear in alpha. A set of K layers is therefore the K least
-important on at most one interval of alpha, few sets occur at all, and each needs only one evaluation: `alpha_path`,
-`exact_alpha`, and the paper's `ternary_alpha`.
+important on at most one interval of alpha, few sets occur at all, and each needs only one evaluation.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,6 +13,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from prunelib.models.layerwise import LayerSet
+
+Evaluate = Callable[[list[LayerSet]], Sequence[float]]
+"""Loss of the model without each of the given sets of layers, in their order; lower is better. `LayerSetLoss` is one."""
 
 # Where several lines meet in one point, their rounded coefficients make them cross a few 1e-16 apart. The sets in between
 # are artifacts, and no floating-point alpha would reproduce them.
@@ -35,23 +37,13 @@ class AlphaInterval:
 
 
 @dataclass(frozen=True)
-class AlphaProbe:
-    """One alpha looked at, the layers removed there and the value of the evaluation."""
-
-    alpha: float
-    removed: LayerSet
-    value: float
-
-
-@dataclass(frozen=True)
 class AlphaChoice:
-    """The best probe, how many distinct sets were evaluated for it, and every probe in order."""
+    """The best alpha, the layers removed there, their value, and how many distinct sets were evaluated for it."""
 
     alpha: float
     removed: LayerSet
     value: float
     evaluations: int
-    trace: tuple[AlphaProbe, ...]
 
 
 def lowest(
@@ -135,18 +127,21 @@ def _sweep(
         alpha = following
 
 
-def exact_alpha(path: list[AlphaInterval], evaluate: Callable[[LayerSet], float]) -> AlphaChoice:
+def exact_alpha(path: list[AlphaInterval], evaluate: Evaluate) -> AlphaChoice:
     """Evaluate every set of the path once and choose the lowest value; on equal values the lower alpha.
 
     alpha is the midpoint of the best interval. Raises ValueError for an empty path and RuntimeError for a NaN value.
     """
     if not path:
         raise ValueError("the alpha path is empty; make it with alpha_path")
-    return _choice([interval.midpoint for interval in path], [interval.removed for interval in path], _Memo(evaluate))
+    values = Values(evaluate)
+    found = values([interval.removed for interval in path])
+    value, best = min(zip(found, path, strict=True), key=lambda scored: scored[0])  # the first among equals
+    return AlphaChoice(best.midpoint, best.removed, value, len(values.known))
 
 
 def ternary_alpha(
-    removed_at: Callable[[float], LayerSet], evaluate: Callable[[LayerSet], float], eps: float = 1e-3, max_steps: int = 20
+    removed_at: Callable[[float], LayerSet], evaluate: Evaluate, eps: float = 1e-3, max_steps: int = 20
 ) -> AlphaChoice:
     """SimDiff's Algorithm 1: ternary search for the alpha of lowest value on [0, 1].
 
@@ -157,49 +152,54 @@ def ternary_alpha(
 
     Raises ValueError for eps outside (0, 1) or max_steps below 1, and RuntimeError for a NaN value.
     """
-    if not 0 < eps < 1:
-        raise ValueError(f"eps must lie between 0 and 1, got {eps}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    memo = _Memo(evaluate)
-    alphas: list[float] = []
-    sets: list[LayerSet] = []
+    if not 0 < eps < 1 or max_steps < 1:
+        raise ValueError(f"eps={eps} must lie between 0 and 1, max_steps={max_steps} must be at least 1")
+    values = Values(evaluate)
+    probes: list[tuple[float, LayerSet, float]] = []  # (alpha, removed, value)
     left, right = 0.0, 1.0
     for _ in range(max_steps):
         third = (right - left) / 3
         if 3 * third <= eps:
             break
-        lower, upper = left + third, right - third
-        alphas += [lower, upper]
-        sets += [removed_at(lower), removed_at(upper)]
-        if memo(sets[-2]) > memo(sets[-1]):
-            left = lower
+        for alpha in (left + third, right - third):
+            removed = removed_at(alpha)
+            probes.append((alpha, removed, values([removed])[0]))
+        lower, upper = probes[-2:]
+        if lower[2] > upper[2]:
+            left = lower[0]
         else:
-            right = upper
-    return _choice(alphas, sets, memo)
+            right = upper[0]
+    best = min(probes, key=lambda probe: probe[2])  # the first among equals
+    return AlphaChoice(*best, len(values.known))
 
 
-class _Memo:
-    """An evaluation of layer sets that runs once per set."""
+class Values:
+    """An evaluation of many layer sets that runs once per set; ``known`` holds every value.
 
-    def __init__(self, evaluate: Callable[[LayerSet], float]):
+    Raises RuntimeError when there is not one value per set, or for NaN, which would make every comparison false; infinity is
+    a result (the perplexity of a ruined model).
+    """
+
+    def __init__(self, evaluate: Evaluate):
         self.evaluate = evaluate
-        self.values: dict[LayerSet, float] = {}
+        self.known: dict[LayerSet, float] = {}
 
-    def __call__(self, removed: LayerSet) -> float:
-        if removed not in self.values:
-            value = float(self.evaluate(removed))
-            # Infinity is a result (a ruined model's perplexity); NaN would make every comparison false.
-            if math.isnan(value):
-                raise RuntimeError(f"the evaluation of the model without layers {list(removed)} gave NaN")
-            self.values[removed] = value
-        return self.values[removed]
+    def __call__(self, sets: list[LayerSet]) -> list[float]:
+        new = list(dict.fromkeys(removed for removed in sets if removed not in self.known))
+        if new:
+            self.known.update(zip(new, checked_values(new, self.evaluate(new)), strict=True))
+        return [self.known[removed] for removed in sets]
 
 
-def _choice(alphas: list[float], sets: list[LayerSet], memo: _Memo) -> AlphaChoice:
-    trace = tuple(AlphaProbe(alpha, removed, memo(removed)) for alpha, removed in zip(alphas, sets, strict=True))
-    best = min(trace, key=lambda probe: probe.value)  # the first among equals
-    return AlphaChoice(best.alpha, best.removed, best.value, len(memo.values), trace)
+def checked_values(sets: list[LayerSet], found: Sequence[float]) -> list[float]:
+    """The values as floats; raises the errors of `Values`."""
+    values = [float(value) for value in found]
+    if len(values) != len(sets):
+        raise RuntimeError(f"the evaluation of {len(sets)} sets gave {len(values)} values")
+    for removed, value in zip(sets, values, strict=True):
+        if math.isnan(value):
+            raise RuntimeError(f"the evaluation of the model without layers {list(removed)} gave NaN")
+    return values
 
 
 def candidates_for(n_layers: int, layers_removed: int, protect_first: int, protect_last: int) -> range:

@@ -9,18 +9,12 @@ import torch
 from architectures import build
 
 from prunelib.criteria import ABLATIONS
-from prunelib.criteria.similarity import angular
-from prunelib.criteria.statistics import from_states
-from prunelib.depth import LayerSetLoss, beam, evolutionary, exhaustive, greedy, lowest, lowest_block, swap_descent
+from prunelib.depth import LayerSetLoss, beam, evolutionary, exhaustive, greedy, lowest, swap_descent
 from prunelib.evaluation import perplexity
-from prunelib.models import IdentityLayer, decoder_layers, remove_layers, with_layers
-from prunelib.models.layerwise import shared_layer_forwards
-
-# Llama-2-7B, least important first, as printed by the authors or their repositories.
-SHORTGPT_PAPER = (27, 26, 25, 28, 24, 29, 23, 21, 22)
-SHORTGPT_CODE = (25, 27, 24, 26, 28, 29, 23, 22, 21)
-SHORTENED_PPL = (11, 8, 24, 21, 12, 7, 9, 10, 18, 27, 14, 23, 25, 15, 20, 26, 17, 6, 13, 28)
-SHORTENED_TAYLOR = (0, 28, 27, 25, 29, 26, 24, 23, 21, 22, 30, 20, 19, 18)
+from prunelib.evaluation.layer_sets import layer_set_perplexity
+from prunelib.models import decoder_layers, remove_layers
+from prunelib.models.plans import SublayerPlan
+from prunelib.models.sublayers import all_sublayers, remove_sublayers
 
 
 def random_windows(count: int = 4, length: int = 12) -> torch.Tensor:
@@ -36,73 +30,6 @@ def interacting(n_layers: int, seed: int):
         return sum(alone[i] for i in removed) + sum(together[i, j] for i, j in itertools.combinations(removed, 2))
 
     return lambda sets: [float(one(removed)) for removed in sets]
-
-
-def printed_order(order: tuple[int, ...]) -> np.ndarray:
-    """Importance that gives back an order; layers that were not printed come after it."""
-    importance = np.full(32, 32.0)
-    importance[list(order)] = np.arange(len(order))
-    return importance
-
-
-# --- golden sets
-
-
-def test_printed_orders_give_the_published_sets():
-    assert lowest(printed_order(SHORTGPT_PAPER), 9) == lowest(printed_order(SHORTGPT_CODE), 9) == tuple(range(21, 30))
-    plus = {
-        name: (rule.protect_first, rule.protect_last)
-        for name, rule in ABLATIONS.items()
-        if name in ("leave_one_out_nll", "taylor")
-    }
-    assert lowest(printed_order(SHORTENED_PPL), 6, *plus["leave_one_out_nll"]) == (7, 8, 11, 12, 21, 24)
-    assert lowest(printed_order(SHORTENED_TAYLOR), 6, *plus["taylor"]) == tuple(range(24, 30))
-    assert lowest(printed_order(SHORTENED_TAYLOR), 7, *plus["taylor"]) == tuple(range(23, 30))
-    # Without the rule the first layer would go first.
-    assert 0 in lowest(printed_order(SHORTENED_TAYLOR), 1)
-    # ShortGPT's seven are those of Taylor+.
-    assert lowest(printed_order(SHORTGPT_PAPER), 7) == tuple(range(23, 30))
-
-
-# --- blocks
-
-
-def test_lowest_block():
-    importance = np.array([0.5, 0.2, 0.4, 0.1])  # blocks of 3 of 6 layers, from 0, 1, 2, 3
-    assert lowest_block(importance, 6) == (3, 4, 5)
-    assert lowest_block(importance, 6, protect_last=1) == (1, 2, 3)
-    assert lowest_block(importance, 6, protect_first=2, protect_last=1) == (2, 3, 4)
-    assert lowest_block(np.zeros(4), 6) == (0, 1, 2)
-    assert lowest_block(np.array([0.3, 0.1]), 2) == (1,)
-    assert all(type(layer) is int for layer in lowest_block(importance, 6))
-
-
-def test_lowest_block_of_one_layer_is_lowest():
-    for seed in range(20):
-        importance = np.random.default_rng(seed).random(9)
-        assert lowest_block(importance, 9, 1, 2) == lowest(importance, 1, 1, 2)
-
-
-def test_impossible_blocks():
-    with pytest.raises(ValueError, match="cannot remove 6 of 6 layers"):
-        lowest_block(np.zeros(1), 6)
-    with pytest.raises(ValueError, match="cannot remove 4 of 6 layers with the first 2 and the last 1 protected"):
-        lowest_block(np.zeros(3), 6, 2, 1)
-    for count in (0, 7):
-        with pytest.raises(ValueError, match=f"{count} blocks do not exist in 6 layers"):
-            lowest_block(np.zeros(count), 6)
-    with pytest.raises(ValueError, match=r"importance of blocks \[2\] is NaN"):
-        lowest_block(np.array([0.0, 0.0, np.nan, 0.0]), 6, protect_first=1)
-    # What no block of the choice touches may be NaN.
-    assert lowest_block(np.array([np.nan, 1.0, 0.5, 2.0]), 6, protect_first=1) == (2, 3, 4)
-
-
-def test_a_planted_block_of_identity_layers_is_found():
-    steps = torch.randn(2, 10, 8, 16, dtype=torch.float64)
-    steps[:, :, 3:6] = 0  # layers 2, 3, 4 of 7 add nothing
-    stats = from_states(steps.cumsum(2))
-    assert lowest_block(angular(stats, 3), 7) == (2, 3, 4)
-    assert angular(stats, 3)[2] == pytest.approx(0, abs=1e-7)
 
 
 # --- greedy and beam
@@ -131,10 +58,6 @@ def test_greedy_equals_the_naive_loop(seed):
     assert found.value == evaluate([found.removed])[0]
     assert found.evaluations == len(found.values) == 7 + 6 + 5 + 4 + 3
     assert not {0, 8} & set(found.removed)
-
-
-def test_greedy_takes_the_evaluations_of_sleb():
-    assert greedy(32, 7, interacting(32, 0), progress=False).evaluations == 189
 
 
 def test_greedy_never_picks_a_protected_layer():
@@ -188,8 +111,8 @@ def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
     loss, found = LayerSetLoss(model, windows, batch_size=3), []
 
     def pruned_loss(removed) -> float:
-        slots = [IdentityLayer(layer) if index in removed else layer for index, layer in enumerate(decoder_layers(model))]
-        return perplexity(with_layers(model, slots), windows, batch_size=3).nll
+        removed = tuple(sorted(removed))
+        return layer_set_perplexity(model, windows, [removed], batch_size=3, progress=False)[removed].nll
 
     shared = counted(model, lambda: found.append(greedy(24, 2, loss, progress=False)))
     naive = counted(model, lambda: found.append(naive_greedy(24, 2, pruned_loss)))
@@ -200,18 +123,6 @@ def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
     assert (loss.layer_windows, loss.layer_windows_alone) == (3 * shared, 3 * naive)
 
 
-@pytest.mark.parametrize(("layers_removed", "share"), [(2, 0.37), (3, 0.29)])
-def test_exhaustive_search_runs_a_fraction_of_the_naive_layers(layers_removed, share):
-    """All sets of 32 layers, in the chunks in which the search hands them on; counting is exact, see `test_prefix`."""
-    parts = []
-    exhaustive(32, layers_removed, lambda sets: parts.append(sets) or [0.0] * len(sets), progress=False)
-    assert sum(map(len, parts)) == math.comb(32, layers_removed)
-    shared = sum(shared_layer_forwards(32, part) for part in parts)
-    assert shared <= share * math.comb(32, layers_removed) * (32 - layers_removed)
-    whole = shared_layer_forwards(32, itertools.combinations(range(32), layers_removed))
-    assert shared <= 1.05 * whole  # chunks cost next to nothing
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_beam_between_greedy_and_the_optimum(seed):
     evaluate = interacting(9, seed)
@@ -220,7 +131,7 @@ def test_beam_between_greedy_and_the_optimum(seed):
     best = exhaustive(9, 3, evaluate, progress=False)
     assert (wide.removed, wide.value) == (best.removed, best.value)
     assert best.value <= beam(9, 3, evaluate, 4, progress=False).value <= narrow.value + 1e-12
-    assert beam(9, 3, evaluate, 4, 2, 2, progress=False).removed in itertools.combinations(range(2, 7), 3)
+    assert beam(range(2, 7), 3, evaluate, 4, progress=False).removed in itertools.combinations(range(2, 7), 3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -236,7 +147,7 @@ def test_swap_descent_ends_where_no_swap_helps(seed):
     # From everywhere, the best of the ends is the optimum: it is its own end.
     best = exhaustive(9, 3, evaluate, progress=False)
     assert swap_descent(9, best.removed, evaluate, progress=False).removed == best.removed
-    protected = swap_descent(9, (2, 3, 4), evaluate, 2, 1, progress=False)
+    protected = swap_descent(range(2, 8), (2, 3, 4), evaluate, progress=False)
     assert set(protected.removed) <= set(range(2, 8))
     assert swap_descent(9, (), lambda sets: [1.0] * len(sets), progress=False).removed == ()
 
@@ -244,7 +155,7 @@ def test_swap_descent_ends_where_no_swap_helps(seed):
 @pytest.mark.parametrize("start", [(3, 2), (1, 1), (0, 5), (4, 9)])
 def test_swap_descent_refuses_an_impossible_start(start):
     with pytest.raises(ValueError, match="cannot start from"):
-        swap_descent(9, start, lambda sets: [0.0] * len(sets), 1, 0, progress=False)
+        swap_descent(range(1, 9), start, lambda sets: [0.0] * len(sets), progress=False)
 
 
 def test_nothing_to_remove():
@@ -260,14 +171,14 @@ def test_nothing_to_remove():
 
 def test_exhaustive_equals_itertools_on_a_model():
     model, windows = build("gpt_neox"), random_windows()
-    found = exhaustive(6, 2, LayerSetLoss(model, windows), chunk=4, progress=False)
+    found = exhaustive(6, 2, LayerSetLoss(model, windows), progress=False)
     alone = {removed: perplexity(remove_layers(model, removed), windows).nll for removed in itertools.combinations(range(6), 2)}
     assert found.removed == min(alone, key=alone.get)
     assert list(found.values) == list(alone)
     np.testing.assert_allclose(list(found.values.values()), list(alone.values()), atol=1e-5)
     assert found.evaluations == 15
     assert found.value <= greedy(6, 2, LayerSetLoss(model, windows), 0, 0, progress=False).value
-    within = exhaustive(6, 2, LayerSetLoss(model, windows), 1, 1, progress=False)
+    within = exhaustive(range(1, 5), 2, LayerSetLoss(model, windows), progress=False)
     assert found.value <= within.value <= greedy(6, 2, LayerSetLoss(model, windows), progress=False).value
     assert set(within.values) == set(itertools.combinations(range(1, 5), 2))
 
@@ -275,16 +186,6 @@ def test_exhaustive_equals_itertools_on_a_model():
 def test_exhaustive_is_bounded():
     with pytest.raises(ValueError, match="4960 sets of 3 of 32 layers are more than limit=1000: raise the limit"):
         exhaustive(32, 3, interacting(32, 0), limit=1000)
-    sizes = []
-
-    def evaluate(sets):
-        sizes.append(len(sets))
-        return [0.0] * len(sets)
-
-    assert exhaustive(10, 3, evaluate, chunk=50, progress=False).removed == (0, 1, 2)
-    assert sizes == [50, 50, 20]
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
-        exhaustive(10, 3, evaluate, chunk=0)
 
 
 # --- evolutionary
@@ -329,12 +230,10 @@ def test_generations_of_the_released_script(layers_removed, generations):
 
 def test_fitness_never_worsens_on_the_same_windows():
     for seed in range(3):
-        fitness, calls = fitness_of(interacting(24, seed), 30, noise=0.1)
-        found = evolutionary(24, 8, fitness, 30, seed=seed, generations=20, initial=2, resample=False, progress=False)
-        values = [step.value for step in found.steps]
+        fitness, _ = fitness_of(interacting(24, seed), 16, noise=0.1)  # as many windows as the last stage takes
+        values = [step.value for step in evolutionary(24, 8, fitness, 16, seed=seed, generations=20, progress=False).steps]
         assert values == sorted(values, reverse=True)
         assert values[-1] < values[0]
-        assert len({tuple(rows) for _, rows in calls[2:-1:2]}) == 1
 
 
 def test_evolution_is_seeded():
@@ -358,13 +257,13 @@ def test_evolution_finds_the_optimum_of_a_planted_problem():
     assert found.value == exhaustive(10, 2, evaluate, progress=False).value
 
 
-def test_evolution_respects_protection_and_small_spaces():
+def test_evolution_over_a_few_layers():
     fitness, calls = fitness_of(interacting(8, 0), 3)
-    found = evolutionary(8, 2, fitness, 3, protect_first=2, protect_last=2, generations=4, progress=False)
+    found = evolutionary(range(2, 6), 2, fitness, 3, generations=4, progress=False)
     assert all(set(removed) <= {2, 3, 4, 5} for sets, _ in calls for removed in sets)
-    assert found.value == pytest.approx(exhaustive(8, 2, interacting(8, 0), 2, 2, progress=False).value)
+    assert found.value == pytest.approx(exhaustive(range(2, 6), 2, interacting(8, 0), progress=False).value)
     # One set only: nothing to swap.
-    only = evolutionary(8, 4, fitness, 3, protect_first=2, protect_last=2, progress=False)
+    only = evolutionary(range(2, 6), 4, fitness, 3, progress=False)
     assert (only.removed, only.steps, only.evaluations) == ((2, 3, 4, 5), (), 1)
 
 
@@ -375,6 +274,36 @@ def test_evolution_on_a_model_with_divergence():
     best = exhaustive(6, 2, LayerSetLoss(model, windows, "kl"), progress=False)
     assert found.removed == best.removed
     assert found.value == pytest.approx(best.value, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_evolution_takes_as_many_of_each_group(seed):
+    """Attention and MLP sublayers in equal parts, as EvoPress does; and it finds the best of these sets."""
+    units = all_sublayers(4)
+    cost = dict(zip(units, np.random.default_rng(seed).random(8), strict=True))
+    fitness, calls = fitness_of(lambda sets: [sum(cost[unit] for unit in removed) for removed in sets], 3)
+    found = evolutionary(units, 4, fitness, 3, seed=seed, groups=2, initial=4, generations=20, progress=False)
+    assert all(sum(part == "attn" for _, part in removed) == 2 for sets, _ in calls for removed in sets)
+    parts = ([unit for unit in units if unit[1] == part] for part in ("attn", "mlp"))
+    assert set(found.removed) == {unit for part in parts for unit in sorted(part, key=cost.get)[:2]}
+    with pytest.raises(ValueError, match="cannot remove 3 in equal parts from groups=2"):
+        evolutionary(units, 3, fitness, 3, groups=2)
+
+
+def test_blockpruner_is_greedy_over_sublayers():
+    """Against the naive loop over models without these sublayers."""
+    model, windows = build("llama"), random_windows()
+    loss = LayerSetLoss(model, windows, unit="sublayer")
+    found = greedy(loss.units, 2, loss, 0, 0, progress=False)
+
+    def alone(removed):
+        plan = SublayerPlan.from_units(6, removed, "test")
+        return perplexity(remove_sublayers(model, plan), windows).nll
+
+    first = min(loss.units, key=lambda unit: alone((unit,)))
+    second = min((unit for unit in loss.units if unit != first), key=lambda unit: alone(tuple(sorted((first, unit)))))
+    assert [step.removed for step in found.steps] == [(first,), tuple(sorted((first, second)))]
+    assert found.value == pytest.approx(alone(found.removed), abs=1e-5)
 
 
 def test_evolution_refuses_settings_that_mean_nothing():

@@ -8,7 +8,7 @@ from architectures import build
 from prunelib.depth.laco import RULES, collapse, merge
 from prunelib.models import UnsupportedModel, decoder_layers, load, parameter_count, remove_layers, save
 
-FAMILIES = ("llama", "gpt_neox", "qwen2", "opt", "gemma2", "gpt2")
+FAMILIES = ("llama", "gpt_neox", "gemma2", "gpt2")
 
 
 def random_windows(count: int = 3, length: int = 10) -> torch.Tensor:
@@ -53,15 +53,6 @@ def test_two_following_layers():
         torch.testing.assert_close(published[name], one[name] + two[name] - zero[name])
         assert torch.equal(released[name], two[name])
         assert not torch.allclose(published[name], released[name], atol=1e-2)
-
-
-def test_three_following_layers_by_the_formula():
-    model = build("gpt_neox")
-    layers = [dict(layer.named_parameters()) for layer in decoder_layers(model)]
-    found = split(decoder_layers(merge(model, 0, 3))[0])[0]
-    for name, value in found.items():
-        expected = layers[0][name] + sum(layers[k][name] - layers[0][name] for k in (1, 2, 3))
-        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,36 +103,22 @@ def test_impossible_merges():
 # --- the search
 
 
-def test_everything_accepted_collapses_from_the_top():
+def test_the_walk():
     """Settings as in the released loop: l = 5 - 2 = 3, then down by one: 3+4, 2+(3,4), 1+(2..4), 0+(1..4)."""
-    found = collapse(build("llama"), random_windows(), layers_per_merge=2, threshold=-1.0, progress=False)
-    assert [(step.base, step.following, step.n_layers) for step in found.steps] == [(3, 1, 5), (2, 1, 4), (1, 1, 3), (0, 1, 2)]
+    model, windows = build("llama"), random_windows()
+    found = collapse(model, windows, layers_per_merge=2, threshold=-1.0, progress=False)
+    assert [(step.base, step.following) for step in found.steps] == [(3, 1), (2, 1), (1, 1), (0, 1)]
     assert found.origins == ((0, 1, 2, 3, 4), (5,))
     assert len(decoder_layers(found.model)) == 2
     # By three: 2+(3,4); then 1 with all that is above it; then 0 with the one that is left.
-    found = collapse(build("llama"), random_windows(), layers_per_merge=3, threshold=-1.0, progress=False)
-    assert [(step.base, step.following, step.n_layers) for step in found.steps] == [(2, 2, 4), (1, 2, 2), (0, 1, 1)]
+    found = collapse(model, windows, layers_per_merge=3, threshold=-1.0, progress=False)
+    assert [(step.base, step.following) for step in found.steps] == [(2, 2), (1, 2), (0, 1)]
     assert found.origins == ((0, 1, 2, 3, 4, 5),)
-
-
-def test_interval_after_success_and_one_after_failure():
-    wide = collapse(build("llama"), random_windows(), layers_per_merge=2, interval=2, threshold=-1.0, progress=False)
-    assert [step.base for step in wide.steps] == [3, 1]
-    assert wide.origins == ((0,), (1, 2), (3, 4), (5,))
-    none = collapse(build("llama"), random_windows(), layers_per_merge=2, interval=2, threshold=1.0, progress=False)
-    assert [step.base for step in none.steps] == [3, 2, 1, 0]
-    assert not any(step.accepted for step in none.steps)
+    none = collapse(model, windows, layers_per_merge=2, threshold=1.0, progress=False)
+    assert [(step.base, step.accepted) for step in none.steps] == [(base, False) for base in (3, 2, 1, 0)]
     assert none.origins == tuple((index,) for index in range(6))
-
-
-def test_bounds_of_the_walk():
-    found = collapse(build("llama"), random_windows(), layers_per_merge=2, threshold=-1.0, lowest=1, highest=4, progress=False)
-    assert [step.base for step in found.steps] == [2, 1]
-    assert found.origins == ((0,), (1, 2, 3), (4,), (5,))
     for count in range(6):
-        found = collapse(
-            build("llama"), random_windows(), layers_per_merge=4, threshold=-1.0, layers_removed=count, progress=False
-        )
+        found = collapse(model, windows, layers_per_merge=4, threshold=-1.0, layers_removed=count, progress=False)
         assert 6 - len(found.origins) == min(count, 5)
 
 
@@ -182,10 +159,8 @@ def test_equal_layers_are_what_is_merged():
 
 def test_settings_are_checked_before_work():
     model, windows = build("llama"), random_windows()
-    with pytest.raises(ValueError, match="layers_per_merge=7 below highest=5 is below lowest=0: nothing would be tried"):
-        collapse(model, windows)
-    for settings in ({"layers_per_merge": 1}, {"interval": 0}, {"threshold": 1.5}, {"lowest": 4, "highest": 3}, {"highest": 6}):
-        with pytest.raises(ValueError, match="out of range"):
+    for settings in ({}, {"layers_per_merge": 1}, {"layers_per_merge": 2, "threshold": 1.5}):  # 7 layers at a time are too many
+        with pytest.raises(ValueError, match="is out of range"):
             collapse(model, windows, **settings)
     with pytest.raises(ValueError, match="unknown rule 'mean'"):
         collapse(model, windows, layers_per_merge=2, rule="mean")

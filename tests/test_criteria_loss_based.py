@@ -11,12 +11,11 @@ from prunelib.criteria import ABLATIONS, CRITERIA, ablation
 from prunelib.criteria.loss_based import knn_entropy
 from prunelib.criteria.statistics import collect
 from prunelib.depth import LayerSetLoss, exhaustive, greedy, lowest
-from prunelib.evaluation.layer_sets import layer_set_divergence
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
 from prunelib.models.layerwise import shared_layer_forwards
 
-FAMILIES = ("llama", "gpt_neox", "gemma2", "opt", "qwen2", "mixtral")
+FAMILIES = ("llama", "gpt_neox", "gemma2", "mixtral")
 SMALL_ENTROPY = {"entropy_gain": {"neighbors": 5}, "entropy_gain_attention": {"neighbors": 5}}
 
 
@@ -50,12 +49,17 @@ def test_leave_one_out_equals_pruned_models(family):
     assert found.argmin() == np.argmin([perplexity(remove_layers(model, [layer]), windows).ppl for layer in range(6)])
 
 
-def test_leave_one_out_kl_is_the_divergence_of_single_layers():
+def test_leave_one_out_kl_is_the_divergence_of_pruned_models():
+    """Against logits of each pruned model, in float64."""
     model, windows = build("llama"), random_windows()
     found = ABLATIONS["leave_one_out_kl"](model, windows)
-    expected = layer_set_divergence(model, windows, [(layer,) for layer in range(6)], progress=False)
-    np.testing.assert_allclose(found, [result.kl for result in expected.values()])
-    assert (found > 0).all()
+    with torch.no_grad():
+        dense, *pruned = (
+            one(windows, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+            for one in (model, *(remove_layers(model, [layer]) for layer in range(6)))
+        )
+    expected = [float((dense.exp() * (dense - other)).sum(-1).mean()) for other in pruned]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["nll", "kl"])
@@ -127,7 +131,6 @@ def test_taylor_sums_over_samples_before_the_absolute_value():
     np.testing.assert_allclose(ABLATIONS["taylor"](model, windows, batch_size=2), whole, rtol=1e-4)
     apart = np.mean([ABLATIONS["taylor"](model, windows[row : row + 1]) for row in range(5)], axis=0)
     assert (apart > 1.2 * whole).all()
-    assert not np.allclose(ABLATIONS["taylor"](model, windows, power=2), whole)
 
 
 def test_magnitude_is_the_sum_of_absolute_weights():
@@ -136,8 +139,6 @@ def test_magnitude_is_the_sum_of_absolute_weights():
     expected = sum(p.abs().double().sum().item() for name, p in layer.named_parameters() if not name.endswith("bias"))
     assert sum(name.endswith("bias") for name, _ in layer.named_parameters()) == 3
     assert ABLATIONS["magnitude"](model, random_windows())[2] == pytest.approx(expected, rel=1e-6)
-    squares = sum((p.double() ** 2).sum().item() for name, p in layer.named_parameters() if not name.endswith("bias"))
-    assert ABLATIONS["magnitude"](model, random_windows(), power=2)[2] == pytest.approx(squares, rel=1e-6)
 
 
 def test_the_model_is_left_as_it_was():
@@ -237,14 +238,7 @@ def test_all_rules_agree_on_a_layer_that_does_nothing(tiny_llama, planted):
     # A random model predicts no better with all its layers: its likelihood may gain from a loss, but not from this one.
     assert ABLATIONS["leave_one_out_nll"](tiny_llama, windows)[planted] == pytest.approx(0, abs=1e-6)
     for search in (greedy, exhaustive):
-        assert search(6, 1, LayerSetLoss(tiny_llama, windows, "kl"), 1, 1, progress=False).removed == (planted,)
-
-
-def test_shortgpt_is_simdiff_at_alpha_0(tiny_llama):
-    stats = collect(tiny_llama, random_windows(4, 16, 97), progress=False)
-    for name in ("simdiff_mssd", "simdiff_masd"):
-        for count in range(1, 6):
-            assert lowest(CRITERIA[name](stats, alpha=0), count) == lowest(CRITERIA["block_influence"](stats), count)
+        assert search(6, 1, LayerSetLoss(tiny_llama, windows, "kl"), progress=False).removed == (planted,)
 
 
 def test_registry():
@@ -257,15 +251,12 @@ def test_registry():
         "entropy_gain": (2, 1),
         "entropy_gain_attention": (2, 1),
     }
-    for name, rule in ABLATIONS.items():
-        assert rule.name == name
-        assert rule.title
-        assert rule.source
-    assert ABLATIONS["entropy_gain"].options == {"neighbors": 25, "batch_size": 1, "progress": False}
+    assert all(rule.name == name and rule.title and rule.source for name, rule in ABLATIONS.items())
+    assert ABLATIONS["entropy_gain"].options == {"neighbors": 25, "batch_size": 1}
     model, windows = build("llama"), random_windows()
     with pytest.raises(ValueError, match="unknown ablation 'hessian'; there are: entropy_gain, entropy_gain_attention"):
         ABLATIONS["hessian"]
-    with pytest.raises(ValueError, match="ablation magnitude has no option alpha; its options are: power"):
+    with pytest.raises(ValueError, match="ablation magnitude has no option alpha; its options are: none"):
         ABLATIONS["magnitude"](model, windows, alpha=1)
     with pytest.raises(ValueError, match="'taylor' exists already"):
         ablation(title="again", source="test")(ABLATIONS["taylor"].importance)
