@@ -52,16 +52,23 @@ def test_a_failed_save_leaves_what_was_there(tiny_llama, tmp_path, monkeypatch, 
         assert load(tmp_path / "model").config.num_hidden_layers == 6
 
 
-def test_save_catches_a_model_pruned_without_its_configuration(tiny_llama, tmp_path):
-    del tiny_llama.model.layers[5]
-    with pytest.raises(CheckpointError, match=r"9 missing \(model.layers.5"):
-        save(tiny_llama, None, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
+def overflowing(model):
+    model.model.norm.weight.data.fill_(3e38)
+    model.lm_head.weight.data.fill_(9)
 
 
-def test_save_catches_a_configuration_that_computes_something_else(tiny_llama, tmp_path):
-    tiny_llama.config.rms_norm_eps = 0.5  # the norms in memory keep the old value
-    with pytest.raises(CheckpointError, match="other logits"):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.model.layers.pop(5), r"9 missing \(model.layers.5"),
+        (lambda model: setattr(model.config, "rms_norm_eps", 0.5), "other logits"),  # the norms in memory keep the old value
+        (lambda model: model.lm_head.weight.data[0, 0].fill_(float("nan")), r"'lm_head.weight'.*\(or is not finite\)"),
+        (overflowing, "logits that are not finite"),
+    ],
+)
+def test_a_model_that_would_not_load_as_it_is_is_not_saved(tiny_llama, tmp_path, spoil, message):
+    spoil(tiny_llama)
+    with pytest.raises(CheckpointError, match=message):
         save(tiny_llama, None, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -136,28 +136,13 @@ class Architecture:
         return ((self.attn, self.mlp),) if parallel else ((self.attn,), (self.mlp,))
 
 
-_ATTN = Sublayer(
-    norm="input_layernorm",
-    modules=("self_attn",),
-    inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    output="self_attn.o_proj",
-    attention=True,
-)
-_MLP = Sublayer(
-    norm="post_attention_layernorm",
-    modules=("mlp",),
-    inputs=("mlp.gate_proj", "mlp.up_proj"),
-    output="mlp.down_proj",
-)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTN = Sublayer("input_layernorm", ("self_attn",), _QKV, "self_attn.o_proj", attention=True)
+_MLP = Sublayer("post_attention_layernorm", ("mlp",), ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _LLAMA = Architecture(_ATTN, _MLP)
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "ministral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "smollm3": _LLAMA,
+ARCHITECTURES: dict[str, Architecture] = dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), _LLAMA)
+ARCHITECTURES |= {
     "gemma": replace(_LLAMA, norm_offset=1.0),
     "phi3": Architecture(
         replace(_ATTN, inputs=("self_attn.qkv_proj",)),
@@ -166,7 +151,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phi": Architecture(
         replace(_ATTN, output="self_attn.dense"),
-        Sublayer(norm="input_layernorm", modules=("mlp",), inputs=("mlp.fc1",), output="mlp.fc2"),
+        Sublayer("input_layernorm", ("mlp",), ("mlp.fc1",), "mlp.fc2"),
         final_norm="model.final_layernorm",
         centered=True,
         parallel=True,
@@ -184,7 +169,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "opt": Architecture(
         replace(_ATTN, norm="self_attn_layer_norm", output="self_attn.out_proj"),
-        Sublayer(norm="final_layer_norm", modules=("fc1", "activation_fn", "fc2"), inputs=("fc1",), output="fc2"),
+        Sublayer("final_layer_norm", ("fc1", "activation_fn", "fc2"), ("fc1",), "fc2"),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",

@@ -42,13 +42,10 @@ class LayerwiseModel:
     `embed` and `head` run the model with its layers skipped. `embed` notes in `calls` what the model hands to each layer for
     these ids (masks by kind of layer, rotary embeddings, ...), and `run_layer` uses these arguments until the next `embed`.
 
-    - Hidden states may come from anywhere: after `embed`, ``run_layer(5, states)`` continues from stored inputs of layer 5.
-      Leave a layer out by not running it. `head` needs no `embed` and takes any number of positions.
-    - With several batches in turn, keep `calls` of each batch (one ``(args, kwargs)`` per layer, without the hidden states) and
-      set it again before `run_layer`.
-    - Layers without weights in memory: pass `ready`; it is called with an index and gives a context in which that layer has its
-      weights. The engine needs it only here, for the first layer of each class. Enter it yourself around `run_layer`.
-    - Gradients are the caller's choice: nothing here disables them after the constructor.
+    Hidden states may come from anywhere: after `embed`, ``run_layer(5, states)`` continues from stored inputs of layer 5, and a
+    layer that is not run is left out. `head` needs no `embed`. With several batches in turn, keep `calls` of each (one
+    ``(args, kwargs)`` per layer, without the hidden states) and set it again before `run_layer`. ready: for layers without
+    weights in memory, gives a context in which a layer has them; only the constructor uses it. Gradients: the caller's choice.
 
     Raises UnsupportedModel when no decoder layers are found or a layer hands more than hidden states to the next one.
     """
@@ -157,9 +154,8 @@ class _Skipped:
 class _Slot(nn.Module):
     """A skipped layer: notes its arguments and returns the hidden states in the form in which the layer returns its output.
 
-    Attributes it does not have itself are those of the layer (models ask a layer for its `attention_type`, say). The layer is
-    not a submodule, and its hooks do not run. Layers do not declare their form: the first one of each class runs once to show
-    it, but for sliced layers (`returns`), which cannot run on hidden states of another width.
+    Layers do not declare their form: the first one of each class runs once to show it, but for sliced layers (`returns`), which
+    cannot run on hidden states of another width. Attributes are those of the layer (models read its `attention_type`, say).
     """
 
     def __init__(self, layer: nn.Module, index: int, skipped: _Skipped):

@@ -1,8 +1,7 @@
 """Linear layers of float32 models on a CPU, multiplied by oneDNN instead of MKL.
 
-MKL, which PyTorch calls for float32 matrix products, leaves the wide vector units of AMD's processors idle: there oneDNN takes
-half of the time or less for most shapes of small models (`benchmarks/linear_cost.py`), forwards and backwards. The sums are
-added in another order, so results agree to float32 rounding.
+MKL leaves the wide vector units of AMD's processors idle: there oneDNN takes half of the time or less for most shapes of small
+models (`benchmarks/linear_cost.py`), forwards and backwards. Results agree to float32 rounding.
 """
 
 import torch
@@ -67,8 +66,5 @@ class _Product(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return (
-            _product(gradient, weight.t()) if of_input else None,
-            _product(rows.t(), input.reshape(-1, input.shape[-1]).t()) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
+        for_weight = _product(rows.t(), input.reshape(-1, input.shape[-1]).t()) if of_weight else None
+        return _product(gradient, weight.t()) if of_input else None, for_weight, rows.sum(0) if of_bias else None

@@ -1,8 +1,7 @@
 """Weights in fewer bits, multiplied in the precision of the activations: the formats that pruning is combined with.
 
-Weights only, rounded to the nearest value, no calibration: what happens to a layer then does not depend on the others, and a
-pruned model that is quantized equals a quantized model that is pruned. Only the linear maps of the decoder layers change;
-embeddings, norms and head stay as they are, as in bitsandbytes.
+Weights are rounded to the nearest value, without calibration, so pruning and quantizing can be done in either order. Only the
+linear maps of the decoder layers change; embeddings, norms and head stay as they are, as in bitsandbytes.
 """
 
 from collections.abc import Callable

@@ -27,9 +27,8 @@ def save(
 ) -> None:
     """Write `model` (and `tokenizer`) to `folder` as an ordinary safetensors checkpoint, and prove that it loads.
 
-    Everything is written to a temporary folder beside it, loaded from there with AutoModelForCausalLM, compared (no missing,
-    unexpected or reshaped key, equal weights, equal logits on a probe batch), and only then renamed: `folder` is complete or
-    absent. The check needs the memory of a second model on the device of `model`.
+    A temporary folder beside it is written, loaded and compared (keys, weights, logits on a probe batch), then renamed:
+    `folder` is complete or absent. The check needs the memory of a second model on the device of `model`.
 
     Raises ValueError when `folder` holds something and `overwrite` is False, CheckpointError when the reload differs.
     """

@@ -1,10 +1,9 @@
 """Attention or MLP alone taken out of decoder layers, and what of that an ordinary checkpoint can express.
 
-A checkpoint of transformers describes every layer with both of its sublayers. A layer that loses both can leave the file. A
-layer that loses one keeps its form, and the output projection of the lost sublayer becomes zeros. The file then loads anywhere
-and gives the logits of a model without that sublayer, but nothing is saved: the weights stay in the file and in memory, and
-they are multiplied as before. `idle_fraction` says how much of the model that is. Only a runtime that skips sublayers gains
-from the rest (BlockPruner's and EvoPress's own code mask them in memory and write no smaller model).
+A checkpoint of transformers describes every layer with both of its sublayers. A layer that loses both can leave the file. In a
+layer that loses one, the output projection of that sublayer becomes zeros: the file loads anywhere and gives the right logits,
+but the weights stay in the file and are multiplied as before. `idle_fraction` says how much of the model that is (BlockPruner's
+and EvoPress's own code mask sublayers in memory and write no smaller model).
 """
 
 import torch
@@ -36,9 +35,8 @@ def all_sublayers(n_layers: int) -> tuple[tuple[int, str], ...]:
 def remove_sublayers(model: PreTrainedModel, plan: SublayerPlan) -> PreTrainedModel:
     """A model without the sublayers of `plan` that saves and reloads as an ordinary checkpoint of its family.
 
-    Layers that lose both sublayers are gone, as by `remove_layers`. A layer that loses one stays, with zeros for the output
-    projection of that sublayer (and its bias). The result has its own modules and shares every other weight tensor with
-    `model`, which is left as it was. `idle_fraction` tells what such a model does not save.
+    Layers that lose both sublayers are gone, as by `remove_layers`; a layer that loses one stays, with zeros for the output
+    projection and its bias. The result shares every other weight tensor with `model`, which is left as it was.
 
     Raises ValueError for a plan of another number of layers, UnsupportedModel where the sublayers of a layer to be cut cannot
     be told apart, do not simply add to its input, or are not silenced by zeros, and the same errors as `remove_layers`.

@@ -1,8 +1,7 @@
 """Models larger than memory: statistics and perplexity with two layers of weights in memory, read from safetensors.
 
-accelerate maps every weight to its place in the files. Windows go through a layer in batches before the next layer is used, and
-the layer after it is read meanwhile. Everything outside the layers is loaded on the CPU; the head goes to the device at the
-end. The statistics compare all hidden states of a token with each other, so those of all layers wait on the host, for as many
+Windows go through a layer in batches before the next layer is used, and the layer after it is read meanwhile. Everything else
+is loaded on the CPU. The statistics compare all hidden states of a token, so those of all layers wait on the host, for as many
 windows at once as fit (`OffloadedModel.plan`): weights are read once for each such group.
 """
 
@@ -298,6 +297,8 @@ def _passes(
     progress: bool,
 ) -> Iterator[tuple[LayerwiseModel, slice, list[Float[Tensor, "sample token dim"]]]]:
     """Each batch of windows and its hidden states on the host: all L + 1, or the last alone."""
+    from accelerate.utils import send_to_device
+
     engine = LayerwiseModel(offloaded.model, ready=offloaded.layer)
     device, pinned = offloaded.device, offloaded.device.type == "cuda"
 
@@ -314,7 +315,7 @@ def _passes(
                 batches.append((rows, engine.calls, [on_host(hidden)]))
             for index in offloaded.in_turn():
                 for _, calls, kept in batches:
-                    engine.calls = [*calls[:index], _moved(calls[index], device), *calls[index + 1 :]]
+                    engine.calls = [*calls[:index], send_to_device(calls[index], device), *calls[index + 1 :]]
                     # A copy on the CPU as well: a layer may work in place.
                     output = engine.run_layer(index, kept[-1].to(device, copy=True, non_blocking=pinned))
                     kept[:] = [*(kept if states else ()), on_host(output)]
@@ -324,15 +325,6 @@ def _passes(
             for rows, _, kept in batches:
                 yield engine, rows, kept
                 kept.clear()
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors of a nested value on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(item, device) for name, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 @torch.inference_mode()
