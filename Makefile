@@ -37,18 +37,17 @@ optimum healing: $(READY)
 
 gpu: $(READY)
 	@$(SNAKEMAKE) profiles/speed.yaml
-	@$(BIN)/python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 16 \
+	@$(BIN)/python benchmarks/statistics_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --samples 16 \
 	  --seq-len 2048 --batch-size 8 --output data/benchmarks/statistics_8b.json
-	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --threads 8 \
+	@$(BIN)/python benchmarks/slicing_cost.py --shape llama-2-7b --device cuda --dtype bfloat16 --threads 8 --samples 128 --tokens 2048 \
 	  --output data/benchmarks/slicing_7b.json
-	@$(BIN)/python benchmarks/streaming_cost.py --make build/llama-3-8b --shape llama-3-8b --device cuda
-	@$(BIN)/python benchmarks/streaming_cost.py build/llama-3-8b --device cuda --threads 8 --dtype bfloat16 \
+	@$(BIN)/python benchmarks/streaming_cost.py --make build/llama-3.1-8b --shape llama-3.1-8b --device cuda
+	@$(BIN)/python benchmarks/streaming_cost.py build/llama-3.1-8b --device cuda --threads 8 --dtype bfloat16 \
 	  --batch-size 4 --device-limit 4 --windows-at-once 32 --output data/benchmarks/streaming_8b.json
 	@$(BIN)/python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512 \
-	  --batch-size 4 --together 4 --only naive shared "shared, together" --output data/benchmarks/search_8b_long.json
+	  --batch-size 4 --output data/benchmarks/search_8b_long.json
 	@$(BIN)/python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 8 --seq-len 128 \
-	  --batch-size 2 --together 16 --only naive "shared, together" "shared, together, stopped" "kl: shared, together" \
-	  "kl: shared, together, stopped" --output data/benchmarks/search_8b_short.json
+	  --batch-size 2 --output data/benchmarks/search_8b_short.json
 	@if [ "$$(nvidia-smi -L | wc -l)" -lt 2 ]; then echo "healing_scaling.json wants two GPUs: left as it was"; else \
 	  $(BIN)/python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \
 	  --micro-batch 8 --steps 10 100 --output data/benchmarks/healing_scaling.json; fi

@@ -1,12 +1,31 @@
-"""The file of a benchmark, in one form for all: its settings, its numbers, and what made them."""
+"""What benchmarks share: a clock, and the form of their files: settings, numbers, and what made them."""
 
 import argparse
-from collections.abc import Collection, Mapping
+import resource
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prunelib.io import write_json
 from prunelib.lab.provenance import record
+
+
+def measured(device: torch.device, run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """The result of a call, its seconds, and the peak of memory in GiB: of its allocations on a GPU, else of the process."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    result = run()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result, {"seconds": seconds, "peak_gib": peak / 2**30}
 
 
 def write_report(

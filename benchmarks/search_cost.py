@@ -2,7 +2,7 @@
 
     python benchmarks/search_cost.py                                  # random weights, the shape of the main reference model
     python benchmarks/search_cost.py --model data/reference/ref-llama-32l   # those of a model, on windows of its text
-    python benchmarks/search_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512
+    python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 4 --seq-len 512
 
 Both run from the dense model to K removed layers (SLEB: 32 layers and K = 8 take 212 evaluations), after a warm-up of each.
 "naive" runs all layers of every candidate, with the others taken out of the list as SLEB's code does; "nll" and "kl" run the
@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Int64
 from report import write_report
-from slicing_cost import SHAPES
-from statistics_cost import random_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from prunelib import models
 from prunelib.depth import LayerSet, LayerSetLoss, greedy
 from prunelib.evaluation import perplexity
+from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
 from prunelib.text import corpora
 from prunelib.text.windows import sample_windows
 
@@ -53,7 +52,7 @@ def naive(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a model; random weights if left out")
-    parser.add_argument("--shape", choices=SHAPES, default="reference", help="of the random weights")
+    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l", help="of the random weights")
     parser.add_argument("--corpus", default="pydocs", help="text of the windows of --model, its calibration split")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -73,7 +72,7 @@ def main() -> None:
         text = corpora.load(args.corpus, "calibration")
         windows = sample_windows(text, models.load_tokenizer(args.model), count, length, seed=0, progress=False)
     else:
-        model = random_model(args.shape, args.device, getattr(torch, args.dtype))
+        model = random_model(shape_configuration(args.shape), dtype=args.dtype, device=args.device)
         windows = torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
     n_layers = len(models.decoder_layers(model))
 

@@ -7,8 +7,7 @@
 
 Nothing of the clone is installed or changed, and none of its code is here. It was written for transformers 4.41, where
 attention returned three values and layers returned tuples; the two classes below put its layers into a model of the installed
-transformers 5, so that both implementations run on the same attention, the same weights and the same windows. Its Llama and
-OPT models can be compared.
+transformers 5. Its Llama and OPT models can be compared.
 
 It departs from the dense model in two ways that ours takes over here for the comparison: it takes the mean off the embeddings
 of every model (`subtract_mean`), and its norms have an epsilon of 1e-5 whatever the model's (`ours_as_is_ppl`: neither).
@@ -45,9 +44,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.io import file_sha256
 from prunelib.models import load, load_tokenizer
-from prunelib.slicing import slice_model
-from prunelib.slicing.modeling import SHORTCUTS, architecture_of
-from prunelib.slicing.schedules import SlicePlan
+from prunelib.slicing import SlicePlan, slice_model
 from prunelib.text import corpora
 from prunelib.text.windows import consecutive_windows, sample_windows
 
@@ -136,17 +133,6 @@ def _attention_class(attention_class: type) -> type:
     return Attention
 
 
-def with_epsilon(model: PreTrainedModel, epsilon: float) -> PreTrainedModel:
-    """A copy whose norms have this epsilon."""
-    model = copy.deepcopy(model)
-    if hasattr(model.config, "rms_norm_eps"):
-        model.config.rms_norm_eps = epsilon
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = epsilon
-    return model
-
-
 RANDOM = {
     # LayerNorms with a bias, learned positions
     "random-opt": OPTConfig(
@@ -168,18 +154,10 @@ RANDOM = {
         num_hidden_layers=4,
         num_attention_heads=16,
         num_key_value_heads=4,
-        max_position_embeddings=512,
         initializer_range=0.05,
     ),
     # four layers of Llama-2-7B, for a GPU
-    "random-llama-7b": LlamaConfig(
-        vocab_size=4096,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=4,
-        num_attention_heads=32,
-        max_position_embeddings=2048,
-    ),
+    "random-llama-7b": LlamaConfig(vocab_size=4096, num_hidden_layers=4),
 }
 """Models to compare on beside trained ones. The weights are larger than usual, else their layers would change little."""
 
@@ -197,20 +175,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="folder of the clone")
     parser.add_argument("--model", default=EMBEDDED, help=f"folder or hub name of a model, or {', '.join(RANDOM)}")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the work is done")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--corpus", default="pydocs", help="a corpus of prunelib.text.corpora, calibration and evaluation splits"
-    )
-    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=20, help="of the evaluation text")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--slices", type=float, nargs="+", default=[0.2, 0.25, 0.3])
-    parser.add_argument("--multiple", type=int, default=8, help="widths are rounded down to a multiple of it, as in the clone")
-    parser.add_argument("--shortcuts", choices=[kind for kind in SHORTCUTS if kind != "shared_basis"], default="folded")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="of the process instead of the wall, on a busy machine")
     parser.add_argument("--output", type=Path, help="JSON file of the report")
@@ -220,28 +190,23 @@ def main() -> None:
     reference = Reference(settings.reference, clock)
 
     if settings.model in RANDOM:
-        dense, tokenizer = random_model(settings.model).to(getattr(torch, settings.dtype)), load_tokenizer(EMBEDDED)
+        dense, tokenizer = random_model(settings.model), load_tokenizer(EMBEDDED)
     else:
-        dense, tokenizer = load(settings.model, dtype=settings.dtype), load_tokenizer(settings.model)
+        dense, tokenizer = load(settings.model), load_tokenizer(settings.model)
     if dense.config.model_type not in ADAPTERS:
         raise SystemExit(f"model type {dense.config.model_type!r}: one of {', '.join(ADAPTERS)} can be compared")
-    text = {split: corpora.load(settings.corpus, split, data_dir=settings.data_dir) for split in ("calibration", "evaluation")}
+    text = {split: corpora.load("pydocs", split) for split in ("calibration", "evaluation")}
     windows = sample_windows(text["calibration"], tokenizer, settings.samples, settings.tokens, 0, progress=False)
-    held_out = consecutive_windows(text["evaluation"], tokenizer, settings.tokens, settings.windows, progress=False)
-    n_layers = len(dense.get_submodule(architecture_of(dense.config).layers))
-    alike = with_epsilon(dense, EPSILON)
+    held_out = consecutive_windows(text["evaluation"], tokenizer, settings.tokens, 20, progress=False)
+    alike = copy.deepcopy(dense)
+    alike.config.rms_norm_eps = EPSILON  # of Llama; that of OPT is the same always
+    for module in alike.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = EPSILON
 
     def ours(model: PreTrainedModel, plan: SlicePlan, subtract_mean: bool) -> PreTrainedModel:
-        return slice_model(
-            model,
-            plan,
-            windows,
-            batch_size=settings.batch,
-            device=settings.device,
-            shortcuts=settings.shortcuts,
-            subtract_mean=subtract_mean,
-            progress=False,
-        )
+        options = {"batch_size": settings.batch, "device": settings.device, "progress": False}
+        return slice_model(model, plan, windows, subtract_mean=subtract_mean, **options)
 
     def ppl(model: PreTrainedModel) -> float:
         return perplexity(model.to(settings.device), held_out, batch_size=settings.batch).ppl
@@ -256,8 +221,8 @@ def main() -> None:
     cases = []
     for share in settings.slices:
         width = int((1 - share) * dense.config.hidden_size)
-        width -= width % settings.multiple
-        plan = SlicePlan(dense.config.hidden_size, (width,) * n_layers, "constant")
+        width -= width % 8  # as in the clone
+        plan = SlicePlan(dense.config.hidden_size, (width,) * dense.config.num_hidden_layers, "constant")
         seconds: dict[str, list[float]] = {"reference": [], "cleanup": [], "ours": []}
         for _ in range(settings.repeats):
             copied, reference.cleanup_seconds = copy.deepcopy(dense), 0.0

@@ -2,7 +2,7 @@
 
     python benchmarks/statistics_cost.py                          # random weights in the shape of the main reference model
     python benchmarks/statistics_cost.py --model data/reference/<name>
-    python benchmarks/statistics_cost.py --shape llama-3-8b --device cuda --dtype bfloat16 --samples 8 --seq-len 2048
+    python benchmarks/statistics_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --samples 8 --seq-len 2048
 
 Every repetition times the plain forward pass of the whole model, the forward pass without the LM head (which `collect` does not
 run), `collect` itself and `collect` without the Triton kernel (where there is one), in turn. Printed are the medians and the
@@ -19,33 +19,11 @@ from unittest import mock
 import numpy as np
 import torch
 from report import write_report
-from slicing_cost import SHAPES
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prunelib.criteria.statistics
 from prunelib.criteria.statistics import LayerStats, collect
 from prunelib.models import load
-
-
-def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Random weights in one of the `SHAPES`, made where they stay."""
-    hidden_size, mlp, n_layers, heads, key_value_heads, vocabulary, *_ = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        intermediate_size=mlp,
-        num_hidden_layers=n_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
 
 
 def largest_differences(found: LayerStats, expected: LayerStats) -> dict[str, float]:
@@ -61,7 +39,7 @@ def largest_differences(found: LayerStats, expected: LayerStats) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a model; random weights if left out")
-    parser.add_argument("--shape", choices=SHAPES, default="reference", help="of the random weights")
+    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l", help="of the random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
@@ -73,11 +51,11 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    dtype, cuda = getattr(torch, args.dtype), args.device.startswith("cuda")
+    cuda = args.device.startswith("cuda")
     if args.model:
         model = load(args.model, dtype=args.dtype, device=args.device)
     else:
-        model = random_model(args.shape, args.device, dtype)
+        model = random_model(shape_configuration(args.shape), dtype=args.dtype, device=args.device)
     windows = torch.randint(0, model.config.vocab_size, (args.samples, args.seq_len))
 
     @torch.inference_mode()

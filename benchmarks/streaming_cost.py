@@ -1,59 +1,35 @@
 """What streaming costs: statistics and perplexity of `prunelib.scale.offload` against the resident model, in one run.
 
-    python benchmarks/streaming_cost.py --make build/model --shape llama-3-8b --device cuda      # a random checkpoint
-    python benchmarks/streaming_cost.py build/model --device cuda --dtype bfloat16 --device-limit 4
-    python benchmarks/streaming_cost.py build/model --device cpu --dtype bfloat16 --host-limit 6 --samples 2 --only streamed
+    python benchmarks/streaming_cost.py --make build/model --shape llama-3.1-8b --device cuda      # a random checkpoint
+    python benchmarks/streaming_cost.py build/model --device cuda --dtype bfloat16 --device-limit 4 --windows-at-once 32
 
-Times are of the passes: the resident model is loaded before its clock starts (its loading is reported), the streamed one reads
-its weights while the clock runs. On a GPU both run once on a few windows first. Printed are times, ratios, planned and measured
-peaks, and the largest differences of the results. Limits are in GiB; on a GPU the allocator is held to the limit. The paper's
-calibration set has 512 samples of 2048 tokens. Peaks on a CPU are those of the whole process: use --only for them.
+Times are of the passes: the resident model is loaded before its clock starts, the streamed one reads its weights while the
+clock runs. On a GPU both run once on a few windows first, and the allocator is held to the limit, in GiB. The paper's
+calibration set has 512 samples of 2048 tokens. Peaks on a CPU are those of the whole process, both models included.
 """
 
 import argparse
 import json
-import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import write_report
-from slicing_cost import SHAPES
-from statistics_cost import largest_differences, random_model
+from report import measured, write_report
+from statistics_cost import largest_differences
 
 from prunelib import evaluation, models
 from prunelib.criteria import statistics
-from prunelib.scale import offload as streaming
+from prunelib.scale import offload
+from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
 
 GIB = 2**30
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far: of the allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def measured(device: torch.device, run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """The result of a pass, its seconds and the peak of memory in GiB."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return result, {"seconds": time.perf_counter() - started, "peak_gib": peak_bytes(device) / GIB}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of the checkpoint")
     parser.add_argument("--make", type=Path, help="write a random checkpoint of --shape to this folder, and stop")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, which feeds a GPU")
@@ -64,81 +40,56 @@ def main() -> None:
     parser.add_argument("--resident-batch-size", type=int, default=8)
     parser.add_argument("--windows-at-once", type=int)
     parser.add_argument("--device-limit", type=float)
-    parser.add_argument("--host-limit", type=float)
-    parser.add_argument("--only", choices=("resident", "streamed"))
     parser.add_argument("--output", type=Path, help="JSON file of the report")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    device, cuda = args.device, args.device.type == "cuda"
     if args.make is not None:
-        random_model(args.shape, str(args.device), getattr(torch, args.dtype)).save_pretrained(args.make, max_shard_size="4GB")
+        model = random_model(shape_configuration(args.shape), dtype=args.dtype, device=device)
+        model.save_pretrained(args.make, max_shard_size="4GB")
         return
 
-    device = args.device
     torch.manual_seed(0)
     vocabulary = json.loads((args.folder / "config.json").read_text())["vocab_size"]
     windows = torch.randint(0, vocabulary, (max(args.samples, args.perplexity_windows), args.seq_len))
-    calibration, scored = windows[: args.samples], windows[: args.perplexity_windows]
+    given = {"statistics": windows[: args.samples], "perplexity": windows[: args.perplexity_windows]}
     report: dict[str, Any] = {}
-    results: dict[str, list[Any]] = {"statistics": [], "perplexity": []}
+    results: dict[str, list[Any]] = {name: [] for name in given}
 
-    if args.only != "streamed":
-        started = time.perf_counter()
-        model = models.load(args.folder, dtype=args.dtype, device=device)
-        report["resident_load_seconds"] = time.perf_counter() - started
-        batch = {"batch_size": args.resident_batch_size}
-        passes = {
-            "statistics": lambda windows: statistics.collect(model, windows, **batch, progress=False),
-            "perplexity": lambda windows: evaluation.perplexity(model, windows, batch_size=1),
-        }
-        for name, given in (("statistics", calibration), ("perplexity", scored)):
-            if len(given):
-                if device.type == "cuda":
-                    passes[name](given[: args.resident_batch_size])
-                result, report[f"resident_{name}"] = measured(device, lambda: passes[name](given))  # noqa: B023
-                results[name].append(result)
-                print(f"resident {name}: {report[f'resident_{name}']}", flush=True)
-        model = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    model = models.load(args.folder, dtype=args.dtype, device=device)
+    for name in given:
 
-    if args.only != "resident":
-        if device.type == "cuda" and args.device_limit is not None:
+        def resident(windows: torch.Tensor, name: str = name) -> Any:
+            if name == "statistics":
+                return statistics.collect(model, windows, batch_size=args.resident_batch_size, progress=False)
+            return evaluation.perplexity(model, windows, batch_size=1)
+
+        if cuda:
+            resident(given[name][: args.resident_batch_size])
+        result, report[f"resident_{name}"] = measured(device, lambda: resident(given[name]))  # noqa: B023
+        results[name].append(result)
+    model = None
+    if cuda:
+        torch.cuda.empty_cache()
+        if args.device_limit is not None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(args.device_limit * GIB / total)
-        limits = {
-            name: int(value * GIB)
-            for name, value in (("device_limit", args.device_limit), ("host_limit", args.host_limit))
-            if value is not None
-        }
-        started = time.perf_counter()
-        streamed = streaming.OffloadedModel(args.folder, dtype=args.dtype, device=device, **limits)
-        report["streamed_open_seconds"] = time.perf_counter() - started
-        batch = {"batch_size": args.batch_size, "windows_at_once": args.windows_at_once, "progress": False}
-        passes = {
-            "statistics": lambda windows: streaming.collect(streamed, windows, **batch),
-            "perplexity": lambda windows: streaming.perplexity(streamed, windows, **batch),
-        }
-        for name, given, kind in (("statistics", calibration, {"states": True}), ("perplexity", scored, {})):
-            if len(given):
-                setting = {"batch_size": args.batch_size, "windows_at_once": args.windows_at_once}
-                at_once, peak = streamed.plan(*given.shape, **setting, **kind)
-                print(f"{name}: {at_once} windows at once; {peak.describe()}", flush=True)
-                if device.type == "cuda":
-                    passes[name](given[:at_once])
-                result, found = measured(device, lambda: passes[name](given))  # noqa: B023
-                planned = peak.device if device.type == "cuda" else peak.host
-                report[f"streamed_{name}"] = found | {"planned_peak_gib": planned / GIB, "windows_at_once": at_once}
-                results[name].append(result)
-                print(f"streamed {name}: {report[f'streamed_{name}']}", flush=True)
 
-    for name, found in results.items():
-        if len(found) == 2:
-            resident, streamed_ = found
-            report[f"ratio_{name}"] = report[f"streamed_{name}"]["seconds"] / report[f"resident_{name}"]["seconds"]
-            if name == "statistics":
-                report["largest_relative_differences"] = largest_differences(streamed_, resident)
-            else:
-                report["nats_resident"], report["nats_streamed"] = resident.nll, streamed_.nll
+    limit = None if args.device_limit is None else int(args.device_limit * GIB)
+    streamed = offload.OffloadedModel(args.folder, dtype=args.dtype, device=device, device_limit=limit)
+    for name, run in (("statistics", offload.collect), ("perplexity", offload.perplexity)):
+        setting = {"batch_size": args.batch_size, "windows_at_once": args.windows_at_once}
+        at_once, peak = streamed.plan(*given[name].shape, **setting, states=name == "statistics")
+        print(f"{name}: {at_once} windows at once; {peak.describe()}", flush=True)
+        if cuda:
+            run(streamed, given[name][:at_once], **setting, progress=False)
+        result, found = measured(device, lambda: run(streamed, given[name], **setting, progress=False))  # noqa: B023
+        planned = peak.device if cuda else peak.host
+        report[f"streamed_{name}"] = found | {"planned_peak_gib": planned / GIB, "windows_at_once": at_once}
+        report[f"ratio_{name}"] = found["seconds"] / report[f"resident_{name}"]["seconds"]
+        results[name].append(result)
+    report["largest_relative_differences"] = largest_differences(*reversed(results["statistics"]))
+    report["nll_resident"], report["nll_streamed"] = (found.nll for found in results["perplexity"])
     print(json.dumps(report, indent=1))
     write_report(args.output, args, report, without=("make", "shape"))  # the shape is that of the checkpoint
 

@@ -1,6 +1,5 @@
 """A sliced model is a model like any other: saved, loaded, generated with, trained."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
-from slicing_models import CUT, FAMILIES, UNCUT_LAYERS, logits, sliced
+from slicing_models import CUT, FAMILIES, logits, sliced
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +16,7 @@ from prunelib import models
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.models import UnsupportedModel, parameter_count
 from prunelib.slicing import SlicePlan
-from prunelib.slicing.modeling import Diagonal, Identity, positions, shortcut_kinds
+from prunelib.slicing.modeling import positions, shortcut_kinds
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,16 +40,8 @@ def test_shortcuts_vanish_where_they_can():
     assert shortcut_kinds([5, 8, 5, 8], size) == ["identity", "dense", "identity"]
 
 
-def test_shortcut_modules(tokens):
-    model = sliced(build("llama"), UNCUT_LAYERS, tokens)
-    kinds = {"identity": Identity, "diagonal": Diagonal, "dense": nn.Linear}
-    modules = [module for layer in models.decoder_layers(model) for module in layer.shortcuts]
-    assert [type(module) for module in modules] == [kinds[kind] for kind in model.config.slicing["shortcuts"]]
-    assert {type(module) for module in modules} == set(kinds.values())
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_saved_and_loaded(name, tokens, tmp_path):
+def test_saved_loaded_and_generated_with(name, tokens, tmp_path):
     model = sliced(build(name), CUT, tokens)
     models.save(model, None, tmp_path / "sliced")  # proves the reload: keys, weights, logits
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "sliced", output_loading_info=True)
@@ -58,24 +49,16 @@ def test_saved_and_loaded(name, tokens, tmp_path):
     assert type(again) is type(model)
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     assert again.config.slicing["widths"] == list(CUT.widths)
-    assert (tmp_path / "sliced" / "model.safetensors").is_file()
-    models.load(tmp_path / "sliced", dtype="bfloat16")
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_generation_with_cache_equals_without(name, tokens):
-    model = sliced(build(name), CUT, tokens)
+    assert models.load(tmp_path / "sliced", dtype="bfloat16").dtype is torch.bfloat16
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    mask = torch.ones_like(tokens[:2])
-    mask[1, :5] = 0  # padded on the left
-    with_cache, without = (
-        model.generate(tokens[:2], attention_mask=mask, use_cache=use_cache, **options) for use_cache in (True, False)
-    )
+    options["attention_mask"] = torch.ones_like(tokens[:2])
+    options["attention_mask"][1, :5] = 0  # padded on the left
+    with_cache, without = (again.generate(tokens[:2], use_cache=use_cache, **options) for use_cache in (True, False))
     assert with_cache.shape == (2, 32)
     assert torch.equal(with_cache, without)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", "split"])
+@pytest.mark.parametrize("device_map", ["auto", "split"])
 def test_loaded_onto_devices(device_map, tiny_llama, tokens, tmp_path):
     model = sliced(tiny_llama, CUT, tokens)
     model.save_pretrained(tmp_path / "model")
@@ -85,7 +68,7 @@ def test_loaded_onto_devices(device_map, tiny_llama, tokens, tmp_path):
         device_map |= {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(6)}
     options = {"device_map": device_map, "offload_folder": tmp_path / "disk"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
-    assert ("disk" in getattr(again, "hf_device_map", {}).values()) == (device_map not in ("cpu", "auto"))
+    assert ("disk" in getattr(again, "hf_device_map", {}).values()) == (device_map != "auto")
     assert torch.allclose(logits(again, tokens.to(again.device)).cpu(), logits(model, tokens), atol=1e-5)
 
 
@@ -105,15 +88,12 @@ def test_ten_steps_of_lora_improve_it(tiny_llama, tokens):
         optimizer.zero_grad()
     merged = healed.merge_and_unload().eval()
     assert perplexity(merged, tokens).nll < before - 0.1
-    everything = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear"))
-    assert sum(weight.requires_grad for weight in everything.parameters()) > 0
 
 
 @pytest.mark.parametrize("shortcuts", ["folded", "full"])
 def test_quantized_to_four_bits(shortcuts, tmp_path):
     """NF4 on a CPU, whose fast kernels take widths that are multiples of 64."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    peft = pytest.importorskip("peft")
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=256,
@@ -142,15 +122,6 @@ def test_quantized_to_four_bits(shortcuts, tmp_path):
     assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in wide.modules())
     assert distance(small, wide) < 0.03  # the kernels compute in bfloat16
     assert 0.05 < distance(wide, model) < 0.5  # what NF4 costs random weights
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with_cache, without = (small.generate(tokens[:2], use_cache=use_cache, **options) for use_cache in (True, False))
-    assert torch.equal(with_cache, without)
-    tuned = peft.get_peft_model(loaded(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
-    tuned.train()
-    tuned(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    trained = [weight for weight in tuned.parameters() if weight.requires_grad]
-    assert trained
-    assert all(weight.grad is not None for weight in trained)
 
 
 def test_activations_can_be_computed_again_in_training(tiny_llama, tokens):
@@ -168,9 +139,7 @@ def test_activations_can_be_computed_again_in_training(tiny_llama, tokens):
 
 
 def test_hidden_states_can_be_asked_for(tiny_llama, tokens):
-    model = sliced(tiny_llama, CUT, tokens)
-    with torch.no_grad():
-        states = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    states = sliced(tiny_llama, CUT, tokens)(input_ids=tokens, output_hidden_states=True).hidden_states
     assert [state.shape[-1] for state in states] == [*CUT.widths, 32]
 
 

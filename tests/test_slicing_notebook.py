@@ -7,8 +7,7 @@ from prunelib import models
 from prunelib.criteria.statistics import LayerStats
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.io import at_root
-from prunelib.lab import profile as grid
-from prunelib.lab import runs as results
+from prunelib.lab import runs
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 from prunelib.slicing import constant, count_parameters, dynamic, layer_redundancy, slice_model
 from prunelib.text import corpora
@@ -57,7 +56,7 @@ def run(place, name, **changes):
         "report_windows": 4,
         "report_seq_len": LENGTH,
     }
-    return results.read_run(run_notebook(grid.experiment_notebook("slicing"), place / name, **(values | changes)))
+    return runs.read_run(run_notebook("notebooks/experiments/slicing.ipynb", place / name, **(values | changes)))
 
 
 def test_the_rows_are_those_of_the_sliced_models(place):

@@ -67,17 +67,20 @@ def test_without_cuts_the_model_is_the_dense_model(name, tokens):
         assert difference(exact(sliced(model, FULL, tokens, shortcuts=shortcuts)), model, tokens) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "opt"])
-def test_architectures_that_the_configuration_chooses(name, tokens):
-    changes = {"gpt_neox": {"use_parallel_residual": False}, "opt": {"layer_norm_elementwise_affine": False}}
-    model = build(name, **changes[name])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt_neox", {"attention_bias": False}),  # the norms have biases, the maps behind them have none
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("llama", {"rms_norm_eps": 0.3}),
+    ],
+)
+def test_architectures_that_the_configuration_chooses(name, change, tokens):
+    model = build(name, **change)
     assert difference(sliced(model, FULL, tokens, shortcuts="full"), model, tokens) < 1e-5
+    assert difference(sliced(model, FULL, tokens), build(name), tokens) > 1e-2
     assert difference(sliced(model, CUT, tokens), sliced(model, CUT, tokens, shortcuts="full"), tokens) < 1e-4
-
-
-def test_biases_that_a_norm_leaves_behind_are_kept(tokens):
-    model = build("gpt_neox", attention_bias=False)  # the norms have biases, the maps behind them have none
-    assert difference(sliced(model, FULL, tokens, shortcuts="full"), model, tokens) < 1e-5
 
 
 def test_a_layer_norm_model_loses_nothing_by_one_dimension(tokens):
@@ -208,12 +211,6 @@ def test_bases_are_orthonormal_and_widths_chain(name, tokens):
             assert module.weight.shape == (min(before, after),)
             assert module.weight.min() >= 0
             assert module.weight.max() <= 1 + 1e-9
-    path = SLICEABLE[name].layers
-    for index, layer in enumerate(layers):
-        last = (*CUT.widths, 32)[index + 1]
-        read = layer.get_submodule(SLICEABLE[name].attn.inputs[0]).in_features
-        assert (read, layer.get_submodule(SLICEABLE[name].mlp.output).out_features) == (CUT.widths[index], last)
-    assert model.get_submodule(path) is layers
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
@@ -241,7 +238,8 @@ def test_one_basis_needs_no_shortcuts(name, tokens):
     assert 1e-2 < difference(shared, model, tokens) < 10
 
 
-def test_one_basis_is_that_of_the_dense_stream(tokens):
+def test_one_basis_is_that_of_the_dense_stream(tokens, monkeypatch):
+    monkeypatch.setattr(rotate, "DAMPING", 0.0)
     model = build("llama").double()
     moments = []
 
@@ -249,7 +247,7 @@ def test_one_basis_is_that_of_the_dense_stream(tokens):
         moments.append(total.clone())
         return principal_axes(total, width)
 
-    shared = sliced(model, CUT, tokens, shortcuts="shared_basis", axes=axes, damping=0.0)
+    shared = sliced(model, CUT, tokens, shortcuts="shared_basis", axes=axes)
     states = []
     for layer in models.decoder_layers(model):
         layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
@@ -265,21 +263,13 @@ def test_one_basis_is_that_of_the_dense_stream(tokens):
     assert torch.allclose(table @ table.T, expected @ expected.T, atol=1e-4)
 
 
-def test_moments_are_filled_in_by_blocks(tokens, monkeypatch):
-    model = build("llama")
+def test_moments_in_blocks_and_projections_both_ways_agree(tokens, monkeypatch):
+    model = build("llama").double()
     whole = sliced(model, CUT, tokens)
     monkeypatch.setattr(rotate, "_BLOCK", 10)  # no divisor of the width
     assert difference(sliced(model, CUT, tokens), whole, tokens) < 1e-4
-    stream = torch.randn(2, 7, 32)
-    flat, moments = stream.flatten(0, 1).double(), torch.zeros(32, 32, dtype=torch.float64)
-    rotate._add_moments(moments, stream)
-    assert torch.allclose(rotate._mirrored(moments), flat.T @ flat, atol=1e-12)
-
-
-def test_what_is_cut_may_be_taken_off_or_what_is_kept_be_kept(tokens):
-    model = build("llama").double()
     kept = sliced(model, CUT, tokens, axes=lambda moments, width: principal_axes(moments, width))  # tells nothing of the rest
-    assert difference(sliced(model, CUT, tokens), kept, tokens) < 1e-9
+    assert difference(kept, whole, tokens) < 1e-4
 
 
 def test_every_sublayer_runs_once(tokens):
@@ -297,11 +287,9 @@ def test_every_sublayer_runs_once(tokens):
     assert calls == probe + order[:9]
 
 
-def test_batches_and_where_activations_are_kept_change_nothing(tokens):
+def test_batches_change_nothing(tokens):
     model = build("qwen3").double()
-    one = slice_model(model, CUT, tokens, batch_size=5, progress=False)
-    for options in ({}, {"activation_device": "cpu", "device": "cpu"}):
-        assert difference(one, sliced(model, CUT, tokens, **options), tokens) < 1e-6
+    assert difference(slice_model(model, CUT, tokens, batch_size=5, progress=False), sliced(model, CUT, tokens), tokens) < 1e-6
 
 
 def test_one_layer_at_a_time_is_on_the_device(tiny_llama, tokens, monkeypatch):
@@ -325,10 +313,9 @@ def test_one_layer_at_a_time_is_on_the_device(tiny_llama, tokens, monkeypatch):
 def test_streamed_through_a_device_agrees(name, tokens):
     model = build(name).double()
     expected = sliced(model, CUT, tokens)
-    for options in ({}, {"activation_device": "cpu"}):
-        streamed = sliced(model, CUT, tokens, device="cuda", **options)
-        assert streamed.device.type == "cpu"
-        assert difference(streamed, expected, tokens) < 1e-6
+    streamed = sliced(model, CUT, tokens, device="cuda")
+    assert streamed.device.type == "cpu"
+    assert difference(streamed, expected, tokens) < 1e-6
     assert difference(sliced(model.cuda(), CUT, tokens).cpu(), expected, tokens) < 1e-6
 
 
@@ -366,12 +353,6 @@ def test_random_axes_are_a_control(name, tokens):
     )
 
 
-def test_the_epsilon_is_the_models_own(tokens):
-    model = build("llama", rms_norm_eps=0.3)
-    assert difference(sliced(model, FULL, tokens), model, tokens) < 1e-5
-    assert difference(sliced(model, FULL, tokens), build("llama"), tokens) > 1e-2
-
-
 def test_a_shallower_model_can_be_sliced(tiny_llama, tokens):
     shallow = models.keep_layers(tiny_llama, [0, 2, 3, 5])
     narrow = sliced(shallow, SlicePlan(32, (24, 20, 20, 28), "test"), tokens)
@@ -379,7 +360,7 @@ def test_a_shallower_model_can_be_sliced(tiny_llama, tokens):
     assert difference(sliced(shallow, SlicePlan(32, (32,) * 4, "test"), tokens), shallow, tokens) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_step_2", "gpt_oss", "deepseek_v3", "gemma2", "olmo2", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gemma2", "gpt2"])
 def test_other_families_are_refused_by_name(name, tokens):
     model = build(name)
     with pytest.raises(UnsupportedModel, match=rf"model type '{model.config.model_type}' cannot be sliced; the families"):
@@ -405,27 +386,20 @@ def test_models_that_no_plan_fits(tokens):
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("change", "message"),
     [
-        (SlicePlan(64, (32,) * 6, "test"), "the plan is for a hidden size of 64, this model has 32"),
-        (SlicePlan(32, (32,) * 5, "test"), "the plan has the widths of 5 layers, this model has 6"),
+        ({"plan": SlicePlan(64, (32,) * 6, "test")}, "the plan is for 6 layers of width 64, this model has 6 of width 32"),
+        ({"plan": SlicePlan(32, (32,) * 5, "test")}, "the plan is for 5 layers of width 32, this model has 6 of width 32"),
+        ({"windows": torch.ones(1, 20, dtype=torch.int64)}, "20 calibration tokens cannot say which 30 of 32 directions"),
+        ({"windows": torch.full((5, 24), 97)}, "another model's tokenizer"),
+        ({"shortcuts": "short"}, "unknown shortcuts 'short'; there are: folded, full, shared_basis"),
+        ({"batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_plans_of_another_model(tiny_llama, tokens, plan, message):
+def test_bad_arguments_are_refused_before_any_work(tiny_llama, tokens, change, message):
     tiny_llama.model.embed_tokens.register_forward_hook(lambda *_: pytest.fail("work was done before the refusal"))
     with pytest.raises(ValueError, match=message):
-        slice_model(tiny_llama, plan, tokens)
-
-
-def test_windows_that_cannot_calibrate(tiny_llama, tokens):
-    with pytest.raises(ValueError, match="20 calibration tokens cannot say which 30 of 32 directions to keep"):
-        slice_model(tiny_llama, CUT, tokens[:1, :20])
-    with pytest.raises(ValueError, match="unknown shortcuts 'short'; there are: folded, full, shared_basis"):
-        slice_model(tiny_llama, CUT, tokens, shortcuts="short")
-    with pytest.raises(ValueError, match="batch_size=0"):
-        slice_model(tiny_llama, CUT, tokens, batch_size=0)
-    with pytest.raises(ValueError, match="another model's tokenizer"):
-        slice_model(tiny_llama, CUT, tokens + 97)
+        slice_model(tiny_llama, **{"plan": CUT, "windows": tokens} | change)
 
 
 def test_the_first_nan_is_named(tiny_llama, tokens):
@@ -435,45 +409,21 @@ def test_the_first_nan_is_named(tiny_llama, tokens):
         sliced(tiny_llama, CUT, tokens)
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """The main reference model, its tokenizer, calibration and evaluation windows of its own corpus."""
-    folder = ROOT / "data" / "reference" / "ref-llama-32l"
-    model, tokenizer = models.load(folder), models.load_tokenizer(folder)
-    windows = sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 8, 128, 0, progress=False)
-    held_out = consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 128, 4, progress=False)
-    return model, tokenizer, windows, held_out
-
-
 # Numbers of TransformerCompression (commit 6b12cde) on the same weights and tokens: `benchmarks/slicing_vs_reference.py`.
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "published"), [(128, 21.80511342258781), (112, 45.650792126735745)])
-@pytest.mark.parametrize("shortcuts", ["folded", "full"])
-def test_agrees_with_transformer_compression(reference, width, published, shortcuts):
-    model, tokenizer, _, _ = reference
+def test_agrees_with_transformer_compression(width, published):
+    folder = ROOT / "data" / "reference" / "ref-llama-32l"
+    model, tokenizer = models.load(folder), models.load_tokenizer(folder)
     windows = sample_windows(corpora.load("pydocs", "calibration"), tokenizer, 16, 256, 0, progress=False)
     held_out = consecutive_windows(corpora.load("pydocs", "evaluation"), tokenizer, 256, 20, progress=False)
-    alike = copy.deepcopy(model)  # it takes this epsilon for every model, and the mean off the embeddings
-    alike.config.rms_norm_eps = 1e-5
-    for module in alike.modules():
+    model.config.rms_norm_eps = 1e-5  # it takes this epsilon for every model, and the mean off the embeddings
+    for module in model.modules():
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = 1e-5
     plan = SlicePlan(160, (width,) * 32, "constant")
-    narrow = slice_model(alike, plan, windows, shortcuts=shortcuts, subtract_mean=True, progress=False)
-    assert perplexity(narrow, held_out, batch_size=8).ppl == pytest.approx(published, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_principal_directions_are_the_ones_to_keep(reference, tmp_path):
-    model, tokenizer, windows, held_out = reference
-    plan = constant(32, 160, 0.1, multiple=8)
-    dense = perplexity(model, held_out).nll
-    principal = slice_model(model, plan, windows, progress=False)
-    cost = perplexity(principal, held_out).nll - dense
-    random = perplexity(slice_model(model, plan, windows, axes=random_axes(0), progress=False), held_out).nll - dense
-    assert 0.05 < cost < 1.0
-    assert random > 5 * cost
-    models.save(principal, tokenizer, tmp_path / "sliced")
-    again = models.load(tmp_path / "sliced")
-    assert perplexity(again, held_out).nll == pytest.approx(dense + cost, abs=1e-6)
-    assert models.load_tokenizer(tmp_path / "sliced")("x = 1")["input_ids"] == tokenizer("x = 1")["input_ids"]
+    for shortcuts in ("folded", "full"):
+        narrow = slice_model(model, plan, windows, shortcuts=shortcuts, subtract_mean=True, progress=False)
+        assert perplexity(narrow, held_out, batch_size=8).ppl == pytest.approx(published, rel=4e-7)
+    random = slice_model(model, plan, windows, axes=random_axes(0), subtract_mean=True, progress=False)
+    assert perplexity(random, held_out, batch_size=8).ppl > 5 * published
