@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +28,15 @@ CHAPTERS = sorted({entry.chapter for entry in REGISTRY.values()})
 
 @pytest.fixture(scope="module")
 def chapters() -> dict[str, Chapter]:
-    """The chapters of the reference profile: every table is read once."""
-    reference = profile.read(yaml.safe_load((ROOT / "profiles/reference.yaml").read_text(encoding="utf-8")))
-    return {name: Chapter("", profile.chapter_values(reference, name)) for name in CHAPTERS}
+    """The chapters of the reference profile, where a table has the same name in all: each is read once."""
+    reference, tables = profile.read(yaml.safe_load((ROOT / "profiles/reference.yaml").read_text(encoding="utf-8"))), {}
+    return {name: Chapter("", profile.chapter_values(reference, name), tables) for name in CHAPTERS}
 
 
 @pytest.fixture(autouse=True)
 def style(monkeypatch):
     def coarse(figure, path):
-        figure.savefig(path, dpi=30) if path.suffix == ".png" else path.touch()
+        figure.savefig(path, dpi=40) if path.suffix == ".png" else path.touch()
 
     use_style()
     monkeypatch.setattr(save, "write_picture", coarse)
@@ -77,7 +78,7 @@ MISSING = [  # stem, table, rows that are taken away, what the error names
     ("simdiff_table3_layers_removed", "tasks", {"run_part": "tables"}, "tables"),
     ("own_regret", "optimum_runs", {"experiment": "optimum"}, "profiles/optimum.yaml"),
     ("own_every_block", "optimum_runs", {"role": "every_block"}, "profiles/optimum.yaml"),
-    ("deeper_layers_fig2_accuracy", "tasks", {"run_part": "prompts"}, "prompts"),
+    ("deeper_layers_fig2_accuracy", "tasks", {"run_part": "blocks"}, "blocks"),
     ("dynamic_slicing_fig1_lr", "slicing", {"metric": "layer_redundancy"}, "layer_redundancy"),
     ("own_depth_vs_slicing", "selection", {"run_part": "rules"}, "rules"),
 ]
@@ -92,6 +93,30 @@ def test_a_missing_group_is_named(stem, table, where, named, chapters, tmp_path)
     with pytest.raises(FigureError, match=named):
         REGISTRY[stem].draw(chapter)
     assert not list(tmp_path.iterdir())
+
+
+def test_few_functions_between_table_and_picture(chapters, tmp_path):
+    """Who reads Figure 5a from its function to its table or its png goes through at most 8 functions, one inside the other."""
+    inside, deepest = [], []
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        if f"{os.sep}prunelib{os.sep}" not in code.co_filename or code.co_name.startswith("<"):
+            return
+        if event == "call":
+            inside.append(code.co_name)
+            deepest[:] = max(deepest, inside, key=len)
+        elif event == "return":
+            inside.pop()
+
+    entry = REGISTRY["simdiff_fig5a_perplexity"]
+    chapter = Chapter(tmp_path, chapters[entry.chapter].parameters)  # its tables are still to be read
+    sys.setprofile(watch)
+    try:
+        entry.draw(chapter)
+    finally:
+        sys.setprofile(None)
+    assert len(deepest) <= 8, " → ".join(deepest)
 
 
 def test_one_figure_from_the_command_line(tmp_path):

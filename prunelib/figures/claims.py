@@ -1,6 +1,7 @@
 """Chapter 08: what the papers claim, and what the tables say to it."""
 
 import functools
+import json
 
 import pandas as pd
 
@@ -16,9 +17,10 @@ SMALL = {"va": "center", "fontsize": 7.5}
 GREY = {"color": "#555555", "ha": "right", **SMALL}
 
 
-def measured(chapter: Chapter) -> tuple[list[Outcome], pd.DataFrame, pd.DataFrame]:
-    """The claims of a chapter: outcomes, one line per claim and model, and the runs behind them."""
-    tables = Tables(chapter.parameters)
+@functools.lru_cache(maxsize=1)
+def _measured(parameters: str) -> tuple[list[Outcome], pd.DataFrame, pd.DataFrame]:
+    """The claims of a chapter (parameters as JSON): outcomes, one line per claim and model, and the runs behind them."""
+    tables = Tables(json.loads(parameters))
     found = outcomes(tables)
     used = {run for one in found for part in one.measured for run in part.runs}
     return found, frame(found), tables.code(used)
@@ -27,14 +29,14 @@ def measured(chapter: Chapter) -> tuple[list[Outcome], pd.DataFrame, pd.DataFram
 @figure("own_table_claims", reads=READS)
 def table_claims(chapter: Chapter) -> Drawing:
     """Every claim with its value, interval and verdict on every model, and the run files behind it."""
-    found, data, rows = measured(chapter)
+    found, data, rows = _measured(json.dumps(chapter.parameters))
     return Drawing(None, data.drop(columns="short"), rows, text=markdown(found, PAPERS), published=[PUBLISHED])
 
 
 @figure("own_claims", reads=READS)
 def claims(chapter: Chapter) -> Drawing:
     """One line per claim that could be tested, one column per model: verdict by color and sign, and the measured value."""
-    _, everything, rows = measured(chapter)
+    _, everything, rows = _measured(json.dumps(chapter.parameters))
     data = everything[everything["measured"].notna()]
     places = {one: place for place, one in enumerate(data["id"].unique())}
     by_use = data["model"].value_counts()

@@ -1,15 +1,12 @@
 """Chapter 03: how many of the deep layers does a model need, when one contiguous block is removed?"""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from prunelib.figures import style as fig
@@ -21,16 +18,11 @@ READS = {"blocks": None}
 TASKS = {"tasks": ("blocks",)}
 EMBEDDED = ("pydocs_next_line", "pydocs_summary", "pydocs_parameter")
 RULES = ("angular", "deepest")
-ITEMS = "error bars: 95 % interval over the items, one calibration draw"
-SIZE, START = "block size n", "first layer of the block, l"
+SIZE, START, DROPPED = "block size n", "first layer of the block, l", "layers dropped, %"
 NEAREST = {"markersize": 3.6, "color": fig.METHODS["angular"].color, "markeredgecolor": "black", "markeredgewidth": 0.5}
 BEST = {"linestyle": "", "marker": "*", "color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5}
+AGREE, DIFFER = ("#9a9a9a", "all draws choose the same block"), ("#d55e00", "they differ")
 COLLAPSE = {"color": "#999999", "linestyle": (0, (4, 3)), "linewidth": 1}
-PROMPTS = {
-    "prompts": fig.Method("0", "0 shots", "#56b4e9", "D"),
-    "prompts_2_shots": fig.Method("2", "2 shots", "#12507b", "o", "--"),
-    "prompts_2_shots_reseeded": fig.Method("2'", "2 other shots", "#8c6d1f", "s", "-."),
-}
 
 
 @dataclass(frozen=True)
@@ -76,12 +68,10 @@ def blocks(chapter: Chapter) -> Blocks:
     return Blocks(rows, distance, chosen, layers)
 
 
-def _titled(found: Blocks, rows: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
-    """A figure with a column for each model, named above it."""
-    figure, grid = fig.panels(rows, len(found.names), squeeze=False, **options)
-    for axes, name in zip(grid[0], found.names, strict=True):
-        axes.set_title(f"{name} ({found.layers[name]} layers)")
-    return figure, grid
+def _sketch(found: Blocks, parts: int = 1, **options: object) -> fig.Sketch:
+    """A column for each model, named above it."""
+    titles = [f"{name} ({layers} layers)" for name, layers in found.layers.items()]
+    return fig.Sketch(found.names, parts, titles=titles, **options)
 
 
 def _losses(chapter: Chapter, name: str, metric: str) -> pd.DataFrame:
@@ -90,20 +80,19 @@ def _losses(chapter: Chapter, name: str, metric: str) -> pd.DataFrame:
     return _with_dense(fig.spread(rows, ["method", "size", "fraction"]))
 
 
-def _scores(chapter: Chapter, name: str, kind: str, task: str, metric: str = "acc") -> pd.DataFrame:
-    """A task (or `all`) of both rules against the fraction of layers dropped, with the 95 % interval over its items."""
-    rows = pick(chapter.table("tasks"), name=name, run_part=kind, task=task, method=("dense", *RULES)).fillna({"fraction": 0.0})
-    data = pick(rows, metric=metric)
+def _scores(chapter: Chapter, name: str, task: str = "all") -> pd.DataFrame:
+    """Accuracy of both rules in a task, or the mean, against the fraction dropped, with the 95 % interval of the items."""
+    rows = pick(chapter.table("tasks"), name=name, run_part="blocks", task=task, method=("dense", *RULES))
+    data = pick(rows, metric="average" if task == "all" else "acc").fillna({"fraction": 0.0})
     if task == "all":
         for end in ("low", "high"):
-            ends = pick(rows, metric=f"{metric}_{end}").set_index(["method", "size"])["value"]
+            ends = pick(rows, metric=f"average_{end}").set_index(["method", "size"])["value"]
             data[end] = ends.reindex(pd.MultiIndex.from_frame(data[["method", "size"]])).to_numpy()
     else:
         half = 1.96 * data["stderr"].fillna(0)
         data["low"], data["high"] = data["value"] - half, data["value"] + half
-    return _with_dense(
-        data[["name", "method", "size", "fraction", "task", "metric", "value", "low", "high", "n", "run", "code"]]
-    )
+    columns = ["name", "method", "size", "fraction", "task", "metric", "value", "low", "high", "n", "run", "code"]
+    return _with_dense(data[columns])
 
 
 def _with_dense(data: pd.DataFrame) -> pd.DataFrame:
@@ -112,8 +101,8 @@ def _with_dense(data: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([pd.concat([dense, data[data["method"] == rule]]).assign(method=rule) for rule in RULES])
 
 
-def _chance(chapter: Chapter, name: str, kind: str, tasks: Sequence[str]) -> float:
-    rows = pick(chapter.table("tasks"), name=name, run_part=kind, metric="chance", task=tuple(tasks))
+def _chance(chapter: Chapter, name: str) -> float:
+    rows = pick(chapter.table("tasks"), name=name, run_part="blocks", metric="chance", task=EMBEDDED)
     return float(rows.drop_duplicates("task")["value"].mean())
 
 
@@ -121,104 +110,64 @@ def _level(axes: Axes, value: float | int, label: str = "chance", line: str = "-
     axes.axhline(value, color="#333333", linestyle=line, linewidth=1, zorder=1, label=label)
 
 
-def _percent(*axes: Axes) -> None:
-    """Fractions as percent: on the y axes of all, and on the x axis of the lowest."""
-    for one in axes:
-        one.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    _dropped(axes[-1])
-
-
 def _dropped(axes: Axes) -> None:
-    axes.set(xlim=(-0.02, 1.0), xlabel="layers dropped, %")
+    axes.set_xlim(-0.02, 1.0)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
-def _heat(axes: Axes, grid: pd.DataFrame, norm: Normalize, nearest: pd.Series) -> ScalarMappable:
-    """Cells of a table (lines n, columns l) as colors, with the blocks of the rule marked."""
+def _heat(sketch: fig.Sketch, axes: Axes, grid: pd.DataFrame, norm: Normalize, nearest: pd.Series, label: str) -> None:
+    """Cells of a table (lines n, columns l) as colors, with the blocks of the rule marked; the last panel carries the scale."""
     cells = axes.pcolormesh(grid.columns, grid.index, grid.to_numpy(dtype=float), norm=norm, cmap="cividis", rasterized=True)
     axes.plot(nearest, nearest.index, fig.METHODS["angular"].marker, label="removed by the rule", **NEAREST)
     axes.grid(visible=False)
     axes.set_xlabel(START)
     fig.whole_numbers(axes)
-    return cells
+    if axes is sketch.grid[0, -1]:
+        _scale(sketch, cells, label)
 
 
-def _bar(figure: Figure, cells: ScalarMappable, axes: np.ndarray, label: str) -> None:
-    figure.colorbar(cells, ax=list(axes), label=label, pad=0.02).outline.set_visible(False)
+def _scale(sketch: fig.Sketch, cells: ScalarMappable, label: str) -> None:
+    sketch.figure.colorbar(cells, ax=list(sketch.grid[0]), label=label, pad=0.02).outline.set_visible(False)
 
 
-def _rescaled(grid: pd.DataFrame) -> pd.DataFrame:
-    """Every line shifted and rescaled to [0, 1]; lines of one value are missing."""
-    low, high = grid.min(axis=1), grid.max(axis=1)
-    return grid.sub(low, axis=0).div((high - low).where(high > low), axis=0)
-
-
-def _long(grid: pd.DataFrame, name: str, value: str = "value") -> pd.DataFrame:
-    return grid.rename_axis(index="size", columns="start").stack().rename(value).reset_index().assign(model=name)
-
-
-def _scored(figure: Figure, drawn: list[pd.DataFrame], *more: pd.DataFrame, **options: object) -> Drawing:
-    """A drawing of scores: their rows are the plotted numbers."""
-    rows = pd.concat([part[["run", "code"]] for part in (*drawn, *more) if "run" in part])
-    return Drawing(figure, pd.concat(drawn).drop(columns=["run", "code"]), rows, **options)
+def _long(grid: pd.DataFrame, value: str = "value") -> pd.DataFrame:
+    return grid.rename_axis(index="size", columns="start").stack().rename(value).reset_index()
 
 
 @figure("deeper_layers_fig1c_distance_curves", reads=READS)
 def fig1c_distance_curves(chapter: Chapter) -> Drawing:
     """Angular distance between the input of layer l and that of layer l + n, a curve per block size n."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, height=3.3, sharey=True)
-    norm = Normalize(1, max(found.layers.values()) - 1)
-    for axes, name in zip(grid[0], found.names, strict=True):
+    found = blocks(chapter)
+    sketch = _sketch(found, height=3.3, sharey=True)
+    sizes = ScalarMappable(Normalize(1, max(found.layers.values()) - 1), "cividis")
+    for (axes,), name in sketch:
         nearest = found.typical(name)
         for size, line in found.distance[name].iloc[:: 2 if found.layers[name] <= 24 else 3].iterrows():
             values = line.dropna()
-            color = plt.get_cmap("cividis")(norm(size))
-            axes.plot(values.index, values, "-" if len(values) > 2 else ".-", color=color, linewidth=1.1)
+            axes.plot(values.index, values, "-" if len(values) > 2 else ".-", color=sizes.to_rgba(size), linewidth=1.1)
             if size in nearest:
-                style = NEAREST | {"markersize": 5, "markeredgewidth": 0.6}
+                style = NEAREST | {"markersize": 5, "label": "removed by the rule"}
                 axes.plot([nearest[size]], [values[nearest[size]]], fig.METHODS["angular"].marker, **style)
         fig.whole_numbers(axes)
-        data = _long(found.distance[name], name, "angular_distance")
-        drawn.append(data.assign(nearest=data["start"] == data["size"].map(nearest)))
-    fig.label_axes(grid, x=START, y="angular distance d(l, l + n)")
-    _bar(figure, ScalarMappable(norm, "cividis"), grid[0], SIZE)
-    return Drawing(figure, pd.concat(drawn), found.rows)
+        data = _long(found.distance[name], "angular_distance")
+        sketch.keep(data, model=name, nearest=data["start"] == data["size"].map(nearest))
+    _scale(sketch, sizes, SIZE)
+    return sketch.done(found.rows, x=START, y="angular distance d(l, l + n)")
 
 
 @figure("deeper_layers_fig4_heatmap", reads=READS)
 def fig4_heatmap(chapter: Chapter) -> Drawing:
-    """The paper's heat map: the distances of each block size, rescaled to [0, 1] by themselves."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, height=3.3)
-    for axes, name in zip(grid[0], found.names, strict=True):
-        cells = _heat(axes, _rescaled(found.distance[name]), Normalize(0, 1), found.typical(name))
-        axes.set_title(name)
-        drawn.append(_long(_rescaled(found.distance[name]), name, "rescaled_distance"))
-    fig.label_axes(grid, x=START, y=SIZE)
-    _bar(figure, cells, grid[0], "distance, each line rescaled to [0, 1]")
-    fig.legend(figure)
-    return Drawing(figure, pd.concat(drawn), found.rows)
-
-
-@figure("own_angular_heatmap", reads=READS)
-def angular_heatmap(chapter: Chapter) -> Drawing:
-    """The same distances on one scale, and rescaled without the blocks that start at layer 0."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, 2, height=3.0)
-    norm = Normalize(0, max(distance.max(axis=None) for distance in found.distance.values()))
-    for (above, below), name in zip(grid.T, found.names, strict=True):
-        later = _rescaled(found.distance[name].loc[:, 1:].dropna(how="all")).dropna(how="all")
-        cells = _heat(above, found.distance[name], norm, found.typical(name))
-        rescaled = _heat(below, later, Normalize(0, 1), found.typical(name))
-        below.set(xlim=above.get_xlim(), ylim=above.get_ylim())
-        drawn.append(_long(found.distance[name], name).assign(what="angular distance"))
-        drawn.append(_long(later, name).assign(what="rescaled per size, without start 0"))
-    fig.label_axes(grid, x=START, y=SIZE)
-    _bar(figure, cells, grid[0], "angular distance")
-    _bar(figure, rescaled, grid[1], "rescaled, without l = 0")
-    fig.legend(figure)
-    return Drawing(figure, pd.concat(drawn), found.rows)
+    """The paper's heat map without the blocks that start at layer 0: the distances of each block size, rescaled to [0, 1]."""
+    found = blocks(chapter)
+    sketch = _sketch(found, height=3.3)
+    for (axes,), name in sketch:
+        later = found.distance[name].loc[:, 1:].dropna(how="all")
+        low, high = later.min(axis=1), later.max(axis=1)
+        rescaled = later.sub(low, axis=0).div((high - low).where(high > low), axis=0).dropna(how="all")
+        sketch.keep(_long(rescaled, "rescaled_distance"), model=name)
+        nearest = found.typical(name)
+        _heat(sketch, axes, rescaled, Normalize(0, 1), nearest[nearest > 0], "distance, each line rescaled to [0, 1]")
+    return sketch.done(found.rows, x=START, y=SIZE)
 
 
 @dataclass(frozen=True)
@@ -265,29 +214,26 @@ def every(chapter: Chapter, found: Blocks) -> EveryBlock:
 def every_block(chapter: Chapter) -> Drawing:
     """The measured loss without every block, and how much worse the rules choose than the best block."""
     found = blocks(chapter)
-    known, drawn = every(chapter, found), []
-    names = list(known.over_dense)
-    figure, grid = fig.panels(2, len(names), height=3.1, squeeze=False, sharey="row")
-    costs = np.concatenate([cost.to_numpy().ravel() for cost in known.over_dense.values()])
-    norm = LogNorm(np.nanmin(costs[costs > 0]), np.nanmax(costs))
-    for (above, below), (name, cost) in zip(grid.T, known.over_dense.items(), strict=True):
-        cells = _heat(above, cost, norm, found.typical(name))
-        above.plot(cost.idxmin(axis=1), cost.index, markersize=6, **BEST)
-        above.set_title(f"{name} ({found.layers[name]} layers)")
-        drawn.append(_long(cost, name).assign(what="nats over dense"))
-        drawn.append(_regret_curves(below, found, known, name).assign(model=name, what="regret against the best block"))
-    fig.label_axes(grid, x=SIZE, y=[SIZE, "regret, nats per token"])
-    for axes in grid[0]:
-        axes.set_xlabel(START)
-    _bar(figure, cells, grid[0], "nats over dense (log)")
-    fig.legend(figure, grid[1], note=f"angular: median and min–max of {found.draws} calibration draws")
+    known = every(chapter, found)
+    names, costs = list(known.over_dense), known.over_dense.values()
+    titles = [f"{name} ({found.layers[name]} layers)" for name in names]
+    sketch = fig.Sketch(names, 2, titles=titles, height=3.1, sharey="row")
+    everything = np.concatenate([cost.to_numpy().ravel() for cost in costs])
+    norm = LogNorm(np.nanmin(everything[everything > 0]), np.nanmax(everything))
+    for (above, below), name in sketch:
+        cost = known.over_dense[name]
+        _heat(sketch, above, cost, norm, found.typical(name), "nats over dense (log)")
+        above.plot(cost.idxmin(axis=1), cost.index, markersize=6, label="best block (regret 0)", **BEST)
+        sketch.keep(_long(cost), model=name, what="nats over dense")
+        sketch.keep(_regret_curves(below, found, known, name), model=name, what="regret against the best block")
     last = "; ".join(
         f"{name}, for {(cost.idxmin(axis=1) + cost.index == found.layers[name]).sum()} of {len(cost)} sizes"
         for name, cost in known.over_dense.items()
     )
     text = f"The best block takes the very last layer, which both rules keep: {last}."
+    note = f"angular: median and min–max of {found.draws} calibration draws"
     rows = pd.concat([found.rows, known.rows])
-    return Drawing(figure, pd.concat(drawn), rows, text)
+    return sketch.done(rows, x=SIZE, y=[SIZE, "regret, nats per token"], note=note, text=text)
 
 
 def _regret_curves(axes: Axes, found: Blocks, known: EveryBlock, name: str) -> pd.DataFrame:
@@ -306,7 +252,6 @@ def _regret_curves(axes: Axes, found: Blocks, known: EveryBlock, name: str) -> p
     spared = worse.where(inside).min(axis=1).rename("value").reset_index()
     spared["method"] = "best block that spares the last layer"
     axes.plot(spared["size"], spared["value"], "--", color="black", linewidth=1, zorder=4, label=spared["method"][0])
-    axes.plot([], [], label="best block (regret 0)", **BEST)
     axes.axhline(0, color="black", linewidth=0.8)
     free = mine.loc[mine["method"] == "best", ["method", "size", "value"]]
     if len(free):
@@ -318,162 +263,108 @@ def _regret_curves(axes: Axes, found: Blocks, known: EveryBlock, name: str) -> p
 @figure("deeper_layers_fig3_normalized_loss", reads=READS)
 def fig3_normalized_loss(chapter: Chapter) -> Drawing:
     """Loss over the logarithm of the vocabulary size against the fraction of layers dropped, angular blocks."""
-    figure, axes = fig.panels(height=3.2)
-    drawn = []
-    names = chapter.models("blocks")
+    sketch = fig.Sketch(["all"], titles=[""], height=3.2)
+    axes = sketch.grid[0, 0]
     looks = zip("Dosv^", ("-", "-.", ":", "--", "-"), ("#56b4e9", "#12507b", "#8c6d1f", "#000000", "#777777"), strict=True)
-    for name, (marker, line, color) in zip(names, looks, strict=False):
-        data = pick(_losses(chapter, name, "normalized_loss"), method="angular")
+    for name, (marker, line, color) in zip(chapter.models("blocks"), looks, strict=False):
+        data = sketch.keep(pick(_losses(chapter, name, "normalized_loss"), method="angular"), model=name)
         look = fig.Method(name, f"{name}, angular block", color, marker, line)
         fig.curve(axes, data, look, x="fraction", markeredgewidth=1)
         level = pick(data, size=0)["value"].iloc[0]
         axes.axhline(level, color=color, linestyle=":", linewidth=1, label=f"{name}, dense")
-        drawn.append(data.assign(model=name))
     _level(axes, 1, "uniform guess")
-    axes.set(ylim=(0, None), ylabel="loss / log(vocabulary)")
+    axes.set_ylim(bottom=0)
     _dropped(axes)
-    fig.legend(figure, note=fig.error_note(drawn[0].query("size > 0"), "calibration draws"))
     rows = pick(chapter.table("blocks"), metric="normalized_loss", role="choice")
-    return Drawing(figure, pd.concat(drawn), rows)
+    note = fig.error_note(sketch.drawn[0].query("size > 0"), "calibration draws")
+    return sketch.done(rows, x=DROPPED, y="loss / log(vocabulary)", note=note)
 
 
-@figure("deeper_layers_fig2_accuracy", reads={"tasks": ("blocks", "prompts"), **READS})
+@figure("deeper_layers_fig2_accuracy", reads={**TASKS, **READS})
 def fig2_accuracy(chapter: Chapter) -> Drawing:
-    """Accuracy after the angular rule: the embedded tasks above, letters below; where published models fall to chance."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, 2, height=2.5, sharey="row", sharex=True)
-    for (above, below), name in zip(grid.T, found.names, strict=True):
+    """Accuracy in the embedded tasks after the angular rule; where published models fall to chance."""
+    sketch = _sketch(blocks(chapter), height=2.7, sharey=True)
+    for (axes,), name in sketch:
         for task, line in zip(EMBEDDED, ("-", "--", "-."), strict=True):
-            data = pick(_scores(chapter, name, "blocks", task), method="angular").sort_values("fraction")
+            data = pick(_scores(chapter, name, task), method="angular").sort_values("fraction")
             label = task.removeprefix("pydocs_").replace("_", " ")
-            above.plot(data["fraction"], data["value"], line, color="#8fb3c7", linewidth=1, label=label)
-            drawn.append(data)
-        for axes, kind, task, metric in ((above, "blocks", "all", "average"), (below, "prompts", "pydocs_letters", "acc")):
-            data = pick(_scores(chapter, name, kind, task, metric), method="angular")
-            fig.curve(axes, data, "angular", x="fraction", label="angular: mean of the three (above), letters (below)")
-            fig.dense_line(axes, pick(data, size=0)["value"].iloc[0])
-            _level(axes, _chance(chapter, name, kind, EMBEDDED if task == "all" else [task]))
-            _mark_collapse(axes, named=axes is above)
-            axes.set_ylim(0, 1)
-            drawn.append(data)
-        above.set_title(above.get_title("left"), pad=48)
-        _percent(above, below)
-    grid[0, 0].plot([], [], label="falls to chance (published)", **COLLAPSE)
-    fig.label_axes(grid, x="layers dropped, %", y=["accuracy, %", "accuracy of letters, %"])
-    fig.legend(figure, columns=2, note=ITEMS)
-    return _scored(figure, drawn, published=[PUBLISHED])
+            axes.plot(data["fraction"], data["value"], line, color="#8fb3c7", linewidth=1, label=label)
+            sketch.keep(data, data)
+        data = pick(_scores(chapter, name), method="angular")
+        sketch.keep(data, data)
+        fig.curve(axes, data, "angular", x="fraction", label="angular block: mean of the three")
+        fig.dense_line(axes, pick(data, size=0)["value"].iloc[0])
+        _level(axes, _chance(chapter, name))
+        _mark_collapse(axes)
+        axes.set_title(axes.get_title("left"), pad=48)
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        _dropped(axes)
+    note = "error bars: 95 % interval over the items, one calibration draw"
+    return sketch.done(x=DROPPED, y="accuracy, %", note=note, published=[PUBLISHED])
 
 
-def _mark_collapse(axes: Axes, *, named: bool) -> None:
+def _mark_collapse(axes: Axes) -> None:
     """Where the published models fall to chance on MMLU (healed)."""
     rows = pick(published("deeper_layers", "headline"), metric="collapse_fraction_percent")
     for family, ends in (rows.groupby("model")["value"].agg(["min", "max"]) / 100).iterrows():
         if ends["max"] > ends["min"]:
             axes.axvspan(*ends, facecolor="none", edgecolor="#bbbbbb", hatch="///", linewidth=0, zorder=0.5)
         else:
-            axes.axvline(ends["min"], zorder=0.5, **COLLAPSE)
-        if named:
-            place = {"xy": (ends.mean(), 1), "xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
-            axes.annotate(family, xytext=(0, 2), rotation=90, ha="center", va="bottom", fontsize=7.5, color="#555555", **place)
+            axes.axvline(ends["min"], zorder=0.5, label="falls to chance (published)", **COLLAPSE)
+        place = {"xy": (ends.mean(), 1), "xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(family, xytext=(0, 2), rotation=90, ha="center", va="bottom", fontsize=7.5, color="#555555", **place)
 
 
 @figure("deeper_layers_fig5_simple_vs_similarity", reads={**TASKS, **READS})
 def fig5_simple_vs_similarity(chapter: Chapter) -> Drawing:
     """The simple rule against the angular one: mean accuracy above, loss below."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, 2, height=2.4, sharey="row", sharex=True)
-    for (above, below), name in zip(grid.T, found.names, strict=True):
-        scores = _scores(chapter, name, "blocks", "all", "average").assign(what="mean accuracy")
-        losses = _losses(chapter, name, "normalized_loss").assign(name=name, what="loss / log(vocabulary)")
+    found = blocks(chapter)
+    sketch = _sketch(found, 2, height=2.4, sharey="row", sharex=True)
+    for (above, below), name in sketch:
+        scores, losses = _scores(chapter, name), _losses(chapter, name, "normalized_loss")
+        sketch.keep(scores, scores, what="mean accuracy")
+        sketch.keep(losses, name=name, what="loss / log(vocabulary)")
         for axes, data, offset in ((above, scores, 0.004), (below, losses, 0)):
             fig.dense_line(axes, pick(data, size=0)["value"].iloc[0])
             for rule, shift in (("deepest", -offset), ("angular", offset)):
                 fig.curve(axes, pick(data, method=rule), rule, x="fraction", offset=shift)
-            drawn.append(data)
-        _level(above, _chance(chapter, name, "blocks", EMBEDDED))
+        _level(above, _chance(chapter, name))
         _level(below, 1, "uniform guess", "-.")
         above.set_ylim(0, 1)
         below.set_ylim(bottom=0)
         above.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         _dropped(below)
-    fig.label_axes(grid, x="layers dropped, %", y=["mean accuracy, %", "loss / log(vocabulary)"])
-    fig.legend(figure, note=f"error bars: 95 % interval over items (above), min–max of {found.draws} calibration draws (below)")
-    return _scored(figure, drawn, pick(chapter.table("blocks"), metric="normalized_loss", role="choice"))
-
-
-@figure("deeper_layers_fig6_boolq", reads={"tasks": ("prompts",), **READS})
-def fig6_boolq(chapter: Chapter) -> Drawing:
-    """The yes-or-no task: accuracy, and the share of the more frequent answer."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, height=2.8, sharey=True)
-    for axes, name in zip(grid[0], found.names, strict=True):
-        share = pick(_scores(chapter, name, "prompts", "pydocs_yes_no", "constant_share"), method="angular")
-        right = pick(_scores(chapter, name, "prompts", "pydocs_yes_no"), method="angular")
-        look = fig.Method("share", "share of the more frequent answer", "#777777", "o", "--")
-        share = share.drop(columns=["low", "high"])
-        fig.curve(axes, share, look, x="fraction", markerfacecolor="white", markeredgewidth=1)
-        fig.curve(axes, right, "angular", x="fraction", label="accuracy, angular block")
-        fig.dense_line(axes, pick(right, size=0)["value"].iloc[0])
-        _level(axes, _chance(chapter, name, "prompts", ["pydocs_yes_no"]))
-        axes.set_ylim(0, 1.04)
-        _percent(axes)
-        drawn += [share, right]
-    fig.label_axes(grid, x="layers dropped, %", y="items, %")
-    fig.legend(figure, columns=2, note=ITEMS)
-    return _scored(figure, drawn)
-
-
-@figure("deeper_layers_fig7_prompts", reads={"tasks": tuple(PROMPTS), **READS})
-def fig7_prompts(chapter: Chapter) -> Drawing:
-    """The letters task without examples, with two, and with two others: accuracy and share of the most frequent letter."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, 2, height=2.2, sharey="row", sharex=True)
-    for (above, below), name in zip(grid.T, found.names, strict=True):
-        for place, (kind, look) in enumerate(PROMPTS.items()):
-            right = pick(_scores(chapter, name, kind, "pydocs_letters"), method="angular").assign(prompt=look.title)
-            share = pick(_scores(chapter, name, kind, "pydocs_letters", "constant_share"), method="angular")
-            fig.curve(above, right, look, x="fraction", offset=0.006 * (place - 1), markeredgewidth=1)
-            fig.curve(below, share.assign(low=share["value"], high=share["value"]), look, x="fraction", markeredgewidth=1)
-            above.axhline(pick(right, size=0)["value"].iloc[0], color=look.color, linestyle=":", linewidth=1)
-            drawn += [right, share.assign(prompt=look.title)]
-        above.plot([], [], color="#777777", linestyle=":", linewidth=1, label="dense, in the color of its prompt")
-        for axes, top in ((above, 0.6), (below, 1.04)):
-            _level(axes, _chance(chapter, name, "prompts", ["pydocs_letters"]))
-            axes.set_ylim(0, top)
-        _percent(above, below)
-    fig.label_axes(grid, x="layers dropped, %", y=["accuracy, %", "most frequent letter, %"])
-    fig.legend(figure, note=ITEMS)
-    return _scored(figure, drawn)
+    rows = pd.concat([*sketch.used, pick(chapter.table("blocks"), metric="normalized_loss", role="choice")])
+    note = f"error bars: 95 % interval over items (above), min–max of {found.draws} calibration draws (below)"
+    return sketch.done(rows, x=DROPPED, y=["mean accuracy, %", "loss / log(vocabulary)"], note=note)
 
 
 @figure("own_block_draws", reads=READS)
 def block_draws(chapter: Chapter) -> Drawing:
     """Which block each calibration draw chooses, a line per draw from its first to its last layer."""
-    found, drawn = blocks(chapter), []
-    figure, grid = _titled(found, height=3.6)
-    kinds = {True: ("#9a9a9a", "all draws choose the same block"), False: ("#d55e00", "they differ")}
-    for axes, name in zip(grid[0], found.names, strict=True):
+    found = blocks(chapter)
+    sketch = _sketch(found, height=3.6)
+    for (axes,), name in sketch:
         sizes = found.sizes(name)
         shown = sizes[1::2] if len(sizes) > 3 else sizes
-        agree = {size: found.chosen[name, size].nunique() == 1 for size in sizes}
+        agree = [size for size in sizes if found.chosen[name, size].nunique() == 1]
         for size in shown:
             starts = found.chosen[name, size]
+            color, label = AGREE if size in agree else DIFFER
             for place, start in enumerate(starts):
                 height = size + 0.5 * (place - (len(starts) - 1) / 2)
-                color = kinds[agree[size]][0]
-                axes.plot([start, start + size - 1], [height, height], color=color, linewidth=1.3, solid_capstyle="butt")
+                axes.plot(
+                    [start, start + size - 1], [height] * 2, color=color, linewidth=1.3, solid_capstyle="butt", label=label
+                )
         data = pd.concat({size: found.chosen[name, size] for size in sizes}, names=["size", "draw"]).rename("start")
-        drawn.append(data.reset_index().assign(model=name))
-        axes.set_title(f"{name}: all draws agree for {sum(agree.values())} of {len(sizes)} sizes", fontsize=9)
+        sketch.keep(data.reset_index(), model=name)
+        axes.set_title(f"{name}: all draws agree for {len(agree)} of {len(sizes)} sizes", fontsize=9)
         axes.set_xlim(-0.5, found.layers[name] - 0.5)
         fig.whole_numbers(axes)
         axes.set_yticks(shown)
         axes.tick_params(axis="y", labelsize=7.5)
-    for color, label in kinds.values():
-        grid[0, 0].plot([], [], color=color, label=label)
-    fig.label_axes(grid, x="layer", y=SIZE)
-    fig.legend(figure, note="every second size is drawn")
-    return Drawing(figure, pd.concat(drawn), found.rows)
+    return sketch.done(found.rows, x="layer", y=SIZE, note="every second size is drawn")
 
 
 @figure("own_table_deeper_layers", reads={"optimum_runs": None, **TASKS, **READS})
@@ -483,20 +374,14 @@ def table_deeper_layers(chapter: Chapter) -> Drawing:
     known, lines = every(chapter, found), []
     regret = fig.spread(known.regrets, ["model", "method", "size"]).groupby(["model", "method"])["value"].mean()
     for name in found.names:
-        cost, chance = known.over_dense.get(name, pd.DataFrame()), _chance(chapter, name, "blocks", EMBEDDED)
+        cost, chance = known.over_dense.get(name, pd.DataFrame()), _chance(chapter, name)
         large = [size for size in cost.index if cost.loc[size].notna().sum() >= 10]
         ranks = [found.distance[name].loc[size].corr(cost.loc[size], method="spearman") for size in large]
         middle = cost.sub(cost.min(axis=1), axis=0).median(axis=1).reindex(found.sizes(name)).mean()
         agree = 100 * np.mean([found.chosen[name, size].nunique() == 1 for size in found.sizes(name)])
         for rule in RULES:
-            scores, losses, scaled = (
-                pick(data, method=rule).set_index("size").sort_index()
-                for data in (
-                    _scores(chapter, name, "blocks", "all", "average"),
-                    _losses(chapter, name, "nll"),
-                    _losses(chapter, name, "normalized_loss"),
-                )
-            )
+            tables = (_scores(chapter, name), *(_losses(chapter, name, metric) for metric in ("nll", "normalized_loss")))
+            scores, losses, scaled = (pick(data, method=rule).set_index("size").sort_index() for data in tables)
             rise = (losses["value"] - losses["value"].iloc[0]) / losses.index.to_numpy().clip(1)
             line = {
                 "model": name,

@@ -23,6 +23,12 @@ LOOKS = {
 }
 KEYS = ["name", "run", "code", "part", "method", "slice_percentage", "slice_base", "shortcuts"]
 KEYS += ["control_seed", "window_seed", "calibration", "calibration_seed"]
+SCORES = {  # title → metric, color
+    "block influence (raw)": ("block_influence", "#a3a3a3"),
+    "LR": ("layer_redundancy", "#0072b2"),
+    "SLR": ("redundancy_slice", "#e69f00"),
+    "FS": ("final_slice", LOOKS["dynamic"].color),
+}
 CONTROLS = {
     "constant": "constant (SliceGPT)",
     "keep_first_whole": "layer 0 whole, all others alike",
@@ -41,6 +47,8 @@ SHORTCUTS = {  # kind → title, color
     "folded": ("folded where possible", "#0072b2"),
     "shared_basis": ("one basis, no shortcuts", "#e69f00"),
 }
+TEXTS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+EQUAL = ["slice_percentage", "slice_base", "mean_slice", "over_constant", "removed"]
 VARIANTS = {"minmax": ("min-max (published)", "#000000"), "released": ("as released", "#cc3311")}
 VARIANTS |= {"clipped": ("clipped", "#aa4499"), "rank": ("ranks", "#e6b800")}
 
@@ -103,11 +111,6 @@ def slicing(chapter: Chapter) -> Slicing:
     return Slicing(rows, plans, float(first["control_percentage"]), float(first["control_base"]))
 
 
-def _drawing(figure: object, data: pd.DataFrame, *used: pd.DataFrame, **options: object) -> Drawing:
-    data = data.drop(columns=["run", "code"], errors="ignore").dropna(axis=1, how="all")
-    return Drawing(figure, data, pd.concat([part[["run", "code"]] for part in used]), **options)
-
-
 @figure("dynamic_slicing_fig1_lr", reads=READS)
 def fig1_lr(chapter: Chapter) -> Drawing:
     """Layer redundancy LR, the share it gives (SLR) and the final slice (FS) of every layer: published, and ours."""
@@ -116,36 +119,25 @@ def fig1_lr(chapter: Chapter) -> Drawing:
     scaled = (lr - lr.min()) / (lr.max() - lr.min())
     shares = scaled * (found.percentage - found.base) / scaled.mean()
     models = {"Mistral-7B (published)": {"LR": lr, "SLR": shares, "FS": shares + found.base}}
-    metrics = {
-        "block influence (raw)": "block_influence",
-        "LR": "layer_redundancy",
-        "SLR": "redundancy_slice",
-        "FS": "final_slice",
-    }
     for name in found.names:
         models[name] = {}
-        for what, metric in metrics.items():
+        for what, (metric, _) in SCORES.items():
             rows = found.layers(name, metric)
             rows = rows if metric == "block_influence" else pick(rows, normalize="minmax")
             models[name][what] = rows["value"].to_numpy()[: rows["layer"].max() + 1]
-    figure, grid = fig.panels(1, len(models), height=2.9, squeeze=False, sharey=True)
-    colors = dict(zip(metrics, ("#a3a3a3", "#0072b2", "#e69f00", LOOKS["dynamic"].color), strict=True))
-    drawn = []
-    for axes, (name, curves) in zip(grid[0], models.items(), strict=True):
+    titles = ["published: Mistral-7B", *(f"ours: {name}" for name in found.names)]
+    sketch = fig.Sketch(list(models), titles=titles, height=2.9, sharey=True)
+    for (axes,), name in sketch:
         hollow = {} if name in found.names else {"markerfacecolor": "white", "linestyle": "--"}
-        for what, values in curves.items():
-            axes.plot(values, marker="o", markersize=2.6, linewidth=1.1, color=colors[what], label=what, **hollow)
-            data = pd.Series(values, name="value").rename_axis("layer").reset_index()
-            drawn.append(data.assign(model=name, what=what))
-        axes.axhline(
-            found.percentage, color=LOOKS["constant"].color, linewidth=1, label=f"constant, S_P = {found.percentage:g}"
-        )
-        axes.set_title("published: Mistral-7B" if hollow else f"ours: {name}", fontsize=9)
+        for what, values in models[name].items():
+            axes.plot(values, marker="o", markersize=2.6, linewidth=1.1, color=SCORES[what][1], label=what, **hollow)
+            sketch.keep(pd.Series(values, name="value").rename_axis("layer").reset_index(), model=name, what=what)
+        label = f"constant, S_P = {found.percentage:g}"
+        axes.axhline(found.percentage, color=LOOKS["constant"].color, linewidth=1, label=label)
         fig.whole_numbers(axes)
-    fig.label_axes(grid, x="layer", y="score or slice")
     note = f"S_P = {found.percentage:g}, S_B = {found.base:g}; hollow: published LR, its slices by the same formula"
-    fig.legend(figure, grid[0][::-1], columns=5, note=note)
-    return _drawing(figure, pd.concat(drawn), pick(found.rows, role="layer"), published=[PUBLISHED_LR])
+    rows = pick(found.rows, role="layer")
+    return sketch.done(rows, x="layer", y="score or slice", columns=5, note=note, published=[PUBLISHED_LR])
 
 
 @figure("dynamic_slicing_fig2to4_slice_base", reads=READS, models=0)
@@ -162,16 +154,21 @@ def fig5to7_slice_base(chapter: Chapter) -> Drawing:
 
 def _sweep(found: Slicing, index: int, numbers: dict[float, int]) -> Drawing:
     """numbers: S_P → figure of the paper."""
-    name, drawn = found.names[index], []
-    titles = {"tasks": "tasks, %", "ppl": "perplexity", "accuracy": "next token, %"}
-    titles = {metric: title for metric, title in titles.items() if metric in found.plans}
-    figure, grid = fig.panels(len(titles), len(found.percentages), height=1.75, squeeze=False, sharex="col")
+    name = found.names[index]
+    metrics = {"tasks": "tasks, %", "ppl": "perplexity", "accuracy": "next token, %"}
+    metrics = {metric: title for metric, title in metrics.items() if metric in found.plans}
+    titles = [
+        f"S_P = {percentage:g}{next((f' (Figure {one})' for key, one in numbers.items() if np.isclose(key, percentage)), '')}"
+        for percentage in found.percentages
+    ]
+    sketch = fig.Sketch(found.percentages, len(metrics), titles=titles, height=1.75, sharex="col")
     several = found.draws(name, "constant")
-    for column, percentage in zip(grid.T, found.percentages, strict=True):
+    for column, percentage in sketch:
         swept = found.of(name, "sweep", slice_percentage=percentage)
         spared = found.of(name, "control", method="keep_first_full", slice_percentage=percentage, slice_base=0)
-        drawn += [swept, spared]
-        for axes, metric in zip(column, titles, strict=True):
+        sketch.keep(swept, swept)
+        sketch.keep(spared, spared)
+        for axes, metric in zip(column, metrics, strict=True):
             scale, look = 1 if metric == "ppl" else 100, LOOKS["constant"]
             axes.axhline(scale * pick(swept, method="constant")[metric].iloc[0], color=look.color, label=look.title)
             spans = scale * several[metric].dropna()
@@ -182,16 +179,11 @@ def _sweep(found: Slicing, index: int, numbers: dict[float, int]) -> Drawing:
                 if metric == "tasks":
                     ends = scale * line[["tasks_over_low", "tasks_over_high"]].sub(line["tasks_over"], axis=0)
                     data["low"], data["high"] = (data["value"] + ends[end] for end in ends)
-                style = {"elinewidth": 0.9, "capsize": 2} if metric == "tasks" else {}
-                fig.curve(axes, data, LOOKS[method], x="slice_base", offset=shift, markeredgewidth=1, **style, **HOLLOW[method])
-        number = next((f" (Figure {number})" for key, number in numbers.items() if np.isclose(key, percentage)), "")
-        column[0].set_title(f"S_P = {percentage:g}{number}", fontsize=9)
-    fig.label_axes(grid, x="slice base S_B", y=list(titles.values()))
-    figure.suptitle(name, fontsize=10)
-    fig.legend(figure, note=_sweep_note(found, name))
-    measured = [*titles, "tasks_over", "tasks_over_low", "tasks_over_high", "items", "nll", "removed"]
-    drawn = pd.concat(drawn)
-    return _drawing(figure, drawn[[column for column in (*KEYS, *measured) if column in drawn]], drawn)
+                fig.curve(axes, data, LOOKS[method], x="slice_base", offset=shift, markeredgewidth=1, **HOLLOW[method])
+    sketch.figure.suptitle(name, fontsize=10)
+    measured = (*KEYS, *metrics, "tasks_over", "tasks_over_low", "tasks_over_high", "items", "nll", "removed")
+    sketch.drawn = [part[[column for column in measured if column in part]] for part in sketch.drawn]
+    return sketch.done(x="slice base S_B", y=list(metrics.values()), note=_sweep_note(found, name))
 
 
 HOLLOW = {"dynamic": {}, "keep_first_full": {"markerfacecolor": "white"}}
@@ -219,27 +211,17 @@ def table1_constant_vs_dynamic(chapter: Chapter) -> Drawing:
             moving = found.of(name, "sweep", method="dynamic", **where)
             best, worst = moving.loc[moving["nll"].idxmin()], moving.loc[moving["nll"].idxmax()]
             spared = found.of(name, "control", method="keep_first_full", slice_base=0, **where).iloc[0]
-            line = {
-                "model": name,
-                "S_P": percentage,
-                "constant: ppl": flat["ppl"],
-                "best dynamic: ppl": best["ppl"],
-                "its S_B": best["slice_base"],
-                "change of ppl, %": 100 * (best["ppl"] / flat["ppl"] - 1),
-                "worst dynamic: ppl": worst["ppl"],
-                "layer 0 spared: ppl": spared["ppl"],
-                "constant: next token, %": 100 * flat["accuracy"],
-                "best dynamic: next token, %": 100 * best["accuracy"],
-            }
+            line = {"model": name, "S_P": percentage, "constant: ppl": flat["ppl"], "best dynamic: ppl": best["ppl"]}
+            line |= {"its S_B": best["slice_base"], "change of ppl, %": 100 * (best["ppl"] / flat["ppl"] - 1)}
+            line |= {"worst dynamic: ppl": worst["ppl"], "layer 0 spared: ppl": spared["ppl"]}
+            line["constant: next token, %"] = 100 * flat["accuracy"]
+            line["best dynamic: next token, %"] = 100 * best["accuracy"]
             if "tasks" in found.plans:
-                line |= {
-                    "constant: tasks, %": 100 * flat["tasks"],
-                    "best dynamic: tasks, %": 100 * best["tasks"],
-                    "difference, points": 100 * best["tasks_over"],
-                    "95 % from": 100 * best["tasks_over_low"],
-                    "95 % to": 100 * best["tasks_over_high"],
-                    "layer 0 spared: tasks, %": 100 * spared["tasks"],
-                }
+                line["constant: tasks, %"] = 100 * flat["tasks"]
+                line["best dynamic: tasks, %"] = 100 * best["tasks"]
+                line["difference, points"] = 100 * best["tasks_over"]
+                line["95 % from"], line["95 % to"] = 100 * best["tasks_over_low"], 100 * best["tasks_over_high"]
+                line["layer 0 spared: tasks, %"] = 100 * spared["tasks"]
             line["constant: parameters removed, %"] = 100 * flat["removed"]
             lines.append({**line, "best dynamic: parameters removed, %": 100 * best["removed"]})
     numbers = pd.DataFrame(lines)
@@ -259,11 +241,11 @@ def _published_trial() -> str:
 @figure("own_equal_parameters", reads=READS)
 def equal_parameters(chapter: Chapter) -> Drawing:
     """Dynamic over constant slicing at equal mean slice and at equal parameters, and what each removes."""
-    found, drawn = slicing(chapter), []
+    found = slicing(chapter)
     bases = sorted(pick(found.plans, part="equal_parameters")["slice_base"].unique())
     colors = [("#99ccee", "#0072b2"), ("#99ccaa", LOOKS["dynamic"].color)][-len(bases) :]
-    figure, grid = fig.panels(2, len(found.names), height=2.0, squeeze=False, sharex="col", sharey="row")
-    for (above, below), name in zip(grid.T, found.names, strict=True):
+    sketch = fig.Sketch(found.names, 2, height=2.0, sharex="col", sharey="row")
+    for (above, below), name in sketch:
         ticks = []
         for place, percentage in enumerate(found.percentages):
             flat = found.of(name, "sweep", method="constant", slice_percentage=percentage).iloc[0]
@@ -274,37 +256,32 @@ def equal_parameters(chapter: Chapter) -> Drawing:
                 kinds = (("sweep", "equal mean slice", -0.1), ("equal_parameters", "equal parameters", 0.1))
                 for (part, what, shift), color in zip(kinds, pair, strict=True):
                     plan = found.of(name, part, method="dynamic", **where).head(1)
-                    plan = plan.assign(comparison=what, model=name, over_constant=plan["nll"] - flat["nll"], **where)
+                    plan = plan.assign(over_constant=plan["nll"] - flat["nll"], **where)
+                    sketch.keep(plan[["run", "code", *EQUAL]], plan, model=name, comparison=what)
                     above.bar(left + shift, plan["over_constant"], 0.19, color=color, label=f"S_B = {base:g}, {what}")
                     if part == "sweep":
                         below.bar(left, 100 * (plan["removed"] - flat["removed"]), 0.38, color=color)
-                    drawn.append(plan)
         for axes in (above, below):
             axes.axhline(0, color="black", linewidth=0.8)
             axes.grid(visible=False, axis="x")
         below.set_xticks(range(len(ticks)), ticks)
-        above.set_title(name)
-    fig.label_axes(
-        grid, x="mean slice S_P (parameters gone)", y=["nats over constant", "parameters gone\nbeyond constant\n(points)"]
-    )
-    fig.legend(figure, columns=2, note="in brackets: what constant slicing removes, shortcuts included")
-    drawn = pd.concat(drawn)
-    columns = ["model", "slice_percentage", "slice_base", "comparison", "mean_slice", "over_constant", "removed"]
-    return Drawing(figure, drawn[columns], drawn)
+    labels = ["nats over constant", "parameters gone\nbeyond constant\n(points)"]
+    note = "in brackets: what constant slicing removes, shortcuts included"
+    sketch.drawn = [pd.concat(sketch.drawn)[["model", *EQUAL[:2], "comparison", *EQUAL[2:]]]]
+    return sketch.done(x="mean slice S_P (parameters gone)", y=labels, columns=2, note=note)
 
 
 @figure("own_lr_calibration", reads=READS)
 def lr_calibration(chapter: Chapter) -> Drawing:
     """LR from every text and draw of windows (above), and brought to 0–1 in other ways (below)."""
-    found, drawn = slicing(chapter), []
-    figure, grid = fig.panels(2, len(found.names), height=2.2, squeeze=False, sharex="col")
-    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
-    for (above, below), name in zip(grid.T, found.names, strict=True):
+    found = slicing(chapter)
+    sketch = fig.Sketch(found.names, 2, height=2.2, sharex="col")
+    for (above, below), name in sketch:
         rows = found.layers(name, "layer_redundancy")
         texts = list(dict.fromkeys(rows["calibration"]))
         draws = pick(rows, normalize="minmax").groupby(["calibration", "calibration_seed"], sort=False)["value"]
         for (text, _), values in draws:
-            above.plot(values.to_numpy(), color=palette[texts.index(text) % 4], linewidth=0.9, label=f"LR from {text}")
+            above.plot(values.to_numpy(), color=TEXTS[texts.index(text) % 4], linewidth=0.9, label=f"LR from {text}")
         low = min(values.iloc[1:].min() for _, values in draws)
         above.set_ylim(low - 0.08 * (1 - low), 1 + 0.08 * (1 - low))
         correlation = pd.DataFrame({draw: values.to_numpy() for draw, values in draws}).corr(method="spearman").min().min()
@@ -316,21 +293,22 @@ def lr_calibration(chapter: Chapter) -> Drawing:
             line = ":" if variant == "released" else "-"
             below.plot(values, line, color=color, linewidth=1.2, label=title if len(values) else None)
         shown = pd.concat([pick(rows, normalize="minmax"), first[first["normalize"].isin(set(VARIANTS) - {"minmax"})]])
-        drawn.append(shown.assign(model=name, variant=shown["normalize"], seed=shown["calibration_seed"]))
+        shown = shown.rename(columns={"normalize": "variant", "calibration_seed": "draw"})
+        sketch.keep(shown[["variant", "calibration", "draw", "layer", "value"]].rename(columns={"draw": "seed"}), model=name)
         fig.whole_numbers(below)
-    fig.label_axes(grid, x="layer", y="LR")
-    fig.legend(figure, note="upper: a line per draw of calibration windows; layer 0, where LR is 0, lies below the picture")
-    columns = ["model", "variant", "calibration", "seed", "layer", "value"]
-    return Drawing(figure, pd.concat(drawn)[columns], pick(found.rows, role="layer"))
+    sketch.drawn = [pd.concat(sketch.drawn)[["model", "variant", "calibration", "seed", "layer", "value"]]]
+    note = "upper: a line per draw of calibration windows; layer 0, where LR is 0, lies below the picture"
+    return sketch.done(pick(found.rows, role="layer"), x="layer", y="LR", note=note)
 
 
 @figure("own_slicing_controls", reads=READS)
 def slicing_controls(chapter: Chapter) -> Drawing:
     """Loss of all plans with the same mean slice: constant, LR in its variants, random order, inverted, random axes."""
-    found, drawn = slicing(chapter), []
-    figure, grid = fig.panels(1, len(found.names), height=3.6, squeeze=False, sharey=True)
-    for axes, name in zip(grid[0], found.names, strict=True):
+    found = slicing(chapter)
+    sketch = fig.Sketch(found.names, height=3.6, sharey=True)
+    for (axes,), name in sketch:
         data = _controls(found, name)
+        sketch.keep(data.drop(columns="method"))
         tame = data[~data["method"].isin(("inverted", "random_axes"))]
         low = data["low"].min()
         high = tame["high"].max() + 0.15 * (tame["high"].max() - low)
@@ -345,17 +323,15 @@ def slicing_controls(chapter: Chapter) -> Drawing:
                 axes.annotate(f"{row.value:.1f} ", (high, place), **beside)
         axes.axvline(data["value"].iloc[0], color=LOOKS["constant"].color, linewidth=0.9, linestyle=":")
         fig.rows_as(axes, list(data["plan"]))
-        axes.set(title=name, xlim=(low - 0.1 * (high - low), high))
-        drawn.append(data.drop(columns="method"))
-    fig.label_axes(grid, x="nats per token over dense")
-    drawn, draws = pd.concat(drawn), len(found.draws(found.names[0], "constant"))
-    orders = int(pick(drawn, plan=CONTROLS["random_order"])["n"].max())
-    figure.supxlabel(
+        axes.set_xlim(low - 0.1 * (high - low), high)
+    draws = len(found.draws(found.names[0], "constant"))
+    orders = int(pick(pd.concat(sketch.drawn), plan=CONTROLS["random_order"])["n"].max())
+    below = (
         f"S_P = {found.percentage:g}, S_B = {found.base:g}; dots: the same windows for all; bars: min–max of {draws} draws of "
-        f"windows\n(constant, LR) or of {orders} random orders",
-        fontsize=8.5,
     )
-    return Drawing(figure, drawn, pick(found.plans, part="control", slice_percentage=found.percentage))
+    below += f"windows\n(constant, LR) or of {orders} random orders"
+    rows = pick(found.plans, part="control", slice_percentage=found.percentage)
+    return sketch.done(rows, x="nats per token over dense", below=below)
 
 
 def _controls(found: Slicing, name: str) -> pd.DataFrame:
@@ -378,26 +354,23 @@ def depth_vs_slicing(chapter: Chapter) -> Drawing:
     """Removing whole layers against slicing: loss over parameters, FLOPs and measured time."""
     found = slicing(chapter)
     depth = pick(chapter.table("selection"), run_part="rules", name=tuple(found.names), metric="nll", role="choice")
-    figure, grid = fig.panels(len(found.names), 3, height=2.7, squeeze=False, sharey="row")
-    drawn, used = [], [found.plans, pick(depth, method=("greedy", "simdiff_masd"))]
-    for line, name in zip(grid, found.names, strict=True):
-        series = _depth_series(found, pick(depth, name=name), name)
+    sketch = fig.Sketch(found.names, 3, titles=[""] * len(found.names), down=True, height=2.7, sharey="row")
+    for line, name in sketch:
+        series = sketch.keep(_depth_series(found, pick(depth, name=name), name), model=name)
         for method, data in series.groupby("method", sort=False):
             look = LOOKS[method]
             for axes, x in zip(line, ("removed", "flops_gone"), strict=False):
                 axes.plot(data[x], data["value"], marker=look.marker, markersize=4, color=look.color, label=look.title)
         times, size = _times(found, series, name)
-        for row in times.itertuples():
+        for row in sketch.keep(times, model=name).itertuples():
             line[2].plot([row.time], [row.value], LOOKS[row.method].marker, color=LOOKS[row.method].color)
         for axes, place in zip(line, (0, 0, 1), strict=True):
             axes.plot([place], [0], "*", color="black", label="dense")
         line[2].set_title(f"slices of {found.percentage:g}, or {size} layers", fontsize=8.5)
-        drawn += [series.assign(model=name), times.assign(model=name)]
     titles = ("parameters removed, %", "FLOPs per token removed, %", "time of a forward pass,\nas a multiple of dense")
-    fig.label_axes(grid, x=titles, y=[f"{name}\nnats over dense" for name in found.names])
-    draws = depth["calibration_seed"].nunique()
-    fig.legend(figure, note=f"whole layers: median of {draws} calibration draws; slices: one draw")
-    return _drawing(figure, pd.concat(drawn), *used)
+    rows = pd.concat([found.plans, pick(depth, method=("greedy", "simdiff_masd"))])
+    note = f"whole layers: median of {depth['calibration_seed'].nunique()} calibration draws; slices: one draw"
+    return sketch.done(rows, x=titles, y=[f"{name}\nnats over dense" for name in found.names], note=note)
 
 
 def _depth_series(found: Slicing, depth: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -435,27 +408,24 @@ def _times(found: Slicing, series: pd.DataFrame, name: str) -> tuple[pd.DataFram
 @figure("own_shortcuts", reads=READS)
 def shortcuts(chapter: Chapter) -> Drawing:
     """Mean slice minus the parameters that are really gone, by kind of shortcut; and what one basis for all layers costs."""
-    found, drawn = slicing(chapter), []
+    found = slicing(chapter)
     counted = pick(found.rows, role="count", metric="removed", shortcuts=tuple(SHORTCUTS), method=("constant", "dynamic"))
-    figure, grid = fig.panels(2, len(found.names), height=2.4, squeeze=False, sharey="row")
-    for (above, below), name in zip(grid.T, found.names, strict=True):
+    sketch = fig.Sketch(found.names, 2, height=2.4, sharey="row")
+    columns = ["name", "method", "shortcuts", "slice_percentage", "value", "what", "removed"]
+    for (above, below), name in sketch:
         for kind, (title, color) in SHORTCUTS.items():
             for method, line in (("constant", "o-"), ("dynamic", "--")):
                 part = pick(counted, name=name, shortcuts=kind, method=method).sort_values("slice_percentage")
                 x, gap = 100 * part["slice_percentage"], 100 * (part["slice_percentage"] - part["value"])
                 above.plot(x, gap, line, markersize=3.5, color=color, label=title if method == "constant" else None)
-                drawn.append(part.assign(what="removed", removed=np.nan))
+                sketch.keep(part.assign(what="removed", removed=np.nan)[columns], part)
         top = above.get_ylim()[1]
         above.fill_between([0, top], [0, top], [top, top], color="#bbbbbb", alpha=0.35, linewidth=0, label="the model grows")
-        above.set(title=name, xlabel="mean slice, %", ylim=(0, top), xlim=(0, None))
+        above.set(xlabel="mean slice, %", ylim=(0, top), xlim=(0, None))
         flat = {"folded": found.of(name, ("sweep", "size"), method="constant"), "shared_basis": found.of(name, "bare")}
         for kind, part in flat.items():
-            part = part.sort_values("removed")
-            below.plot(100 * part["removed"], part["over_dense"], "o-", markersize=3.5, color=SHORTCUTS[kind][1])
-            drawn.append(part.assign(value=part["over_dense"], what="over dense"))
-    fig.label_axes(grid, x="parameters removed, %", y=["slice not removed, points", "nats per token over dense"])
-    for axes in grid[0]:
-        axes.set_xlabel("mean slice, %")
-    fig.legend(figure, columns=2, note="constant slices; dashed: dynamic ones")
-    drawn = pd.concat(drawn)
-    return Drawing(figure, drawn[["name", "method", "shortcuts", "slice_percentage", "value", "what", "removed"]], drawn)
+            part = part.sort_values("removed").assign(what="over dense", value=part["over_dense"])
+            below.plot(100 * part["removed"], part["value"], "o-", markersize=3.5, color=SHORTCUTS[kind][1])
+            sketch.keep(part[columns], part)
+    labels = ["nominal slice minus what\nis really gone (points)", "nats per token over dense"]
+    return sketch.done(x="parameters removed, %", y=labels, columns=2, note="constant slices; dashed: dynamic ones")

@@ -15,8 +15,10 @@ from prunelib.io import at_root
 CHAPTER = "02_layer_search"
 READS = {"selection": ("rules",), "optimum_runs": None}
 APART = {"dense", "laco_published", "laco_released", "blockpruner", "evolutionary_sublayers"}  # these choose no sets of layers
+MARKED = ("block_influence", "simdiff_mssd", "deepest", "leave_one_out_kl", "greedy")
+GREY = fig.METHODS["random"].color
+BAND = {"color": GREY, "alpha": 0.25, "linewidth": 0, "zorder": 0.5}
 SMALL = {"fontsize": 9}
-BAND = {"color": fig.METHODS["random"].color, "alpha": 0.25, "linewidth": 0, "zorder": 0.5}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Search:
         asked = sorted(set(self.regrets["layers_removed"]))
         return [k for k in asked if all(self.population(name, k) is not None for name in self.truth)]
 
+    @property
+    def size(self) -> int:
+        """The K of the figures that show one: 8, or the largest."""
+        return 8 if 8 in self.sizes else self.sizes[-1]
+
     def population(self, name: str, k: int) -> np.ndarray | None:
         """Losses of all sets of K layers, or of random ones; None where neither was computed."""
         return self.truth[name].get(f"all_k{k}", self.truth[name].get(f"random_k{k}"))
@@ -59,9 +66,8 @@ class Search:
         return pick(self.regrets, name=name, layers_removed=k, method=tuple(self.order))
 
     def note(self) -> str:
-        return (
-            f"median and min–max of {pick(self.rows, experiment='selection')['calibration_seed'].nunique()} calibration draws"
-        )
+        draws = pick(self.rows, experiment="selection")["calibration_seed"].nunique()
+        return f"median and min–max of {draws} calibration draws"
 
 
 def search(chapter: Chapter) -> Search:
@@ -73,7 +79,10 @@ def search(chapter: Chapter) -> Search:
         raise FigureError(f"{chapter['optimum_runs']} has no optimum for {min(missing)}: make it with profiles/optimum.yaml")
     # What only a GPU ran; the rules themselves come from the profile's own table.
     extra = pick(committed, may_be_empty=True, experiment="selection", name=tuple(names))
-    extra = extra[~extra["method"].isin(table["method"])].rename(columns={"seed": "calibration_seed"})
+    extra = extra[~extra["method"].isin(table["method"])]
+    # A run of all draws says the draw in its rows, a run of one draw in its parameter `seed`.
+    draw, alone = (extra.get(column, pd.Series(index=extra.index, dtype=float)) for column in ("calibration_seed", "seed"))
+    extra = extra.assign(calibration_seed=draw.fillna(alone)).drop(columns="seed", errors="ignore")
     rows = pd.concat([table, extra.drop(columns="calibration", errors="ignore")], ignore_index=True)
     choices = pick(rows, role="choice", metric="nll").astype({"layers_removed": int})
     optima = pick(known, metric="nll").astype({"layers_removed": int})
@@ -98,78 +107,67 @@ def regret(chapter: Chapter) -> Drawing:
     """Regret of every method at three K, beside the middle 90 % of all sets."""
     found = search(chapter)
     shown = [k for k in (1, 3, 8) if k in found.sizes] or found.sizes[:3]
-    figure, grid = fig.panels(len(found.names), len(shown), height=0.19 * len(found.order) + 0.8, squeeze=False, sharey=True)
-    drawn, used = [], []
-    for line, name in zip(grid, found.names, strict=True):
+    sketch = fig.Sketch(found.names, len(shown), down=True, height=0.19 * len(found.order) + 0.8, sharey=True)
+    for line, name in sketch:
         for axes, k in zip(line, shown, strict=True):
-            rows = found.regret(name, k)
-            losses = found.population(name, k) - found.best[name, k]
+            rows, losses = found.regret(name, k), found.population(name, k) - found.best[name, k]
             low, middle, high = np.quantile(losses, [0.05, 0.5, 0.95])
             random = {"method": "random", "value": middle, "low": low, "high": high, "n": len(losses)}
-            data = pd.concat([fig.spread(rows, "method"), pd.DataFrame([random])])
+            data = fig.spread(rows, "method")
+            sketch.keep(pd.concat([data, pd.DataFrame([random])]), rows, model=name, layers_removed=k)
             axes.axvspan(low, high, **BAND)
-            axes.axvline(middle, color=fig.METHODS["random"].color, zorder=0.6)
+            axes.axvline(middle, color=GREY, zorder=0.6)
             axes.axvline(0, color="black", linewidth=1)
-            limit = 1.25 * max(middle, data["value"][:-1].quantile(0.9))
-            fig.ranked_dots(axes, data[:-1], found.order, low=-0.03 * limit, high=limit)
-            what = f"all {len(losses):,} sets" if f"all_k{k}" in found.truth[name] else f"{len(losses)} random"
+            limit = 1.25 * max(middle, data["value"].quantile(0.9))
+            fig.ranked_dots(axes, data, found.order, low=-0.03 * limit, high=limit)
+            what = f"all {len(losses):,} sets" if f"all_k{k}" in found.truth[name] else f"{len(losses)} random sets"
             axes.set_title(f"K = {k}, {what}", **SMALL)
-            drawn.append(data.assign(model=name, layers_removed=k))
-            used.append(rows)
-    fig.label_axes(grid, x="regret, nats per token", y=found.names)
-    figure.supxlabel(f"dots and bars: {found.note()}; grey: 5–95 % of the sets, line: their median", fontsize=8.5)
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    below = f"dots and bars: {found.note()}; grey: 5–95 % of the sets, line: their median"
+    return sketch.done(x="regret, nats per token", y=found.names, below=below)
 
 
 @figure("own_every_set", reads=READS)
 def every_set(chapter: Chapter) -> Drawing:
     """The distribution of the loss over all sets of up to three layers, and where some choices fall in it."""
     found = search(chapter)
-    marked = [
-        name for name in ("block_influence", "simdiff_mssd", "deepest", "leave_one_out_kl", "greedy") if name in found.order
-    ]
+    marked = [name for name in MARKED if name in found.order]
     sizes = [k for k in (1, 2, 3) if k in found.sizes] or found.sizes[:1]
-    figure, grid = fig.panels(len(found.names), len(sizes), height=2.2, squeeze=False)
-    drawn, used = [], []
-    for line, name in zip(grid, found.names, strict=True):
+    sketch = fig.Sketch(found.names, len(sizes), down=True, height=2.2)
+    for line, name in sketch:
         for axes, k in zip(line, sizes, strict=True):
             losses = np.sort(found.population(name, k) - found.dense[name])
             share = 100 * np.arange(1, len(losses) + 1) / len(losses)
             axes.plot(losses, share, color="#555555", drawstyle="steps-post", label="all sets")
             rows = pick(found.regret(name, k), method=tuple(marked))
-            points = rows.groupby("method")["value"].median()[marked] + found.best[name, k] - found.dense[name]
-            better = [100 * (losses < loss - 1e-6).mean() for loss in points]
-            for method, x, y in zip(marked, points, better, strict=True):
-                look = fig.METHODS[method]
-                axes.plot([x], [y], look.marker, color=look.color, label=look.title, markersize=6)
+            data = rows.groupby("method")["value"].median()[marked] + found.best[name, k] - found.dense[name]
+            data = data.rename("over_dense").reset_index()
+            data["better_sets_percent"] = [100 * (losses < loss - 1e-6).mean() for loss in data["over_dense"]]
+            for row in data.itertuples():
+                look = fig.METHODS[row.method]
+                axes.plot(row.over_dense, row.better_sets_percent, look.marker, color=look.color, label=look.title)
+            places = np.linspace(0, 100, 101)
+            whole = {"method": "all sets", "over_dense": np.percentile(losses, places), "better_sets_percent": places}
+            sketch.keep(pd.concat([data, pd.DataFrame(whole)]), rows, model=name, layers_removed=k)
             fig.log_scale(axes, "x")
             axes.set_title(f"{name}, K = {k}: {len(losses):,} sets", **SMALL)
-            places = np.linspace(0, 100, 101)
-            whole = pd.DataFrame({"over_dense": np.percentile(losses, places), "better_sets_percent": places}).assign(
-                method="all sets"
-            )
-            data = pd.DataFrame({"method": marked, "over_dense": points.to_numpy(), "better_sets_percent": better})
-            drawn.append(pd.concat([data, whole]).assign(model=name, layers_removed=k))
-            used.append(rows)
-    fig.label_axes(grid, x="nats over dense (log)", y="sets that are better, %")
-    fig.legend(figure, note="markers: median of the calibration draws")
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    note = "markers: median of the calibration draws"
+    return sketch.done(x="nats over dense (log)", y="sets that are better, %", note=note)
 
 
 @figure("own_cost_quality", reads=READS)
 def cost_quality(chapter: Chapter) -> Drawing:
     """Regret at one K against measured cost in dense forward passes."""
     found = search(chapter)
-    k = 8 if 8 in found.sizes else found.sizes[-1]
-    figure, grid = fig.panels(1, len(found.names), height=4.2, squeeze=False, sharey=True)
-    drawn, used = [], []
-    for axes, name in zip(grid[0], found.names, strict=True):
+    k = found.size
+    sketch = fig.Sketch(found.names, titles=[f"{name}, K = {k}" for name in found.names], height=4.2, sharey=True)
+    for (axes,), name in sketch:
         rows, losses = found.regret(name, k), found.population(name, k) - found.best[name, k]
-        data = _costs(found, name, k).join(rows.groupby("method")["value"].median().rename("regret"), how="inner")
-        data = data.sort_values("regret")
+        costs = _costs(found, name, k)
+        data = costs.to_frame().join(rows.groupby("method")["value"].median().rename("regret"), how="inner")
+        data = sketch.keep(data.sort_values("regret").reset_index(), rows, model=name, layers_removed=k)
         top, labels = 1.15 * max(data["regret"].max(), np.median(losses)), []
         for row in data.itertuples():
-            look, cost, height = fig.METHODS[row.Index], max(row.forwards, 0.5), row.regret
+            look, cost, height = fig.METHODS[row.method], max(row.forwards, 0.5), row.regret
             while any(abs(np.log10(cost / other)) < 2.2 and abs(height - taken) < 0.032 * top for other, taken in labels):
                 height += 0.004 * top  # a label that would cover another goes higher
             labels.append((cost, height))
@@ -178,43 +176,39 @@ def cost_quality(chapter: Chapter) -> Drawing:
             place = {"xytext": (cost * 1.35, height), "fontsize": 7, "va": "center"}
             axes.annotate(look.title, (cost, row.regret), arrowprops=leader, **place)
         axes.axhspan(*np.quantile(losses, [0.05, 0.95]), **BAND)
-        axes.axhline(np.median(losses), color=fig.METHODS["random"].color, label="random sets: median and 5–95 %")
+        axes.axhline(np.median(losses), color=GREY, label="random sets: median and 5–95 %")
         axes.set_xscale("log")
-        axes.set(xlim=(0.35, 300 * _costs(found, name, k).max().max()), ylim=(-0.03 * top, top), title=f"{name}, K = {k}")
+        axes.set(xlim=(0.35, 300 * costs.max()), ylim=(-0.03 * top, top))
         fig.log_scale(axes, "x")
         axes.xaxis.set_major_locator(FixedLocator([1, 10, 100, 1000, 10000]))
-        drawn.append(data.reset_index().assign(model=name, layers_removed=k))
-        used.append(rows)
-    fig.label_axes(grid, x="cost, dense forward passes (log)", y="regret, nats per token")
-    fig.legend(figure, note="costs below one half are drawn at one half; evolution, beam and greedy KL: timed on a GPU")
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    note = "costs below one half are drawn at one half; evolution, beam and greedy KL: timed on a GPU"
+    return sketch.done(x="cost, dense forward passes (log)", y="regret, nats per token", note=note)
 
 
-def _costs(found: Search, name: str, k: int) -> pd.DataFrame:
+def _costs(found: Search, name: str, k: int) -> pd.Series:
     """Median cost of every method, in dense forward passes over the calibration windows."""
     spent = pick(found.rows, name=name, metric="forwards")
     spent = spent[spent["layers_removed"].isna() | (spent["layers_removed"] == k)]
-    return spent.groupby("method")["value"].median().rename("forwards").to_frame()
+    return spent.groupby("method")["value"].median().rename("forwards")
 
 
 @figure("own_zoo", reads=READS)
 def zoo(chapter: Chapter) -> Drawing:
     """Which layers every method removes at one K; the best set known on top."""
     found = search(chapter)
-    k = 8 if 8 in found.sizes else found.sizes[-1]
+    k = found.size
+    titles = [f"{name}, K = {k}" for name in found.names]
     figure, grid = fig.panels(len(found.names), 1, height=0.19 * len(found.order) + 0.9, squeeze=False)
-    drawn, used = [], []
-    for axes, name in zip(grid[:, 0], found.names, strict=True):
+    drawn = []
+    for axes, name, title in zip(grid[:, 0], found.names, titles, strict=True):
         best = pick(found.optima, name=name, layers_removed=k).nsmallest(1, "value")
         lines, rows = {"best set known": best["removed_layers"]}, found.regret(name, k)
-        for method in found.order:
-            mine = pick(rows, may_be_empty=True, method=method)
-            if len(mine):
-                lines[f"{fig.METHODS[method].title}  +{mine['value'].median():.2f}"] = mine["removed_layers"]
+        for method in [method for method in found.order if method in set(rows["method"])]:
+            mine = pick(rows, method=method)
+            lines[f"{fig.METHODS[method].title}  +{mine['value'].median():.2f}"] = mine["removed_layers"]
         drawn.append(fig.layer_shares(axes, lines, found.layers(name)).assign(model=name, layers_removed=k))
-        axes.set(title=f"{name}, K = {k}", xlabel="layer (beside each method: regret, nats per token)")
-        used.append(rows)
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+        axes.set(title=title, xlabel="layer (beside each method: regret, nats per token)")
+    return Drawing(figure, pd.concat(drawn), pick(found.regrets, layers_removed=k, method=tuple(found.order)))
 
 
 @figure("own_rank_correlation", reads=READS)
@@ -223,32 +217,29 @@ def rank_correlation(chapter: Chapter) -> Drawing:
     found = search(chapter)
     correlations, sums = _correlations(found), _sums(found)
     methods = [name for name in found.order if name in set(correlations["method"])]
-    figure, grid = fig.panels(len(found.names), 2, height=0.19 * len(methods) + 1.3, squeeze=False)
-    drawn = []
-    for (left, right), name in zip(grid, found.names, strict=True):
+    sketch = fig.Sketch(found.names, 2, down=True, height=0.19 * len(methods) + 1.3)
+    for (left, right), name in sketch:
         data = fig.spread(pick(correlations, name=name), "method")
+        sketch.keep(data, model=name, what="spearman with the true single cost")
         fig.ranked_dots(left, pick(data, method=tuple(methods)), methods, low=-1, high=1)
         left.axvline(0, color="black", linewidth=0.8)
         left.set_title("importance v. true cost of one layer", **SMALL)
-        for row in pick(sums, may_be_empty=True, model=name).sort_values("K", ascending=False).itertuples():
+        for row in sums[sums["model"] == name].itertuples():
             x, y = _pairs(found, name, row.K)
-            color = "#cccccc" if row.K == 3 else "#0072b2"
-            label = f"{row.K} layers: rank correlation {row.spearman:.2f}"
-            right.plot(x, y, ".", markersize=2, color=color, label=label, rasterized=True)
+            style = {"markersize": 2, "color": "#cccccc" if row.K == 3 else "#0072b2", "rasterized": True}
+            right.plot(x, y, ".", label=f"{row.K} layers: rank correlation {row.spearman:.2f}", **style)
         single = found.truth[name]["all_k1"] - found.dense[name]
         limit = [0.8 * single[single > 0].min(), max(right.get_xlim()[1], right.get_ylim()[1])]
-        right.plot(limit, limit, color="black", linewidth=0.8)
+        right.plot(limit, limit, color="black", linewidth=0.8, label="sum = true cost")
         fig.log_scale(right, "x")
         fig.log_scale(right)
         right.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         right.set_title("sum of single costs v. true cost", **SMALL)
         right.set_ylabel("true cost, nats (log)")
         right.legend(fontsize=7, loc="upper left", markerscale=4)
-        drawn.append(data.assign(model=name, what="spearman with the true single cost"))
-    fig.label_axes(grid, x=["Spearman's rank correlation", "sum of single costs, nats (log)"], y=found.names)
-    figure.supxlabel(f"dots and bars: {found.note()}; black line: sum = true cost", fontsize=8.5)
-    sums = sums.assign(what="sum of single costs against true cost")
-    return Drawing(figure, pd.concat([*drawn, sums]), pick(found.rows, metric="importance"))
+    sketch.keep(sums, what="sum of single costs against true cost")
+    labels = ["Spearman's rank correlation", "sum of single costs, nats (log)"]
+    return sketch.done(pick(found.rows, metric="importance"), x=labels, y=found.names, below=f"dots and bars: {found.note()}")
 
 
 def _correlations(found: Search) -> pd.DataFrame:
@@ -271,14 +262,13 @@ def _pairs(found: Search, name: str, size: int) -> tuple[np.ndarray, np.ndarray]
 def _sums(found: Search) -> pd.DataFrame:
     """How well the sum of single costs predicts the cost of all pairs and triples, where these are known."""
     lines = []
-    for name in found.names:
-        for size in (3, 2):
-            if f"all_k{size}" in found.truth[name]:
-                sums, real = _pairs(found, name, size)
-                chosen = real[int(np.argmin(sums))]
-                line = {"model": name, "K": size, "sets": len(real)}
-                line["spearman"] = pd.Series(sums).corr(pd.Series(real), method="spearman")
-                lines.append({**line, "rank_of_best_sum": int((real < chosen).sum()) + 1, "regret": chosen - real.min()})
+    for name, size in itertools.product(found.names, (3, 2)):
+        if f"all_k{size}" in found.truth[name]:
+            sums, real = _pairs(found, name, size)
+            chosen = real[int(np.argmin(sums))]
+            line = {"model": name, "K": size, "sets": len(real)}
+            line["spearman"] = pd.Series(sums).corr(pd.Series(real), method="spearman")
+            lines.append({**line, "rank_of_best_sum": int((real < chosen).sum()) + 1, "regret": chosen - real.min()})
     return pd.DataFrame(lines, columns=["model", "K", "sets", "spearman", "rank_of_best_sum", "regret"])
 
 
@@ -286,75 +276,62 @@ def _sums(found: Search) -> pd.DataFrame:
 def sublayers(chapter: Chapter) -> Drawing:
     """Loss against the share of parameters no longer used, and of those gone from the file, for layers and half layers."""
     found = search(chapter)
-    figure, grid = fig.panels(1, len(found.names), height=3.4, squeeze=False, sharey=True)
-    drawn, used = [], []
-    for axes, name in zip(grid[0], found.names, strict=True):
+    titles = [f"{name} ({found.layers(name)} layers)" for name in found.names]
+    sketch = fig.Sketch(found.names, titles=titles, height=3.4, sharey=True)
+    for (axes,), name in sketch:
         mine = pick(found.rows, name=name).astype({"layers_removed": float})
         sizes = mine.groupby(["method", "metric", "layers_removed"])["value"].median()
+        there = set(pick(found.choices, name=name)["method"])
         for method in ("greedy", "evolutionary", "blockpruner", "evolutionary_sublayers"):
-            rows = pick(found.choices, may_be_empty=True, name=name, method=method)
-            if rows.empty:
+            if method not in there:
                 continue
+            rows = pick(found.choices, name=name, method=method)
             rows = rows.assign(value=rows["value"] - found.dense[name])
             data, look, half = fig.spread(rows, "layers_removed"), fig.METHODS[method], (method, "idle") in sizes.index
             gone = sizes[method if half else "layers", "removed"].reindex(data["layers_removed"]).to_numpy()
             idle = sizes[method, "idle"].reindex(data["layers_removed"]).to_numpy() if half else 0
-            data = data.assign(silent=100 * (gone + idle), gone=100 * gone, model=name, method=method)
+            data = sketch.keep(data, rows, silent=100 * (gone + idle), gone=100 * gone, model=name, method=method)
             style = {"linestyle": "-" if len(data) > 2 else "", "markeredgewidth": 1}
             style |= {"markerfacecolor": "white", "label": f"{look.title}: silent"} if half else {}
             fig.curve(axes, data, method, x="silent", **style)
             if half:
                 axes.plot(data["gone"], data["value"], look.marker + ":", color=look.color, label=f"{look.title}: really gone")
-            drawn.append(data)
-            used.append(rows)
         fig.dense_line(axes, 0, label="dense (nothing removed)")
-        axes.set_title(f"{name} ({found.layers(name)} layers)")
-    fig.label_axes(grid, x="parameters of the dense model, %", y="nats per token over dense")
-    fig.legend(figure, columns=2, note=fig.error_note(drawn[0], "calibration draws"))
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    note = fig.error_note(sketch.drawn[0], "calibration draws")
+    return sketch.done(x="parameters of the dense model, %", y="nats per token over dense", columns=2, note=note)
 
 
 @figure("own_laco", reads=READS)
 def laco(chapter: Chapter) -> Drawing:
     """Loss after as many merges as LaCo's threshold accepts, beside rules that remove the number of layers asked for."""
     found = search(chapter)
-    merged = ["laco_published", "laco_released"]
+    merged = [name for name in ("laco_published", "laco_released") if name in set(found.choices["method"])]
     size = int(pick(found.choices, method=tuple(merged))["asked"].max())
     beside = [name for name in ("block_influence", "deepest", "leave_one_out_kl", "greedy") if name in found.order]
-    figure, grid = fig.panels(1, len(found.names), height=2.2, squeeze=False, sharey=True)
-    drawn, used = [], []
-    for axes, name in zip(grid[0], found.names, strict=True):
+    sketch = fig.Sketch(found.names, height=2.2, sharey=True)
+    for (axes,), name in sketch:
         mine = pick(found.choices, name=name)
         rows = pd.concat([pick(mine, method=tuple(merged)), pick(mine, method=tuple(beside), layers_removed=size)])
         rows = rows.assign(value=rows["value"] - found.dense[name])
-        data = fig.spread(rows, ["method", "layers_removed"])
+        data = sketch.keep(fig.spread(rows, ["method", "layers_removed"]), rows, model=name)
         fig.ranked_dots(axes, data, [*merged, *beside], low=-0.05, high=1.25 * data["value"].max())
         for row in pick(data, method=tuple(merged)).itertuples():
-            axes.annotate(
-                f"  {row.layers_removed} of {size} gone", (row.value, merged.index(row.method)), va="center", fontsize=8
-            )
+            place = (row.value, merged.index(row.method))
+            axes.annotate(f"  {row.layers_removed} of {size} gone", place, va="center", fontsize=8)
         axes.axvline(0, color="black", linestyle=":")
-        axes.set_title(name)
-        drawn.append(data.assign(model=name))
-        used.append(rows)
-    fig.label_axes(grid, x="nats per token over dense")
-    figure.supxlabel(f"others: {size} layers removed; {found.note()}", fontsize=8.5)
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    return sketch.done(x="nats per token over dense", below=f"others: {size} layers removed; {found.note()}")
 
 
 @figure("own_table_selection", reads=READS)
 def table_selection(chapter: Chapter) -> Drawing:
     """Regret of every method by K, rank correlation of its scores, and cost."""
     found = search(chapter)
-    k = 8 if 8 in found.sizes else found.sizes[-1]
-    middle = fig.spread(found.regrets, ["name", "method", "layers_removed"]).set_index(["name", "method", "layers_removed"])[
-        "value"
-    ]
+    k, asked, lines = found.size, set(found.regrets["layers_removed"]), []
+    middle = found.regrets.groupby(["name", "method", "layers_removed"])["value"].median()
     correlation = _correlations(found).groupby(["name", "method"])["value"].median()
     tried = found.choices[found.choices["layers_removed"] == k].groupby(["name", "method"])["evaluations"].median()
-    asked, lines = set(found.regrets["layers_removed"]), []
     for name in found.names:
-        costs = _costs(found, name, k)["forwards"]
+        costs = _costs(found, name, k)
         for method in found.order:
             line = {"model": name, "method": fig.METHODS[method].title}
             for size in [size for size in (1, 2, 3, 4, 8, 12) if size in asked]:
@@ -364,9 +341,8 @@ def table_selection(chapter: Chapter) -> Drawing:
                     line["better sets of 3, %"] = 100 * (losses < middle[name, method, 3] - 1e-6).mean()
             line["rank correlation"] = correlation.get((name, method))
             line[f"cost, forwards (K={k})"] = costs.get(method)
-            line[f"sets evaluated (K={k})"] = tried.get((name, method))
-            lines.append(line)
-    numbers = pd.DataFrame(lines)
+            lines.append({**line, f"sets evaluated (K={k})": tried.get((name, method))})
+    numbers = pd.DataFrame(lines).dropna(axis=1, how="all")
     text = markdown(numbers, digits={f"cost, forwards (K={k})": 1, f"sets evaluated (K={k})": 0})
     sums = "; ".join(
         f"{row.model}, {row.K} layers: set {row.rank_of_best_sum:,} of {row.sets:,}, {row.regret:.3f} nats above the best"

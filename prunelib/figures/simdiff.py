@@ -1,5 +1,7 @@
 """Chapter 01: is SimDiff's choice of layers better than the cosine rule, and than chance?"""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -33,14 +35,14 @@ def _rows(chapter: Chapter, **where: object) -> pd.DataFrame:
 
 
 def _measured(
-    chapter: Chapter, metric: str, *, protocol: str = "paper's protocol", search: str | None = None, text: str | None = None,
+    chapter: Chapter, metric: str, *, protocol: str = "paper's protocol", search: str | None = None
 ) -> pd.DataFrame:  # fmt: skip
-    """One metric of every method: SimDiff under one protocol, the others from the same scores. text: instead of its scores."""
+    """One metric of every method: SimDiff under one protocol, the others from the same scores. search: instead of its own."""
     scores, alpha_text, found_by, _ = PROTOCOLS[protocol]
     rows = _rows(chapter, metric=metric)
     alike = (rows["alpha_corpus"] == chapter[alpha_text]) & (rows["search"] == (search or found_by))
     rows = rows[~rows["method"].isin(SIMDIFF) | alike]
-    return rows[rows["calibration"].isna() | (rows["calibration"] == (text or chapter[scores]))]
+    return rows[rows["calibration"].isna() | (rows["calibration"] == chapter[scores])]
 
 
 def _dense(chapter: Chapter, name: str, metric: str) -> float:
@@ -56,45 +58,44 @@ def _layers(chapter: Chapter, name: str) -> int:
 
 
 def _title(chapter: Chapter, name: str) -> str:
-    return f"{name} ({_layers(chapter, name)} layers)"
+    layers = pick(chapter.table("statistics"), name=name)["layer"]
+    return f"{name} ({int(layers.max()) + 1} layers)"
 
 
 def _report(chapter: Chapter) -> str:
     return _rows(chapter)["report_corpus"].iloc[0]
 
 
-def _model_panels(chapter: Chapter, rows: int = 1, **options: object) -> tuple:
-    """A figure with a column for each model, named above it."""
+def _sketch(chapter: Chapter, **options: object) -> fig.Sketch:
+    """A panel for each model, named above it."""
     names = chapter.models("selection")
-    figure, grid = fig.panels(rows, len(names), squeeze=False, **options)
-    for axes, name in zip(grid[0], names, strict=True):
-        axes.set_title(_title(chapter, name))
-    return figure, grid, names
+    return fig.Sketch(names, titles=[_title(chapter, name) for name in names], **options)
 
 
 @figure("simdiff_fig1_cosine_perplexity", reads=READS)
 def fig1_cosine_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule against layers removed: published, and ours with min–max over the calibration draws."""
-    figure, (left, right) = fig.published_and_ours("three 7–8B models, WikiText-2", _report(chapter), height=3.4)
-    printed, drawn = published("simdiff").astype({"layers_removed": float}), []
+    sketch = fig.Sketch.pair("three 7–8B models, WikiText-2", _report(chapter), height=3.4)
+    left, right = sketch.grid[0]
+    printed = published("simdiff").astype({"layers_removed": float})
     sources = [("Llama-2-7B", "fig1"), ("Mistral-7B-v0.3", "fig5a"), ("Llama-3.1-8B", "fig5b")]
     for look, (model, item) in zip(LOOKS, sources, strict=False):
         data = pick(printed, item=item, model=model, method="shortgpt")[["model", "method", "layers_removed", "value"]]
+        sketch.keep(data, origin="published")
         fig.curve(left, data, "shortgpt", published=True, label=f"{model} (published)", **look)
-        drawn.append(data.assign(origin="published"))
     measured = _measured(chapter, "ppl")
     for look, name in zip(LOOKS, chapter.models("selection"), strict=False):
         data = fig.spread(pick(measured, name=name, method="block_influence"), "layers_removed")
-        dense = {"origin": "ours", "model": name, "method": "dense", "layers_removed": 0, "value": _dense(chapter, name, "ppl")}
+        dense = {"model": name, "method": "dense", "layers_removed": 0, "value": _dense(chapter, name, "ppl")}
+        sketch.keep(data, origin="ours", model=name, method="block_influence")
+        sketch.keep(pd.DataFrame([dense]), origin="ours")
         fig.curve(right, data, "block_influence", label=_title(chapter, name), **look)
         fig.dense_line(right, dense["value"], label="dense, each model")
-        drawn += [data.assign(origin="ours", model=name, method="block_influence"), pd.DataFrame([dense])]
     for axes in (left, right):
         fig.log_scale(axes)
-        axes.set(xlabel="layers removed", ylabel="perplexity (log scale)")
         fig.whole_numbers(axes, _sizes(chapter))
-    fig.legend(figure, note=fig.error_note(data, DRAWS))
-    return Drawing(figure, pd.concat(drawn), pick(measured, method=("block_influence", "dense")), published=[PUBLISHED])
+    rows, note = pick(measured, method=("block_influence", "dense")), fig.error_note(data, DRAWS)
+    return sketch.done(rows, x="layers removed", y="perplexity (log scale)", note=note, published=[PUBLISHED])
 
 
 @figure("simdiff_fig2_importance", reads=READS, models=0)
@@ -107,21 +108,20 @@ def fig2_importance(chapter: Chapter) -> Drawing:
     theirs = theirs.reset_index(drop=True).rename_axis("layer").reset_index()
     count = int(theirs["removed"].sum())
     k = min(_sizes(chapter), key=lambda size: abs(size - count))
-    figure, axes = fig.panels(1, 3, height=4.4)
-    _layer_bars(axes[0], theirs, "simdiff", published=True)
-    axes[0].set(title="published: schematic", xlabel="importance (unit not stated)")
-    drawn = [theirs.assign(origin="published", score="importance")]
-    terms = {"block_influence": "1 − cosine (log)", "mssd": "mean squared difference (log)"}
-    for panel, (metric, label) in zip(axes[1:], terms.items(), strict=True):
+    titles = ("published: schematic", *[f"ours: {name}, K = {k}"] * 2)
+    sketch = fig.Sketch(["published", "block_influence", "mssd"], titles=titles, height=4.4)
+    left, *ours = sketch.grid[0]
+    _layer_bars(left, sketch.keep(theirs, origin="published", score="importance"), "simdiff", published=True)
+    for axes, metric in zip(ours, sketch.names[1:], strict=True):
         data = fig.spread(pick(stats, metric=metric), "layer")
         data["removed"] = data["value"].rank(method="first") <= k
-        _layer_bars(panel, data, "simdiff_mssd" if metric == "mssd" else metric)
-        fig.log_scale(panel, "x")
-        panel.set(title=f"ours: {name}, K = {k}", xlabel=label)
-        drawn.append(data.assign(origin="ours", score=metric))
+        sketch.keep(data, origin="ours", score=metric)
+        _layer_bars(axes, data, "simdiff_mssd" if metric == "mssd" else metric)
+        fig.log_scale(axes, "x")
     note = f"min–max of {stats['seed'].nunique()} {DRAWS}; pale: the {k} lowest ({count} in the published panel)"
-    figure.supxlabel(f"error bars: {note}", fontsize=9)
-    return Drawing(figure, pd.concat(drawn), pick(stats, metric=tuple(terms)), published=[PUBLISHED])
+    labels = ["importance (unit not stated)", "1 − cosine (log)", "mean squared difference (log)"]
+    rows = pick(stats, metric=("block_influence", "mssd"))
+    return sketch.done(rows, x=labels, y="layer", below=f"error bars: {note}", published=[PUBLISHED])
 
 
 def _layer_bars(axes: Axes, data: pd.DataFrame, method: str, *, published: bool = False) -> None:
@@ -136,26 +136,23 @@ def _layer_bars(axes: Axes, data: pd.DataFrame, method: str, *, published: bool 
         bar.set_alpha(0.3 if gone else None)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.grid(visible=False, axis="y")
-    axes.set(ylim=(-0.7, len(data) - 0.3), ylabel="layer")
+    axes.set_ylim(-0.7, len(data) - 0.3)
 
 
 @figure("own_first_token", reads=READS)
 def first_token(chapter: Chapter) -> Drawing:
     """Ratio of every score over all tokens to the same score without the first token of each window."""
-    figure, grid, names = _model_panels(chapter, height=2.9)
-    rows = pick(chapter.table("statistics"), corpus=chapter["calibration"])
-    drawn = []
-    for axes, name in zip(grid[0], names, strict=True):
+    sketch, rows = _sketch(chapter, height=2.9), pick(chapter.table("statistics"), corpus=chapter["calibration"])
+    for (axes,), name in sketch:
         for metric in ("block_influence", "mssd", "masd"):
             found = pick(rows, name=name, metric=metric)
             found = found.pivot_table(index=["layer", "seed"], columns="tokens", values="value")
             data = fig.spread((found["all"] / found["without_first"]).rename("value").reset_index(), "layer")
+            sketch.keep(data, model=name, score=metric)
             fig.curve(axes, data, metric if metric in fig.METHODS else f"simdiff_{metric}", x="layer")
-            drawn.append(data.assign(model=name, score=metric))
         axes.axhline(1, color="black", linewidth=0.8)
-    fig.label_axes(grid, x="layer", y="score with / without first token")
-    fig.legend(figure, note=fig.error_note(drawn[0], DRAWS))
-    return Drawing(figure, pd.concat(drawn), rows)
+    note = fig.error_note(sketch.drawn[0], DRAWS)
+    return sketch.done(rows, x="layer", y="score with / without first token", note=note)
 
 
 @figure("simdiff_fig4a_alpha_mssd", reads=READS, models=0)
@@ -180,54 +177,45 @@ def _alpha_map(chapter: Chapter, item: str, method: str) -> Drawing:
     for k, path in paths.sort_values("alpha_low").groupby("layers_removed"):
         steps = np.searchsorted(path["alpha_high"], alphas)  # the first interval that reaches up to each alpha
         cells[k] = pd.Series(100 * path["value"].to_numpy()[steps], index=alphas)
-    maps = {
-        "published": pick(published("simdiff"), item=item).pivot(index="layers_removed", columns="alpha", values="value"),
-        "ours": pd.DataFrame(cells).T,
-    }
-    titles = {"published": "Llama-3.1-8B", "ours": f"{_title(chapter, name)}, {_report(chapter)}"}
-    labels = {"published": "mean of 8 tasks, %", "ours": "next token, %"}
-    figure, axes = fig.panels(2, 1, height=2.15)
-    for panel, (origin, cells) in zip(axes, maps.items(), strict=True):
-        fig.heatmap(panel, cells, label=labels[origin], numbers=".1f", outlined=list(cells.idxmax(axis=1).items()))
-        panel.set(title=f"{origin}: {titles[origin]}", xlabel="alpha (0 = cosine alone, 1 = difference alone)")
-        panel.set_ylabel("layers removed")
-    data = [
-        cells.rename_axis(index="layers_removed", columns="alpha").stack().rename("value").reset_index().assign(origin=origin)
-        for origin, cells in maps.items()
-    ]
-    return Drawing(figure, pd.concat(data), paths, published=[PUBLISHED])
+    theirs = pick(published("simdiff"), item=item).pivot(index="layers_removed", columns="alpha", values="value")
+    maps = {"published": theirs, "ours": pd.DataFrame(cells).T}
+    titles = ("published: Llama-3.1-8B", f"ours: {_title(chapter, name)}, {_report(chapter)}")
+    sketch = fig.Sketch(list(maps), titles=titles, down=True, height=2.15)
+    for ((axes,), origin), label in zip(sketch, ("mean of 8 tasks, %", "next token, %"), strict=True):
+        cells = maps[origin].rename_axis(index="layers_removed", columns="alpha")
+        fig.heatmap(axes, cells, label=label, numbers=".1f", outlined=list(cells.idxmax(axis=1).items()))
+        axes.set(xlabel="alpha (0 = cosine alone, 1 = difference alone)", ylabel="layers removed")
+        sketch.keep(cells.stack().rename("value").reset_index(), origin=origin)
+    return Drawing(sketch.figure, pd.concat(sketch.drawn), paths, published=[PUBLISHED])
 
 
 @figure("own_alpha_path", reads=READS)
 def alpha_path(chapter: Chapter) -> Drawing:
     """The loss as a step function of alpha, with the alpha that ternary search finds and the best one."""
-    sizes = _sizes(chapter)
+    names, sizes = chapter.models("selection"), _sizes(chapter)
     shown = [k for k in (4, 8, 12) if k in sizes] or sizes[:3]
-    names, drawn = chapter.models("selection"), []
-    figure, grid = fig.panels(len(names), len(shown), height=2.5, sharex=True, squeeze=False)
     where = {"metric": "nll", "method": tuple(SIMDIFF), "calibration": chapter["calibration"], "calibration_seed": 0}
     where |= {"alpha_corpus": chapter["alpha_text"], "layers_removed": tuple(shown)}
     paths, chosen = _rows(chapter, role="path", **where), _rows(chapter, **where)
-    chosen = chosen.assign(alpha_low=chosen["alpha"], alpha_high=chosen["alpha"], value=chosen["alpha_nll"])
-    for line, name in zip(grid, names, strict=True):
+    chosen = chosen.assign(
+        alpha_low=chosen["alpha"], alpha_high=chosen["alpha"], value=chosen["alpha_nll"], removed_layers=None
+    )
+    sketch = fig.Sketch(names, len(shown), down=True, height=2.5, sharex=True)
+    for line, name in sketch:
         for axes, k in zip(line, shown, strict=True):
             axes.set_title(f"{name}, K = {k}")
             for method in SIMDIFF:
                 look, one = fig.METHODS[method], {"name": name, "layers_removed": k, "method": method}
-                path = pick(paths, **one).sort_values("alpha_low")
-                axes.stairs(
-                    path["value"], [*path["alpha_low"], 1], baseline=None, color=look.color, linewidth=1.8, label=look.title
-                )
-                drawn.append(path.assign(what="path"))
+                path = sketch.keep(pick(paths, **one).sort_values("alpha_low"), what="path")
+                style = {"color": look.color, "linewidth": 1.8, "label": look.title}
+                axes.stairs(path["value"], [*path["alpha_low"], 1], baseline=None, **style)
                 for search, marker, size in (("ternary", look.marker, 7), ("exact", "*", 12)):
-                    point = pick(chosen, search=search, **one).head(1)
+                    point = sketch.keep(pick(chosen, search=search, **one).head(1), what=search)
                     style = {"color": look.color, "markersize": size, "markeredgecolor": "black", "markeredgewidth": 0.7}
                     axes.plot(point["alpha"], point["value"], marker, label=f"{look.title}, {search}", **style)
-                    drawn.append(point.assign(what=search, removed_layers=None))
-    fig.label_axes(grid, x="alpha", y="nats per token")
-    fig.legend(figure)
     columns = ["name", "layers_removed", "method", "what", "alpha_low", "alpha_high", "value", "removed_layers"]
-    return Drawing(figure, pd.concat(drawn)[columns].rename(columns={"name": "model"}), pd.concat([paths, chosen]))
+    sketch.drawn = [pd.concat(sketch.drawn)[columns].rename(columns={"name": "model"})]
+    return sketch.done(pd.concat([paths, chosen]), x="alpha", y="nats per token")
 
 
 @figure("simdiff_fig5a_perplexity", reads=READS, models=("mistral-7b", 0))
@@ -251,26 +239,24 @@ def _perplexity(chapter: Chapter, item: str, model: str, otherwise: int) -> Draw
     exact = pick(_measured(chapter, "ppl", search="exact"), name=name, method=tuple(SIMDIFF))
     exact, random = fig.spread(exact, ["method", "layers_removed"]), fig.spread(pick(rows, method="random"), "layers_removed")
     place = {k: index for index, k in enumerate(_sizes(chapter))}
-    figure, (left, right) = fig.published_and_ours(
-        f"{model}, WikiText-2", f"{_title(chapter, name)}, {_report(chapter)}", height=4
-    )
+    dense = pd.DataFrame([{"method": "dense", "layers_removed": 0, "value": _dense(chapter, name, "ppl")}])
+    ours_title = f"{_title(chapter, name)}, {_report(chapter)}"
+    sketch = fig.Sketch.pair(f"{model}, WikiText-2", ours_title, height=4)
+    left, right = sketch.grid[0]
     fig.grouped_bars(left, theirs, COMPARED, published=True)
     fig.random_band(right, random.assign(place=random["layers_removed"].map(place)), x="place")
     fig.grouped_bars(right, ours, COMPARED, same=_same_sets(chapter, name))
-    fig.dense_line(right, _dense(chapter, name, "ppl"))
+    fig.dense_line(right, dense["value"].iloc[0])
     for offset, method in zip((0.0, 0.8 / 3), SIMDIFF, strict=True):
         points = pick(exact, method=method)
         style = {"color": "white", "markersize": 4, "markeredgecolor": "black", "label": "exact alpha"}
         right.plot(points["layers_removed"].map(place) + offset, points["value"], "D", **style)
     fig.log_scale(right)
-    for axes in (left, right):
-        axes.set(xlabel="layers removed", ylabel="perplexity (log scale)")
-    fig.legend(figure, note=fig.error_note(ours, DRAWS))
-    measured = [ours.assign(search="ternary"), exact.assign(search="exact"), random.assign(method="random")]
-    measured.append(pd.DataFrame([{"method": "dense", "layers_removed": 0, "value": _dense(chapter, name, "ppl")}]))
-    theirs = theirs[["method", "layers_removed", "value"]].assign(origin="published")
-    data = pd.concat([theirs, *(part.assign(origin="ours") for part in measured)])
-    return Drawing(figure, data, _rows(chapter, name=name, metric="ppl"), published=[PUBLISHED])
+    sketch.keep(theirs[["method", "layers_removed", "value"]], origin="published")
+    for part in (ours.assign(search="ternary"), exact.assign(search="exact"), random.assign(method="random"), dense):
+        sketch.keep(part, origin="ours")
+    rows, note = _rows(chapter, name=name, metric="ppl"), fig.error_note(ours, DRAWS)
+    return sketch.done(rows, x="layers removed", y="perplexity (log scale)", note=note, published=[PUBLISHED])
 
 
 def _same_sets(chapter: Chapter, name: str) -> dict[int, list[tuple[str, ...]]]:
@@ -282,81 +268,49 @@ def _same_sets(chapter: Chapter, name: str) -> dict[int, list[tuple[str, ...]]]:
     }
 
 
-@figure("own_removed_layers", reads=READS)
-def removed_layers(chapter: Chapter) -> Drawing:
-    """Which layers each method removes, as the share of calibration draws that remove it."""
-    sizes, names = _sizes(chapter), chapter.models("selection")
-    k = 8 if 8 in sizes else sizes[-1]
-    figure, grid = fig.panels(len(names), 1, height=2.6, squeeze=False)
-    found = {"ternary": _measured(chapter, "nll"), "exact": _measured(chapter, "nll", search="exact")}
-    drawn, used = [], []
-    for axes, name in zip(grid[:, 0], names, strict=True):
-        lines = {}
-        for method in [method for method in RULES if method in set(found["exact"]["method"])]:
-            for search in ("ternary", "exact") if method in SIMDIFF else ("",):
-                rows = pick(found[search or "ternary"], name=name, method=method, layers_removed=k)
-                over = rows["value"].median() - _dense(chapter, name, "nll")
-                lines[f"{fig.METHODS[method].title}{', ' * bool(search)}{search}  +{over:.2f}"] = rows["removed_layers"]
-                used.append(rows)
-        step = 2 if _layers(chapter, name) > 24 else 1
-        drawn.append(fig.layer_shares(axes, lines, _layers(chapter, name), step).assign(model=name, layers_removed=k))
-        axes.set(title=f"{name}, K = {k}", xlabel="layer (beside each method: loss over dense, nats per token)")
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
-
-
 @figure("own_fair_test", reads=READS)
 def fair_test(chapter: Chapter) -> Drawing:
     """SimDiff's loss minus the cosine rule's: the paper's protocol, and scores, alpha and report from three texts."""
-    figure, grid, names = _model_panels(chapter, height=3.4, sharey=True)
-    drawn, used = [], []
-    for axes, name in zip(grid[0], names, strict=True):
+    sketch = _sketch(chapter, height=3.4, sharey=True)
+    for (axes,), name in sketch:
         axes.axhline(0, color=fig.METHODS["block_influence"].color, linewidth=1.2, label="cosine (block influence)")
         for method, shift in zip(SIMDIFF, (-0.12, 0.12), strict=True):
             for protocol, (scores, text, search, line) in PROTOCOLS.items():
                 rows = pick(_measured(chapter, "nll_over_cosine", protocol=protocol), name=name, method=method)
-                data, hollow = fig.spread(rows, "layers_removed"), {} if line == "-" else {"markerfacecolor": "white"}
-                label = f"{fig.METHODS[method].title}, {protocol}"
-                fig.curve(axes, data, method, offset=shift, linestyle=line, label=label, markeredgewidth=1, **hollow)
                 told = {"calibration": chapter[scores], "alpha_text": chapter[text], "search": search}
-                drawn.append(data.assign(model=name, method=method, protocol=protocol, **told))
-                used.append(rows)
+                data = sketch.keep(
+                    fig.spread(rows, "layers_removed"), rows, model=name, method=method, protocol=protocol, **told
+                )
+                style = {"linestyle": line, "label": f"{fig.METHODS[method].title}, {protocol}", "markeredgewidth": 1}
+                style |= {} if line == "-" else {"markerfacecolor": "white"}
+                fig.curve(axes, data, method, offset=shift, **style)
         fig.whole_numbers(axes, _sizes(chapter))
-    fig.label_axes(grid, x="layers removed", y="nats per token, minus cosine")
-    fig.legend(figure, columns=2, note=fig.error_note(drawn[0], DRAWS))
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    note = fig.error_note(sketch.drawn[0], DRAWS)
+    return sketch.done(x="layers removed", y="nats per token, minus cosine", columns=2, note=note)
 
 
 @figure("own_methods_vs_random", reads=READS)
 def methods_vs_random(chapter: Chapter) -> Drawing:
-    """Loss over dense of every rule for both calibration texts, beside the band of random layers."""
-    texts = _rows(chapter)["calibration"].dropna().unique()
-    texts = sorted(texts, key=lambda text: (text != chapter["calibration"], text))
-    figure, grid, names = _model_panels(chapter, len(texts), height=2.7, sharex=True)
-    drawn, used = [], []
-    for line, text in zip(grid, texts, strict=True):
-        measured = pick(_measured(chapter, "nll", text=text), method=("random", *RULES))
-        for axes, name in zip(line, names, strict=True):
-            rows = pick(measured, name=name)
-            data = fig.spread(rows.assign(value=rows["value"] - _dense(chapter, name, "nll")), ["method", "layers_removed"])
-            random = pick(data, method="random")
-            fig.random_band(axes, random)
-            fig.dense_line(axes, 0.0)
-            for shift, method in zip((-0.2, -0.1, 0, 0.1, 0.2), RULES, strict=True):
-                if method in set(data["method"]):
-                    fig.curve(axes, pick(data, method=method), method, offset=shift)
-            highest = data["value"].max()
-            axes.set_ylim(-0.03 * highest, 1.15 * highest)
-            place = {"xycoords": "axes fraction", "va": "top", "color": "#666666", "fontsize": 8}
-            axes.annotate(f"band goes up to {random['high'].max():.1f}", (0.03, 0.97), **place)
-            axes.set_title(f"{_title(chapter, name)}, scores from {text}")
-            fig.whole_numbers(axes, _sizes(chapter))
-            drawn.append(data.assign(model=name, calibration=text))
-            used.append(rows)
-    fig.label_axes(grid, x="layers removed", y="nats per token over dense")
-    fig.legend(
-        figure, note=fig.error_note(pick(drawn[0], method="block_influence"), DRAWS) + "; SimDiff: alpha by ternary search"
-    )
-    return Drawing(figure, pd.concat(drawn), pd.concat(used))
+    """Loss over dense of every rule, beside the band of random layers."""
+    sketch = _sketch(chapter, height=2.7)
+    measured = pick(_measured(chapter, "nll"), method=("random", *RULES))
+    for (axes,), name in sketch:
+        rows = pick(measured, name=name)
+        data = fig.spread(rows.assign(value=rows["value"] - _dense(chapter, name, "nll")), ["method", "layers_removed"])
+        sketch.keep(data, rows, model=name, calibration=chapter["calibration"])
+        random = pick(data, method="random")
+        fig.random_band(axes, random)
+        fig.dense_line(axes, 0.0)
+        for shift, method in zip((-0.2, -0.1, 0, 0.1, 0.2), RULES, strict=True):
+            if method in set(data["method"]):
+                fig.curve(axes, pick(data, method=method), method, offset=shift)
+        highest = data["value"].max()
+        axes.set_ylim(-0.03 * highest, 1.15 * highest)
+        place = {"xycoords": "axes fraction", "va": "top", "color": "#666666", "fontsize": 8}
+        axes.annotate(f"band goes up to {random['high'].max():.1f}", (0.03, 0.97), **place)
+        fig.whole_numbers(axes, _sizes(chapter))
+    note = fig.error_note(pick(sketch.drawn[0], method="block_influence"), DRAWS) + "; SimDiff: alpha by ternary search"
+    return sketch.done(x="layers removed", y="nats per token over dense", note=note)
 
 
 TASKS = {"tasks": ("tables", "nlu"), "selection": ("rules",), "statistics": None}
@@ -402,12 +356,8 @@ def _ours(chapter: Chapter, names: list[str], sizes: list[int], part: str = "tab
             value = 100 * rows.groupby("metric")["value"].first()
             accuracy, tests = pick(rows, metric="acc"), rows[rows["metric"] == "over_cosine"]["mcnemar_p"].dropna()
             alike = [title[other] for other in sets.index if size and other != method and sets[other] == sets[method]]
-            line = {
-                "model": name,
-                "method": title[method],
-                "K": size,
-                "ppl": np.exp(losses.get((name, method, size)) or np.nan),
-            }
+            ppl = np.exp(losses.get((name, method, size)) or np.nan)
+            line = {"model": name, "method": title[method], "K": size, "ppl": ppl}
             line |= dict(zip(accuracy["task"].str.removeprefix("pydocs_"), 100 * accuracy["value"], strict=True))
             line |= {"AVG": value["average"], "low": value["average_low"], "high": value["average_high"]}
             line["RP"] = 100 * line["AVG"] / next((one["AVG"] for one in lines if one["model"] == name), line["AVG"])
@@ -477,24 +427,15 @@ def table_bos(chapter: Chapter) -> Drawing:
 def table_what_held(chapter: Chapter) -> Drawing:
     """In how many runs SimDiff was better than the cosine rule, per model, method and protocol."""
     lines = []
-    for name in chapter.models("selection"):
-        for method in SIMDIFF:
-            for protocol in PROTOCOLS:
-                gaps = pick(_measured(chapter, "nll_over_cosine", protocol=protocol), name=name, method=method)
-                medians = gaps.groupby("layers_removed")["value"].median()
-                lines.append(
-                    {
-                        "model": name,
-                        "method": fig.METHODS[method].title,
-                        "protocol": protocol,
-                        "K better in the median": f"{(medians < 0).sum()} of {len(medians)}",
-                        "median nats minus cosine": gaps["value"].median(),
-                        "runs significantly better": int((gaps["high"] < 0).sum()),
-                        "significantly worse": int((gaps["low"] > 0).sum()),
-                        "same layers": int((gaps["value"] == 0).sum()),
-                        "runs": len(gaps),
-                    }
-                )
+    for name, method, protocol in itertools.product(chapter.models("selection"), SIMDIFF, PROTOCOLS):
+        gaps = pick(_measured(chapter, "nll_over_cosine", protocol=protocol), name=name, method=method)
+        medians = gaps.groupby("layers_removed")["value"].median()
+        line = {"model": name, "method": fig.METHODS[method].title, "protocol": protocol}
+        line["K better in the median"] = f"{(medians < 0).sum()} of {len(medians)}"
+        line["median nats minus cosine"] = gaps["value"].median()
+        line["runs significantly better"] = int((gaps["high"] < 0).sum())
+        line["significantly worse"] = int((gaps["low"] > 0).sum())
+        lines.append({**line, "same layers": int((gaps["value"] == 0).sum()), "runs": len(gaps)})
     held = pd.DataFrame(lines)
     return Drawing(None, held, _rows(chapter), f"{markdown(held)}\n\n{_ternary_misses(chapter)}")
 
@@ -503,6 +444,5 @@ def _ternary_misses(chapter: Chapter) -> str:
     rows = _rows(chapter, metric="nll", method=tuple(SIMDIFF))
     keys = ["name", "layers_removed", "method", "calibration", "calibration_seed", "alpha_corpus"]
     gap = rows.pivot_table(index=keys, columns="search", values="alpha_nll").eval("ternary - exact")
-    return (
-        f"Ternary search missed the best alpha in {(gap > 1e-12).sum()} of {len(gap)} searches, by up to {gap.max():.2f} nats."
-    )
+    missed = f"{(gap > 1e-12).sum()} of {len(gap)} searches"
+    return f"Ternary search missed the best alpha in {missed}, by up to {gap.max():.2f} nats."

@@ -1,10 +1,10 @@
 """The look of every figure: one color, marker and title per method, and what several figures draw.
 
-A figure function reduces its rows with `spread`, draws with `curve`, `random_band`, `ranked_dots`, `grouped_bars` or
-`heatmap`, and ends with `label_axes` and `legend`. Published values are hollow, dashed or hatched and say so in the legend.
+A figure function starts a `Sketch`, reduces its rows with `spread`, draws with `curve`, `random_band`, `ranked_dots`,
+`grouped_bars` or `heatmap`, and ends with `Sketch.done`. Published values are hollow, dashed or hatched and the legend says so.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from prunelib.figures.save import FigureError, pick
+from prunelib.figures.save import Drawing, FigureError, pick
 
 WIDTH = 7.2  # inches; at the width of a README 9 pt are then 9 pt on the screen
 
@@ -172,12 +172,59 @@ def published_and_ours(published: str, ours: str, *, height: float | int = 3.2) 
     return figure, (axes[0], axes[1])
 
 
+class Sketch:
+    """A figure in the making: its panels, and the plotted numbers and rows of results kept while it is drawn.
+
+    names: what the panels show, usually models: one column each, or one row each if `down`. parts: panels of each name. titles:
+    above the first panel of each name. pair: of names, `published` and `ours`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], parts: int = 1, *, titles: Sequence[str] | None = None, down: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        shape = (len(names), parts) if down else (parts, len(names))
+        self.names, self.drawn, self.used = names, [], []
+        self.figure, self.grid = panels(*shape, squeeze=False, **options)
+        self._lines = self.grid if down else self.grid.T
+        for line, title in zip(self._lines, names if titles is None else titles, strict=True):
+            line[0].set_title(title)
+
+    @classmethod
+    def pair(cls, published: str, ours: str, **options: Any) -> "Sketch":
+        """Two panels, `published: …` on the left and `ours: …` on the right; the arguments name model and text."""
+        return cls(("published", "ours"), titles=(f"published: {published}", f"ours: {ours}"), **options)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, str]]:
+        """The panels of every name, and the name."""
+        return zip(self._lines, self.names, strict=True)
+
+    def keep(self, data: pd.DataFrame, rows: pd.DataFrame | None = None, **columns: Any) -> pd.DataFrame:
+        """Note plotted numbers with further columns, and the rows of results behind them; returns the numbers."""
+        self.drawn.append(data.assign(**columns))
+        self.used += [] if rows is None else [rows]
+        return self.drawn[-1]
+
+    def done(
+        self, rows: pd.DataFrame | None = None, *, x: str | Sequence[str] = "", y: str | Sequence[str] = "",
+        columns: int = 3, note: str | None = None, below: str | None = None, text: str | None = None,
+        published: Sequence[str] = (),
+    ) -> Drawing:  # fmt: skip
+        """Label the outer axes, put a legend (where something has a label) or the line `below` under all, and hand over."""
+        label_axes(self.grid, x=x, y=y)
+        if below:
+            self.figure.supxlabel(below, fontsize=8.5)
+        else:
+            legend(self.figure, columns=columns, note=note)
+        rows = pd.concat([part[["run", "code"]] for part in self.used]) if rows is None else rows
+        data = pd.concat(self.drawn).drop(columns=["run", "code"], errors="ignore").dropna(axis=1, how="all")
+        return Drawing(self.figure, data, rows, text, published)
+
+
 def label_axes(grid: np.ndarray, *, x: str | Sequence[str] = "", y: str | Sequence[str] = "") -> None:
     """Label the lowest row and the left column of an array of panels; several texts are one per column or row."""
-    for index, axes in enumerate(grid[-1]):
-        axes.set_xlabel(x if isinstance(x, str) else x[index])
-    for index, axes in enumerate(grid[:, 0]):
-        axes.set_ylabel(y if isinstance(y, str) else y[index])
+    for line, texts, label in ((grid[-1], x, "set_xlabel"), (grid[:, 0], y, "set_ylabel")):
+        for index, axes in enumerate(line if texts else ()):
+            getattr(axes, label)(texts if isinstance(texts, str) else texts[index])
 
 
 def legend(figure: Figure, axes: Iterable[Axes] | None = None, *, columns: int = 3, note: str | None = None) -> None:
@@ -360,10 +407,10 @@ def heatmap(
     axes.tick_params(length=0, rotation=0)
 
 
-def layer_shares(axes: Axes, lines: Mapping[str, pd.Series], n_layers: int, step: int = 2) -> pd.DataFrame:
+def layer_shares(axes: Axes, lines: Mapping[str, pd.Series], n_layers: int) -> pd.DataFrame:
     """A grey map of which layers go: per title the removed sets of all draws; returns the share of draws per title and layer.
 
-    lines: title → sets as texts of layer numbers such as `3 5 8`. step: between the layers named on the x axis.
+    lines: title → sets as texts of layer numbers such as `3 5 8`.
     """
     shares = {}
     for title, sets in lines.items():
@@ -373,7 +420,7 @@ def layer_shares(axes: Axes, lines: Mapping[str, pd.Series], n_layers: int, step
         shares[title] = counts
     grid = pd.DataFrame(shares).T.rename_axis(index="method", columns="layer")
     heatmap(axes, grid, label="share of draws", low=0, high=1, colormap="Greys")
-    axes.set_xticks(np.arange(0, n_layers, step) + 0.5, [str(layer) for layer in range(0, n_layers, step)])
+    axes.set_xticks(np.arange(0, n_layers, 2) + 0.5, [str(layer) for layer in range(0, n_layers, 2)])
     axes.set_ylabel("")
     return grid.stack().rename("share_of_draws").reset_index()
 
