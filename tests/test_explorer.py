@@ -93,26 +93,25 @@ def test_pictures_show_the_numbers_of_their_tables(tiny_llama, stats, losses, tm
     for name in ("simdiff_mssd", "relative_magnitude"):
         table = explorer.choose_layers(stats, losses, name, 2, 0.4)
         drawing = draw.explorer_layers(Chapter(tmp_path), data=table)
-        top, bottom = drawing.figure.axes
+        top, *below = drawing.figure.axes
         assert [bar.get_height() for bar in top.patches] == pytest.approx(value_of(table, "importance"))
         removed = table[table["what"] == "measured nats"]["removed_layers"].item()
         assert " ".join(str(layer) for layer, bar in enumerate(top.patches) if bar.get_alpha() == 0.3) == removed
         assert f"layers {removed} go" in drawing.text
-        if name == "simdiff_mssd":
+        assert f"becomes {math.exp(value_of(table, 'measured nats')[0]):.2f}" in drawing.text
+        assert len(below) == (name == "simdiff_mssd"), "only a criterion with alpha has a path"
+        if below:
             path = np.exp(value_of(table, "measured nats on the path"))
-            assert bottom.patches[0].get_data().values == pytest.approx(path)
-        else:
-            ends = [value_of(table, f"{kind} nats")[0] for kind in ("dense", "measured", "predicted")]
-            assert [bar.get_width() for bar in bottom.patches] == pytest.approx([math.exp(nats) for nats in ends])
+            assert below[0].patches[0].get_data().values == pytest.approx(path)
     assert (tmp_path / "own_explorer_layers.png").is_file()
     huge = explorer.Losses(lambda sets: [800.0 * len(removed) for removed in sets])
-    assert draw.draw_layers(explorer.choose_layers(stats, huge, "block_influence", 3)).axes, "no overflow"
+    assert draw.layers_drawing(explorer.choose_layers(stats, huge, "block_influence", 3)).figure, "no overflow"
 
     slices = explorer.choose_slices(stats, tiny_llama.config, 0.25, 0.125)
     plan = dynamic(layer_redundancy(stats), tiny_llama.config.hidden_size, 0.25, 0.125)
     assert value_of(slices, "slice") == list(plan.slices)
     assert value_of(slices, "parameters removed")[0] == count_parameters(tiny_llama.config, plan).removed
-    bars = draw.draw_slices(slices).axes[0].patches
+    bars = draw.slices_drawing(slices).figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx(plan.slices)
     with pytest.raises(ValueError, match=r"slice_base=0.4"):
         explorer.choose_slices(stats, tiny_llama.config, 0.25, 0.4)

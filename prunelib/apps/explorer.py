@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from prunelib.criteria import CRITERIA, LayerStats, difference_term, similarity_term
 from prunelib.depth import AlphaInterval, LayerSet, alpha_path, lowest
 from prunelib.figures import explorer as figures
+from prunelib.figures.save import Drawing
 from prunelib.figures.style import METHODS
 from prunelib.slicing import constant, count_parameters, dynamic, layer_redundancy
 
@@ -164,7 +165,7 @@ def layer_sliders(stats: LayerStats, losses: Losses, *, criteria: Sequence[str] 
     names = [(title_of(name), name) for name in (criteria or CRITERIA)]
     return _sliders(
         lambda **setting: choose_layers(stats, losses, **setting),
-        lambda table: (figures.layers_sentence(table), figures.draw_layers(table)),
+        figures.layers_drawing,
         criterion=ipywidgets.Dropdown(options=names, value="simdiff_mssd"),
         layers_removed=_slider(ipywidgets.IntSlider, 8, stats.n_layers - 1, 1),
         alpha=_slider(ipywidgets.FloatSlider, 0.5, 1.0, 0.01),
@@ -177,7 +178,7 @@ def slice_sliders(stats: LayerStats, config: PreTrainedConfig) -> Any:
 
     return _sliders(
         lambda **setting: choose_slices(stats, config, **setting),
-        lambda table: (figures.slices_sentence(table), figures.draw_slices(table)),
+        figures.slices_drawing,
         slice_percentage=_slider(ipywidgets.FloatSlider, 0.3, 0.8, 0.01),
         slice_base=_slider(ipywidgets.FloatSlider, 0.1, 0.8, 0.01),
     )
@@ -187,7 +188,7 @@ def _slider(kind: type, value: float | int, high: float | int, step: float | int
     return kind(value=min(value, high), min=0, max=high, step=step, continuous_update=False)
 
 
-def _sliders(choose: Callable[..., pd.DataFrame], draw: Callable[[pd.DataFrame], tuple], **controls: Any) -> Any:
+def _sliders(choose: Callable[..., pd.DataFrame], draw: Callable[[pd.DataFrame], Drawing], **controls: Any) -> Any:
     """Controls above a sentence and a picture that follow them; a setting that cannot be is named in the sentence."""
     import ipywidgets
     from IPython.display import display
@@ -195,13 +196,13 @@ def _sliders(choose: Callable[..., pd.DataFrame], draw: Callable[[pd.DataFrame],
 
     def show(**setting: Any) -> str:
         try:
-            sentence, picture = draw(choose(**setting))
+            drawing = draw(choose(**setting))
         except ValueError as error:
             print(error)
             return str(error)
-        print(sentence)
-        display(picture)
-        pyplot.close(picture)
-        return sentence
+        print(drawing.text)
+        display(drawing.figure)
+        pyplot.close(drawing.figure)
+        return drawing.text
 
     return ipywidgets.interactive(show, **controls)

@@ -3,6 +3,7 @@
 A limit is the larger of bytes over bandwidth and FLOPs over the rate of a matrix product, both measured in the same run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,20 +12,37 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
-from prunelib.figures.style import Method, curve, label_axes, legend, log_scale, panels, whole_numbers
+from prunelib.figures.style import Method, Sketch, curve, log_scale, whole_numbers
 from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "07_speed_and_memory"
 SPEED, COMBINING = {"speed": None}, {"combining": None}
 TABLE4 = "16x4x2048"  # SimDiff's setting: batch 16, prompts of 4 tokens, 2,048 new ones
-LOOKS = {"prefill": Method("prefill", "prefill", "#0072b2", "o"), "decode": Method("decode", "decode", "#d55e00", "s")}
-METHODS = {"layers": ("whole layers", "#332288", -0.2), "sliced": ("sliced", "#cc3311", 0.2)}
-PEAKS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+PHASES = {"prefill": Method("prefill", "prefill", "#0072b2", "o"), "decode": Method("decode", "decode", "#d55e00", "s")}
+KINDS = {"layers": ("whole layers", "#332288", -0.2), "sliced": ("sliced", "#cc3311", 0.2)}
 FORMATS = {
-    "float32": Method("float32", "float32", "#000000", "o"),
-    "bf16": Method("bf16", "bf16", "#777777", "X"),
-    "int8": Method("int8", "int8", "#0072b2", "s"),
-    "nf4": Method("nf4", "nf4", "#d55e00", "^"),
+    name: Method(name, name, color, marker)
+    for name, color, marker in (
+        ("float32", "#000000", "o"),
+        ("bf16", "#777777", "X"),
+        ("int8", "#0072b2", "s"),
+        ("nf4", "#d55e00", "^"),
+    )
+}
+COLORS, MARKERS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7"), "os^D"
+COLUMNS = {  # of the tables: a column of `Timings.times`, its name and its decimals
+    "mode": ("steps", 2),
+    "layers_removed": ("layers removed", 0),
+    "ratio_percent": ("parameters removed, %", 1),
+    "seconds": ("seconds", 5),
+    "tokens_per_s": ("tokens/s", 1),
+    "tokens_per_s_low": ("quartile 1", 1),
+    "tokens_per_s_high": ("quartile 3", 1),
+    "limit_share": ("reached, %", 0),
+    "speedup": ("speed-up", 2),
+    "limit_speedup": ("by the limits", 2),
+    "speedup_share": ("of the limits' ratio, %", 1),
+    "whole_seconds": ("end to end, s", 2),
 }
 
 
@@ -42,11 +60,15 @@ class Timings:
 
     @property
     def models(self) -> list[str]:
-        return list(dict.fromkeys(self.rows["name"]))
+        return list(self.rows["name"].unique())
 
     def title(self, name: str) -> str:
         device = pick(self.rows, name=name)["device"].iloc[0]
         return f"{name} ({'GPU' if device.startswith('cuda') else 'processor'})"
+
+    def sketch(self, names: Sequence[str], parts: int = 1, **options: object) -> Sketch:
+        """A figure with one column per model."""
+        return Sketch(names, parts, titles=[self.title(name) for name in names], **options)
 
 
 def timings(chapter: Chapter) -> Timings:
@@ -77,47 +99,37 @@ def table4_published() -> pd.DataFrame:
     """SimDiff's Table 4: tokens per second of an A40 at every number of removed layers, and the speed-up over dense."""
     table = published("simdiff", "table4")
     table = table.pivot_table(index=["layers_removed", "ratio_percent"], columns="metric", values="value").reset_index()
-    return table.assign(
-        model="Llama-3.1-8B, A40 (published)", mode="not said", speedup=table["tokens_per_s"] / table["tokens_per_s"].iloc[0]
-    )
+    speedup = table["tokens_per_s"] / table["tokens_per_s"].iloc[0]
+    return table.assign(model="Llama-3.1-8B, A40 (published)", mode="not said", speedup=speedup)
+
+
+def _table(data: pd.DataFrame, rows: pd.DataFrame, columns: Sequence[str], **options: object) -> Drawing:
+    """These columns under their names in `COLUMNS`; those that no row has are left out."""
+    names = {column: COLUMNS[column][0] for column in columns if column in COLUMNS}
+    data = data.reindex(columns=list(columns)).dropna(axis=1, how="all").rename(columns=names)
+    data = data.astype({"layers removed": int})
+    return Drawing(None, data, rows, markdown(data, digits=dict(COLUMNS.values())), **options)
 
 
 @figure("simdiff_table4_throughput", reads=SPEED)
 def table4_throughput(chapter: Chapter) -> Drawing:
     """SimDiff's Table 4, published and ours: tokens per second, and the speed-up beside the ratio of the limits."""
-    found = timings(chapter)
-    ours = pick(found.shown, phase="generation", method="layers").sort_values("layers_removed", kind="stable")
-    gone = (
-        pick(found.rows, role="variant", metric="removed", method="layers")
-        .groupby(["model", "layers_removed"])["value"]
-        .first()
-    )
-    ours = ours.join(gone.rename("removed"), on=["model", "layers_removed"])
-    ours = ours.sort_values("model", key=lambda names: names.map(found.models.index), kind="stable")
-    ours["ratio_percent"], ours["limit_share"] = 100 * ours["removed"], 100 * ours["limit_share"]
-    names = {
-        "model": "model",
-        "mode": "steps",
-        "layers_removed": "layers removed",
-        "ratio_percent": "parameters removed, %",
-        "tokens_per_s": "tokens/s",
-        "tokens_per_s_low": "quartile 1",
-        "tokens_per_s_high": "quartile 3",
-        "speedup": "speed-up",
-        "limit_speedup": "by the limits",
-        "limit_share": "reached, %",
-    }
+    found, keys = timings(chapter), ["model", "layers_removed"]
+    gone = pick(found.rows, role="variant", metric="removed", method="layers").groupby(keys)["value"].first()
+    ours = pick(found.shown, phase="generation", method="layers").join(100 * gone.rename("ratio_percent"), on=keys)
+    ours = ours.sort_values(keys, key=lambda one: one.map(found.models.index) if one.name == "model" else one, kind="stable")
+    ours["limit_share"] *= 100
     both = pd.concat([table4_published(), ours.assign(model=ours["model"].map(found.title))])
-    data = both[list(names)].rename(columns=names).astype({"layers removed": int})
-    digits = dict.fromkeys(("parameters removed, %", "tokens/s", "quartile 1", "quartile 3"), 1) | {"reached, %": 0}
-    return Drawing(None, data, ours, markdown(data, digits=digits), published=[PUBLISHED])
+    columns = ["model", "mode", "layers_removed", "ratio_percent", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"]
+    return _table(both, ours, [*columns, "speedup", "limit_speedup", "limit_share"], published=[PUBLISHED])
 
 
 def _measured(ax: Axes, part: pd.DataFrame, metric: str, scale: float | int = 1.0, **style: object) -> None:
     """A metric of one phase over the layers removed, with its quartiles."""
     line = part.assign(value=scale * part[metric], low=scale * part[f"{metric}_low"], high=scale * part[f"{metric}_high"])
     phase = part["phase"].iloc[0]
-    curve(ax, line, LOOKS[phase], label=f"{phase}, measured", **style)
+    curve(ax, line, PHASES[phase], label=f"{phase}, measured", **style)
+    whole_numbers(ax, part["layers_removed"].astype(int))
 
 
 @figure("own_latency_by_layers", reads=SPEED)
@@ -126,98 +138,92 @@ def latency_by_layers(chapter: Chapter) -> Drawing:
     found = timings(chapter)
     keys = ["model", "phase", "mode", "setting"]
     lines = pick(found.rows, role="fit", fitted="seconds").set_index([*keys, "metric"])["value"].unstack().add_prefix("fit_")
-    data = pick(found.shown, method="layers", phase=list(LOOKS)).merge(lines.reset_index(), how="left", on=keys)
-    drawn, axes = panels(2, len(found.models), height=2.3, squeeze=False, sharex="col")
+    data = pick(found.shown, method="layers", phase=list(PHASES)).merge(lines.reset_index(), how="left", on=keys)
+    sketch = found.sketch(found.models, 2, height=2.3, sharex="col")
     for (name, phase), part in data.groupby(["model", "phase"]):
-        ax = axes[list(LOOKS).index(phase), found.models.index(name)]
+        ax = sketch.grid[list(PHASES).index(phase), found.models.index(name)]
         first, removed = part.iloc[0], part["layers_removed"]
         _measured(ax, part, "seconds", 1000, linestyle="")
         ax.plot(removed, 1000 * part["limit_seconds"], "--", color="#777777", label="limit")
+        note = first["setting"]
         if pd.notna(first["fit_slope"]):
             fitted = 1000 * (first["fit_intercept"] + first["fit_slope"] * removed)
-            ax.plot(removed, fitted, color=LOOKS[phase].color, linewidth=1, label=f"{phase}, line")
-            note = f"R² = {first['fit_r2']:.5f}\n{-1000 * first['fit_slope']:.3g} ms per layer"
-            ax.text(0.97, 0.93, note, transform=ax.transAxes, ha="right", va="top", fontsize=8)
+            ax.plot(removed, fitted, color=PHASES[phase].color, linewidth=1, label=f"{phase}, line")
+            note += f"\n{-1000 * first['fit_slope']:.3g} ms per layer"
+        ax.text(0.97, 0.95, note, transform=ax.transAxes, ha="right", va="top", fontsize=8)
         ax.set_ylim(0, 1250 * part[["seconds", "limit_seconds"]].max().max())
-        ax.set_title(f"{found.title(name)}\n{first['setting']}" if phase == "prefill" else first["setting"], fontsize=9)
-        whole_numbers(ax, removed.astype(int))
-    label_axes(axes, x="layers removed", y=("ms per prefill", "ms per step"))
-    legend(drawn, note="points and error bars: median and quartiles of rounds in which all models were timed in turn")
-    columns = [*keys, "layers_removed", "seconds", "seconds_low", "seconds_high", "limit_seconds", *lines.columns]
+    sketch.keep(data[[*keys, "layers_removed", "seconds", "seconds_low", "seconds_high", "limit_seconds", *lines.columns]])
     text = data.drop_duplicates(["model", "phase"])[["model", "phase", "setting", *lines.columns]]
     text = markdown(text, digits={"fit_slope": 7, "fit_intercept": 5, "fit_r2": 5})
-    return Drawing(drawn, data[columns], data, text)
+    note = "in a panel: batch × prompt × new tokens; error bars: quartiles of rounds with all models in turn"
+    return sketch.done(data, x="layers removed", y=("ms per prefill", "ms per step"), note=note, text=text)
 
 
 @figure("own_speedup", reads=SPEED)
 def speedup(chapter: Chapter) -> Drawing:
     """Speed-up over the dense model, the ratio of the limits, and the published numbers of an A40."""
     found, paper = timings(chapter), table4_published().assign(phase="generation")
-    rows = pick(found.shown, method="layers", phase=list(LOOKS))
-    drawn, axes = panels(1, len(found.models), height=3.0, squeeze=False, sharey=True)
-    for ax, name in zip(axes[0], found.models, strict=True):
+    rows = pick(found.shown, method="layers", phase=list(PHASES))
+    columns = ["model", "phase", "layers_removed", "speedup", "speedup_low", "speedup_high", "limit_speedup"]
+    sketch = found.sketch(found.models, height=3.0, sharey=True)
+    sketch.keep(rows[columns])
+    for (ax,), name in sketch:
         ax.axhline(1, color="black", linewidth=0.8)
         for phase, part in pick(rows, model=name).groupby("phase", sort=False):
             _measured(ax, part, "speedup", linewidth=1)
-            style = {"color": LOOKS[phase].color, "label": f"{phase}, by the limits"}
+            style = {"color": PHASES[phase].color, "label": f"{phase}, by the limits"}
             ax.plot(part["layers_removed"], part["limit_speedup"], ":", **style)
         if name == "llama-3.1-8b":
+            sketch.keep(paper.reindex(columns=columns))
             style = {"marker": "s", "markerfacecolor": "white", "color": "#777777", "label": "A40, generation (published)"}
             ax.plot(paper["layers_removed"].astype(int), paper["speedup"], "--", **style)
-        ax.set_title(found.title(name), fontsize=9)
-        whole_numbers(ax, pick(rows, model=name)["layers_removed"].astype(int))
-    label_axes(axes, x="layers removed", y="speed-up over dense")
-    legend(drawn, note="error bars: quartiles of the ratio within a round")
-    data = pd.concat([rows, paper] if "llama-3.1-8b" in found.models else [rows])
-    columns = ["model", "phase", "layers_removed", "speedup", "speedup_low", "speedup_high", "limit_speedup"]
-    return Drawing(drawn, data[columns], rows, published=[PUBLISHED])
+    note = "error bars: quartiles of the ratio within a round"
+    return sketch.done(rows, x="layers removed", y="speed-up over dense", note=note, published=[PUBLISHED])
 
 
 @figure("own_step_by_cache", reads=SPEED)
 def step_by_cache(chapter: Chapter) -> Drawing:
-    """Time of a decode step against the tokens in the cache."""
+    """Time of a decode step against the tokens in the cache, of models that were timed at three lengths or more."""
     found = timings(chapter)
     decoded = pick(found.shown, phase="decode", method="layers").drop_duplicates("model")[["model", "mode", "setting"]]
     rows = pick(found.rows, role="segment", metric="seconds", method="layers").merge(decoded)
-    drawn, axes = panels(1, len(decoded), height=2.6, squeeze=False)
-    for ax, name in zip(axes[0], decoded["model"], strict=True):
+    lengths = rows.groupby("model")["cache_length"].transform("nunique")
+    rows = rows[lengths >= min(3, lengths.max())].rename(columns={"value": "seconds"})
+    sketch = found.sketch(list(rows["model"].unique()), height=2.8)
+    for (ax,), name in sketch:
         lines = pick(rows, model=name).groupby("layers_removed")
-        for (size, line), gray in zip(lines, np.linspace(0, 0.8, len(lines)), strict=True):
-            style = {"marker": "o", "markersize": 3.5, "color": str(gray), "label": f"{size:.0f} layers removed"}
-            ax.plot(line["cache_length"], 1000 * line["value"], **style)
-        ax.set_title(found.title(name), fontsize=9)
+        for (size, line), gray in zip(lines, np.linspace(0, 0.6, len(lines)), strict=True):
+            ax.plot(line["cache_length"], 1000 * line["seconds"], "o-", markersize=3.5, color=str(gray))
+            end = (line["cache_length"].iloc[-1], 1000 * line["seconds"].iloc[-1])
+            ax.annotate(f"{size:.0f} removed", end, xytext=(6, -3), textcoords="offset points", fontsize=8)
         ax.set_ylim(bottom=0)
-    label_axes(axes, y="ms per step")
-    for ax in axes[0]:
-        ax.set_xlabel("tokens in the cache")
-    legend(drawn, columns=6)
-    data = rows.rename(columns={"value": "seconds"})
-    return Drawing(drawn, data[["model", "layers_removed", "cache_length", "seconds", "low", "high"]], rows)
+        ax.margins(x=0.12)
+    sketch.keep(rows[["model", "layers_removed", "cache_length", "seconds", "low", "high"]])
+    return sketch.done(rows, x="tokens in the cache", y="ms per step", below="lines: number of layers removed")
 
 
 @figure("own_memory_by_layers", reads=SPEED)
 def memory_by_layers(chapter: Chapter) -> Drawing:
-    """Bytes of the parameters, counted, and the peak of a generation where the device counts it."""
+    """Peak memory of a generation and the bytes of the parameters, of models on a device that counts its memory."""
     found = timings(chapter)
     counted = pick(found.rows, role="variant", metric="parameter_bytes", method="layers")
     counted = counted.drop_duplicates(["model", "layers_removed"]).assign(what="parameters")
     prefilled = pick(found.shown, phase="prefill")[["model", "mode"]].drop_duplicates()
     peaks = pick(found.rows, role="speed", metric="peak_bytes", method="layers", may_be_empty=True).merge(prefilled)
+    if len(peaks):
+        counted = pick(counted, model=set(peaks["model"]))
     data = pd.concat([counted, peaks.assign(what="peak, " + peaks["setting"])]).rename(columns={"value": "bytes"})
-    drawn, axes = panels(1, len(found.models), height=2.6, squeeze=False)
-    for ax, name in zip(axes[0], found.models, strict=True):
+    sketch = found.sketch(list(data["model"].unique()), height=2.8)
+    for (ax,), name in sketch:
         here = pick(data, model=name)
-        unit, word = (2**30, "GiB") if here["bytes"].min() > 2**30 else (2**20, "MiB")
-        for index, (what, line) in enumerate(here.groupby("what", sort=False)):
-            peak = {"marker": "o", "color": PEAKS[(index - 1) % len(PEAKS)], "label": what}
-            style = peak if index else {"linestyle": "--", "color": "#777777", "label": "parameters, counted"}
+        for color, (what, line) in zip(("#777777", *COLORS), here.groupby("what", sort=False), strict=False):
+            style = {"linestyle": "--"} if what == "parameters" else {"marker": "o"}
             line = line.sort_values("layers_removed")
-            ax.plot(line["layers_removed"], line["bytes"] / unit, **style)
-        ax.set(ylabel=word, ylim=(0, 1.1 * here["bytes"].max() / unit), xlabel="layers removed")
-        ax.set_title(found.title(name), fontsize=9)
+            ax.plot(line["layers_removed"], line["bytes"] / 2**30, color=color, label=what, **style)
+        ax.set_ylim(0, 1.1 * here["bytes"].max() / 2**30)
         whole_numbers(ax, here["layers_removed"].astype(int))
-    legend(drawn, note="batch × prompt × new tokens; a processor's peak is not counted by model and left out")
-    return Drawing(drawn, data[["model", "what", "layers_removed", "bytes"]], data)
+    sketch.keep(data[["model", "what", "layers_removed", "bytes"]])
+    return sketch.done(data, x="layers removed", y="GiB", note="batch × prompt × new tokens; parameters are counted")
 
 
 @figure("own_depth_or_slicing", reads=SPEED)
@@ -225,29 +231,27 @@ def depth_or_slicing(chapter: Chapter) -> Drawing:
     """Speed-up of whole layers removed, and of a constant slice that removes as many parameters."""
     found = timings(chapter)
     # A generation is decode in all but name, and a prompt of four tokens no prefill.
-    times = found.times[
-        (found.times["phase"] == "decode") | ((found.times["phase"] == "prefill") & (found.times["new_tokens"] == 0))
-    ]
+    prefill = (found.times["phase"] == "prefill") & (found.times["new_tokens"] == 0)
+    times = found.times[prefill | (found.times["phase"] == "decode")]
     keys = ["model", "setting", "phase", "mode", "as_layers"]
     data = times.merge(pick(times, method="sliced")[keys].drop_duplicates())
     widths = [max(2, len(pick(data, model=name)) // 2) for name in found.models]
-    drawn, axes = panels(1, len(found.models), height=2.8, squeeze=False, sharey=True, width_ratios=widths)
-    for ax, name in zip(axes[0], found.models, strict=True):
+    titles = [f"{name}: as {pick(data, model=name)['as_layers'].iloc[0]:.0f} layers" for name in found.models]
+    sketch = Sketch(found.models, titles=titles, height=2.8, sharey=True, width_ratios=widths)
+    for (ax,), name in sketch:
         pairs = pick(data, model=name).groupby(keys, sort=False)
         for place, (_, pair) in enumerate(pairs):
             for row in pair.itertuples():
-                title, color, shift = METHODS[row.method]
+                title, color, shift = KINDS[row.method]
                 error = [[row.speedup - row.speedup_low], [row.speedup_high - row.speedup]]
                 ax.bar(place + shift, row.speedup, 0.36, yerr=error, color=color, label=title)
-                left, right = place + shift - 0.18, place + shift + 0.18
-                ax.hlines(row.limit_speedup, left, right, color="black", linewidth=1.6, label="by the limits")
+                ends = (place + shift - 0.18, place + shift + 0.18)
+                ax.hlines(row.limit_speedup, *ends, color="black", linewidth=1.6, label="by the limits")
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set_xticks(range(len(pairs)), [f"{phase}\n{setting}" for _, setting, phase, *_ in pairs.groups], fontsize=7.5)
-        ax.set_title(f"{name}: as {pick(data, model=name)['as_layers'].iloc[0]:.0f} layers", fontsize=9)
         ax.grid(visible=False, axis="x")
-    label_axes(axes, y="speed-up over dense")
-    legend(drawn)
-    return Drawing(drawn, data[["model", "setting", "phase", "mode", "method", "as_layers", "speedup", "limit_speedup"]], data)
+    sketch.keep(data[["model", "setting", "phase", "mode", "method", "as_layers", "speedup", "limit_speedup"]])
+    return sketch.done(data, y="speed-up over dense")
 
 
 @figure("own_table_speed_limits", reads=SPEED)
@@ -256,26 +260,11 @@ def table_speed_limits(chapter: Chapter) -> Drawing:
     found = timings(chapter)
     rows = pick(found.times, method="layers")
     most = rows.groupby(["model", "mode", "setting", "phase"])["layers_removed"].transform("max")
-    rows = rows[rows["layers_removed"].isin((0,)) | (rows["layers_removed"] == most)]
-    names = {
-        "place": "model",
-        "mode": "steps",
-        "setting": "setting",
-        "phase": "phase",
-        "layers_removed": "layers removed",
-        "seconds": "seconds",
-        "tokens_per_s": "tokens/s",
-        "limit_share": "reached, %",
-        "speedup": "speed-up",
-        "limit_speedup": "by the limits",
-        "speedup_share": "of the limits' ratio, %",
-        "whole_seconds": "end to end, s",
-    }
+    rows = rows[(rows["layers_removed"] == 0) | (rows["layers_removed"] == most)]
     shares = {share: 100 * rows[share] for share in ("limit_share", "speedup_share")}
-    data = rows.assign(place=rows["model"].map(found.title), **shares).reindex(columns=list(names)).dropna(axis=1, how="all")
-    data = data.rename(columns=names).astype({"layers removed": int})
-    digits = {"seconds": 5, "tokens/s": 0, "reached, %": 0, "of the limits' ratio, %": 1}
-    return Drawing(None, data, rows, markdown(data, digits=digits))
+    data = rows.assign(model=rows["model"].map(found.title), **shares)
+    columns = ["model", "mode", "setting", "phase", "layers_removed", "seconds", "tokens_per_s", "limit_share"]
+    return _table(data, rows, [*columns, "speedup", "limit_speedup", "speedup_share", "whole_seconds"])
 
 
 @figure("own_prune_and_quantize", reads=COMBINING)
@@ -284,12 +273,11 @@ def prune_and_quantize(chapter: Chapter) -> Drawing:
     table = chapter.table("combining")
     costs, formats = pick(table, role="cost"), pick(table, role="format")
     keys = ["name", "format", "method", "size"]
-    bytes_left = pick(formats, metric="bytes")[[*keys, "value"]].rename(columns={"value": "MiB"})
-    frontier = pick(formats, metric="nll").rename(columns={"value": "nll"}).merge(bytes_left, on=keys)
+    bytes_left = pick(formats, metric="bytes").rename(columns={"value": "MiB"})
+    frontier = pick(formats, metric="nll").rename(columns={"value": "nll"}).merge(bytes_left[[*keys, "MiB"]], on=keys)
     frontier["MiB"] /= 2**20
-    names = list(costs["name"].unique())
-    drawn, axes = panels(len(names), 2, height=3.0, squeeze=False)
-    for (left, right), name in zip(axes, names, strict=True):
+    sketch = Sketch(list(costs["name"].unique()), 2, down=True, height=3.0)
+    for (left, right), name in sketch:
         gaps = pick(costs, name=name, metric="interaction")
         sizes, kinds = sorted(gaps["size"].unique()), list(gaps["format"].unique())
         gaps["place"] = gaps["size"].map(sizes.index)
@@ -298,24 +286,22 @@ def prune_and_quantize(chapter: Chapter) -> Drawing:
             curve(left, pick(gaps, format=kind), FORMATS[kind], x="place", offset=offset, linestyle="none")
         left.axhline(0, color="#333333", linewidth=1.0)
         left.set_xticks(range(len(sizes)), [f"{size:g}" for size in sizes])
-        left.set(xlim=(-0.5, len(sizes) - 0.5), xlabel="layers removed", ylabel="cost beyond the sum, nats", title=name)
+        left.set_xlim(-0.5, len(sizes) - 0.5)
         for kind in ("float32", *kinds):
             curve(right, pick(frontier, name=name, format=kind), FORMATS[kind], x="MiB", y="nll")
         log_scale(right, "x")
-        title = f"{name}: {', '.join(f'{size:g}' for size in [0, *sizes])} layers removed"
-        right.set(xlabel="weights, MiB", ylabel="nats per token", title=title)
-    legend(drawn, columns=4, note="error bars: 95 % bootstrap interval over windows")
-    data = pd.concat([costs[[*keys, "metric", "value", "low", "high", "n"]], frontier[[*keys, "nll", "MiB"]]])
-    return Drawing(drawn, data, pd.concat([costs, formats]), _additivity(costs))
-
-
-def _additivity(costs: pd.DataFrame) -> str:
+        right.set(ylabel="nats per token", title=f"{', '.join(f'{size:g}' for size in [0, *sizes])} layers removed")
+    sketch.keep(costs[[*keys, "metric", "value", "low", "high", "n"]])
+    sketch.keep(frontier[[*keys, "nll", "MiB"]])
     gap = pick(costs, metric="interaction")
-    adds, less, more = ((gap["low"] <= 0) & (gap["high"] >= 0)).sum(), (gap["high"] < 0).sum(), (gap["low"] > 0).sum()
-    return (
-        f"In {adds} of {len(gap)} combinations the interval of the interaction holds 0; in {less} both together cost less than "
-        f"the sum, in {more} more. The largest interaction is {gap['value'].abs().max():.3f} nats."
+    less, more = (gap["high"] < 0).sum(), (gap["low"] > 0).sum()
+    text = (
+        f"In {len(gap) - less - more} of {len(gap)} combinations the interval of the interaction holds 0; in {less} both "
+        f"together cost less than the sum, in {more} more. The largest interaction is {gap['value'].abs().max():.3f} nats."
     )
+    labels = {"x": ("layers removed", "weights, MiB"), "y": ["cost beyond the sum, nats"] * len(sketch.names)}
+    note = "error bars: 95 % bootstrap interval over windows"
+    return sketch.done(pd.concat([costs, formats]), **labels, columns=4, note=note, text=text)
 
 
 @figure("own_speculative_decoding", reads=COMBINING)
@@ -323,43 +309,41 @@ def speculative_decoding(chapter: Chapter) -> Drawing:
     """Pruned models as drafts: how often the dense model accepts their tokens, and the speed of decoding with them."""
     table = chapter.table("combining")
     drafts, decoding = pick(table, role="draft"), pick(table, role="decoding")
-    markers = dict(zip(drafts["name"].unique(), "os^D", strict=False))
-    colors = dict(zip(drafts["recipe"].unique(), ("#d55e00", "#0072b2", "#009e73", "#882255"), strict=False))
-    drawn, (left, right) = panels(1, 2, height=3.4)
+    markers = dict(zip(drafts["name"].unique(), MARKERS, strict=False))
+    colors = dict(zip(drafts["recipe"].unique(), COLORS, strict=False))
+    sketch = Sketch(("acceptance", "speed"), titles=("tokens accepted", "speed of decoding, dense alone = 1"), height=3.4)
+    left, right = sketch.grid[0]
     accepted = pick(drafts, metric="acceptance_greedy")
     half = 1.96 * accepted["stderr"].fillna(0)
     accepted = accepted.assign(low=accepted["value"] - half, high=accepted["value"] + half)
     for (name, recipe), line in accepted.groupby(["name", "recipe"], sort=False):
         look = Method(name, f"{name}, {'unhealed' if recipe == 'none' else recipe}", colors[recipe], markers[name])
-        curve(left, line, look, x="fraction", linewidth=1.0, **({"markerfacecolor": "white"} if recipe == "none" else {}))
+        curve(left, line, look, x="fraction", linewidth=1.0)
     left.plot([0, 1], [1, 0], color="#333333", linestyle=":", label="cost of a step, if time goes with layers")
-    left.set(xlim=(0, 0.8), ylim=(0, 1.02), ylabel="tokens accepted, %")
-    left.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    left.set(xlim=(0, 0.8), ylim=(0, 1.02))
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
     fast = pick(decoding, metric=("speedup", "expected_speedup"))
     for (name, recipe, count, metric), line in fast.groupby(["name", "recipe", "proposals", "metric"], sort=False):
-        style = {"marker": markers[name], "linewidth": 1.0, "linestyle": {1: "-", 4: "--"}.get(int(count), "-.")}
-        style["markerfacecolor"] = "white" if recipe == "none" else colors[recipe]
-        expected = {"marker": "_", "markersize": 9, "linestyle": "none"}
+        measured = {"marker": markers[name], "linewidth": 1.0, "linestyle": {1: "-", 4: "--"}.get(int(count), "-.")}
+        style = measured if metric == "speedup" else {"marker": "_", "markersize": 9, "linestyle": "none"}
         line = line.sort_values("fraction")
-        right.plot(line["fraction"], line["value"], color=colors[recipe], **(style if metric == "speedup" else expected))
+        right.plot(line["fraction"], line["value"], color=colors[recipe], **style)
     right.axhline(1, color="#333333", linestyle=":")
     for label, style in (("1 proposal, measured", "-"), ("4 proposals, measured", "--"), ("expected", "_")):
         right.plot([], [], style, color="#777777", label=label)
-    right.set(xlim=(0, 0.8), ylim=(0, None), ylabel="speed (dense alone = 1)")
+    right.set(xlim=(0, 0.8), ylim=(0, None))
     for ax in (left, right):
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        ax.set_xlabel("layers removed, %")
-    legend(drawn, note="error bars: 1.96 standard errors over windows")
-    columns = ["name", "role", "method", "size", "fraction", "recipe", "proposals", "metric", "value", "stderr", "n"]
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     data = pd.concat([drafts, decoding])
-    return Drawing(drawn, data[columns], data, _drafts(drafts, decoding))
+    sketch.keep(data[["name", "role", "method", "size", "fraction", "recipe", "proposals", "metric", "value", "stderr", "n"]])
+    note, text = "error bars: 1.96 standard errors over windows", _drafts(drafts, decoding)
+    return sketch.done(data, x="fraction of layers removed", note=note, text=text)
 
 
 def _drafts(drafts: pd.DataFrame, decoding: pd.DataFrame) -> str:
     """How many drafts could pay, and what was measured."""
-    keys = ["name", "method", "size", "recipe"]
     rows = pd.concat([drafts, decoding[decoding["proposals"].isna()]])
-    table = rows.pivot_table(index=keys, columns="metric", values="value")
+    table = rows.pivot_table(index=["name", "method", "size", "recipe"], columns="metric", values="value")
     pays = table["acceptance_greedy"] > table["draft_over_dense"]
     speeds = pick(decoding, metric="speedup")["value"]
     same = pick(decoding, metric=("same_text", "same_text_assisted"))["value"]
