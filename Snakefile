@@ -36,7 +36,7 @@ try:
 except ValueError as error:
     raise WorkflowError(str(error))
 
-PYTHON = PROFILE.python or sys.executable
+PYTHON = sys.executable
 RUNS = {run.path: run for runs in PROFILE.experiments.values() for run in runs}
 TABLES = {PROFILE.table(experiment): [run.path for run in runs] for experiment, runs in PROFILE.experiments.items()}
 CHAPTERS = {chapter: profiles.chapter_values(PROFILE, chapter) for chapter in PROFILE.chapters}

@@ -50,14 +50,20 @@ def test_missing_and_new_rows_and_missing_columns_are_named():
     assert verify.compare(table(), table().drop(columns="n")) == ["the table has no column n"]
 
 
-def test_two_tables_are_compared_but_for_times(tmp_path, capsys):
-    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+def test_the_command_compares_the_tables_of_the_smoke_profile_but_for_times(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "at_root", lambda path: tmp_path / path)
+    monkeypatch.setattr(verify, "SMOKE", ("-c", ""))
+    for folder in (verify.TABLES, verify.EXPECTED):
+        (tmp_path / folder).mkdir(parents=True)
+    new = tmp_path / verify.TABLES / "a.csv"
     times = pd.DataFrame([{"run": "a", "metric": "seconds", "value": 9.0}])
-    pd.concat([table(), times]).to_csv(old, index=False)
+    pd.concat([table(), times]).to_csv(tmp_path / verify.EXPECTED / "smoke_a.csv", index=False)
     pd.concat([times.assign(value=3.0), table()]).to_csv(new, index=False)
-    assert verify.main([str(old), str(new)]) == 0
+    assert verify.main([]) == 0
     assert "all 4 numbers agree" in capsys.readouterr().out
     table(_0=("value", 2.1)).to_csv(new, index=False)
-    assert verify.main([str(old), str(new)]) == 1
-    assert "old: selection/m, dense, 2, nll: value is 2.1, expected 2" in capsys.readouterr().err
-    assert verify.main([str(old), "nowhere.csv"]) == 2
+    assert verify.main([]) == 1
+    assert "smoke_a: selection/m, dense, 2, nll: value is 2.1, expected 2" in capsys.readouterr().err
+    monkeypatch.setattr(verify, "write_table", lambda rows, path: rows.to_csv(path, index=False))
+    assert verify.main(["--update"]) == verify.main([]) == 0
+    assert verify.main(["old.csv", "nowhere.csv"]) == 2

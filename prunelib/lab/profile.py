@@ -8,47 +8,23 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 
 from prunelib.io import at_root
 from prunelib.lab.run_notebook import Parameter, ParameterError, closest, parameters
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # names of run files join these with `__`
+EXPERIMENTS = ("statistics", "selection", "blocks", "slicing", "tasks", "optimum", "healing", "duplicates", "speed")
+EXPERIMENTS += ("combining",)
+"""Every experiment by its key in a profile: the name of its notebook, its rule, its table and the folder of its runs."""
+READ_STATISTICS = ("selection", "blocks", "slicing")  # all of the model, as the parameter `statistics`
+READ_CHOICES = ("tasks", "healing", "combining")  # sets of layers of a run of selection or blocks, the parameter `choices`
+WRITE_ARRAYS = ("statistics", "optimum")  # a .safetensors beside the run file
 
 
 class ProfileError(ValueError):
     """A profile that does not say what to run, or says something that nothing reads."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A notebook of `notebooks/experiments/` as a batch runs it.
-
-    statistics: a run reads all statistics of its model, as the parameter `statistics`.
-    choices: it starts from the sets of layers in a run of selection or blocks, the parameter `choices`.
-    arrays: it writes a .safetensors beside its run file.
-    """
-
-    statistics: bool = False
-    choices: bool = False
-    arrays: bool = False
-
-
-EXPERIMENTS = {
-    "statistics": Experiment(arrays=True),
-    "selection": Experiment(statistics=True),
-    "blocks": Experiment(statistics=True),
-    "slicing": Experiment(statistics=True),
-    "tasks": Experiment(choices=True),
-    "optimum": Experiment(arrays=True),
-    "healing": Experiment(choices=True),
-    "duplicates": Experiment(),
-    "speed": Experiment(),
-    "combining": Experiment(choices=True),
-}
-"""Every experiment by its key in a profile: the name of its notebook, its rule, its table and the folder of its runs."""
-PARTS = tuple(name for name in EXPERIMENTS if name != "statistics")  # these have entries in a profile, by name
 
 
 @dataclass(frozen=True)
@@ -95,15 +71,12 @@ class Profile:
     threads: int = 1
     retries: int = 0
     resources: dict = field(default_factory=dict)
-    python: str = ""
 
     def __post_init__(self) -> None:
-        for key in ("models", "calibration", "chapters", *PARTS):
+        for key in ("models", "calibration", "chapters", *EXPERIMENTS[1:]):
             for name, entry in getattr(self, key).items():
-                if key != "chapters" and (not NAME.fullmatch(str(name)) or "__" in str(name)):
-                    raise ProfileError(
-                        f"{key}: `{name}` cannot be part of a file name: use letters, digits, `.`, `-`, single `_`"
-                    )
+                if key != "chapters" and not NAME.fullmatch(str(name)):
+                    raise ProfileError(f"{key}: `{name}` cannot be part of a file name: letters, digits, `.`, `-`, single `_`")
                 if not isinstance(entry, dict):
                     raise ProfileError(f"{key}.{name} must be a mapping of parameters, not {entry!r}")
         seeds = self.calibration_seeds
@@ -111,10 +84,8 @@ class Profile:
             raise ProfileError(f"calibration_seeds must be different whole numbers from 0 on, not {seeds!r}")
         if self.threads < 1 or self.retries < 0:
             raise ProfileError(f"threads = {self.threads!r} or retries = {self.retries!r} is too small")
-        if both := set(self.selection) & set(self.blocks):
-            raise ProfileError(
-                f"`{both.pop()}` is in both selection and blocks: `choices` could not say which of them it means"
-            )
+        if both := self.selection.keys() & self.blocks.keys():
+            raise ProfileError(f"`{min(both)}` is in both selection and blocks: `choices` could not say which of them it means")
 
     @functools.cached_property
     def experiments(self) -> dict[str, list[Run]]:
@@ -132,47 +103,43 @@ class Profile:
 
     def outputs(self, experiment: str) -> dict[str, str]:
         """Files that a run of an experiment writes; `{run}` stands for the stem of its run file."""
-        arrays = {"arrays": self.run(experiment, "{run}", suffix=".safetensors")} if EXPERIMENTS[experiment].arrays else {}
-        return {"run": self.run(experiment, "{run}"), **arrays}
+        suffixes = {"run": ".json", "arrays": ".safetensors"} if experiment in WRITE_ARRAYS else {"run": ".json"}
+        return {name: self.run(experiment, "{run}", suffix=suffix) for name, suffix in suffixes.items()}
 
-    def models_of(self, experiment: str, part: str) -> list[str]:
-        """The models that an entry is for. Raises ProfileError for one that is not below `models`."""
+    def _runs(self, experiment: str) -> Iterator[Run]:
+        notebook = experiment_notebook(experiment)
+        if experiment == "statistics":
+            for model in self.models:
+                for corpus, entry in self.calibration.items():
+                    for seed in self.calibration_seeds:
+                        point = {f"calibration.{corpus}": {"corpus": corpus, **entry}, "calibration_seeds": {"seed": seed}}
+                        values = _complete(notebook, self._of_model(model, notebook) | point | {"statistics": self.statistics})
+                        yield Run(self.run(experiment, model, corpus, f"s{seed}"), model, None, {}, values)
+            return
+        for part, entry in getattr(self, experiment).items():
+            for model in self._models(experiment, part):
+                inputs, given = {}, {key: value for key, value in entry.items() if key != "models"}
+                if experiment in READ_STATISTICS:
+                    names = [(model, corpus, f"s{seed}") for corpus in self.calibration for seed in self.calibration_seeds]
+                    inputs["statistics"] = given["statistics"] = [self.run("statistics", *name) for name in names]
+                    inputs["arrays"] = [self.run("statistics", *name, suffix=".safetensors") for name in names]
+                if experiment in READ_CHOICES:
+                    given["choices"] = self._choices(experiment, part, model)
+                    inputs["choices"] = [given["choices"]]
+                values = _complete(notebook, self._of_model(model, notebook) | {f"{experiment}.{part}": given})
+                yield Run(self.run(experiment, model, part), model, part, inputs, values)
+
+    def _models(self, experiment: str, part: str) -> list[str]:
+        """The models that an entry is for."""
         models = getattr(self, experiment)[part].get("models", list(self.models))
         for model in models:
             if model not in self.models:
                 raise ProfileError(f"{experiment}.{part}.models: there is no `{model}`{closest(str(model), self.models)}")
         return models
 
-    def _statistics(self, model: str, suffix: str = ".json") -> list[str]:
-        names = [(corpus, f"s{seed}") for corpus in self.calibration for seed in self.calibration_seeds]
-        return [self.run("statistics", model, *point, suffix=suffix) for point in names]
-
-    def _runs(self, experiment: str) -> Iterator[Run]:
-        if experiment == "statistics":
-            for model in self.models:
-                for corpus, entry in self.calibration.items():
-                    for seed in self.calibration_seeds:
-                        point = {f"calibration.{corpus}": {"corpus": corpus, **entry}, "calibration_seeds": {"seed": seed}}
-                        sources = {**self._of_model(experiment, model), **point, "statistics": self.statistics}
-                        values = _complete(experiment_notebook(experiment), sources)
-                        yield Run(self.run(experiment, model, corpus, f"s{seed}"), model, None, {}, values)
-            return
-        for part, entry in getattr(self, experiment).items():
-            for model in self.models_of(experiment, part):
-                inputs, given = {}, {key: value for key, value in entry.items() if key != "models"}
-                if EXPERIMENTS[experiment].statistics:
-                    inputs["statistics"], inputs["arrays"] = self._statistics(model), self._statistics(model, ".safetensors")
-                    given["statistics"] = inputs["statistics"]
-                if EXPERIMENTS[experiment].choices:
-                    given["choices"] = self._choices(experiment, part, model)
-                    inputs["choices"] = [given["choices"]]
-                sources = {**self._of_model(experiment, model), f"{experiment}.{part}": given}
-                values = _complete(experiment_notebook(experiment), sources)
-                yield Run(self.run(experiment, model, part), model, part, inputs, values)
-
-    def _of_model(self, experiment: str, model: str) -> dict[str, dict]:
-        """The part of a model's entry that this experiment's notebook has parameters for."""
-        return {f"models.{model}": _declared(experiment_notebook(experiment), self.models[model])}
+    def _of_model(self, model: str, notebook: str) -> dict[str, dict]:
+        """The part of a model's entry that a notebook has parameters for."""
+        return {f"models.{model}": {name: value for name, value in self.models[model].items() if name in _known(notebook)}}
 
     def _choices(self, experiment: str, part: str, model: str) -> str:
         """The run file that a run takes its sets of layers from."""
@@ -181,7 +148,7 @@ class Profile:
         if source not in getattr(self, chooser):
             known = ", ".join((*self.selection, *self.blocks)) or "none"
             raise ProfileError(f"{experiment}.{part}.choices must name an entry of selection or blocks; there are: {known}")
-        if model not in self.models_of(chooser, source):
+        if model not in self._models(chooser, source):
             raise ProfileError(f"{experiment}.{part}.choices: `{source}` is not run for the model `{model}`")
         return self.run(chooser, model, source)
 
@@ -215,7 +182,8 @@ def chapter_values(profile: Profile, chapter: str) -> dict:
     """Every parameter of one chapter, but `output`. The places of tables and figures are those of the profile."""
     notebook = chapter_notebook(chapter)
     places = {"figures": profile.figures, **{experiment: profile.table(experiment) for experiment in profile.experiments}}
-    return _complete(notebook, {"profile": _declared(notebook, places), f"chapters.{chapter}": profile.chapters[chapter]})
+    known = {name: place for name, place in places.items() if name in _known(notebook)}
+    return _complete(notebook, {"profile": known, f"chapters.{chapter}": profile.chapters[chapter]})
 
 
 def experiment_notebook(experiment: str) -> str:
@@ -241,11 +209,6 @@ def _known(notebook: str) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in parameters(at_root(notebook)).items() if name != "output"}
 
 
-def _declared(notebook: str, entry: Mapping) -> dict:
-    """The part of an entry shared by several notebooks that this one has parameters for."""
-    return {name: value for name, value in entry.items() if name in _known(notebook)}
-
-
 def _complete(notebook: str, sources: Mapping[str, Mapping]) -> dict:
     """The values of all sources, checked against the parameters cell: none unknown, none twice, none left out."""
     known, values = _known(notebook), {}
@@ -264,7 +227,7 @@ def _complete(notebook: str, sources: Mapping[str, Mapping]) -> dict:
     return values
 
 
-def _refuse_unknown(entry: Mapping, known: Mapping | set, place: str, notebook: str) -> None:
+def _refuse_unknown(entry: Mapping, known: Iterable[str], place: str, notebook: str) -> None:
     for name in entry:
         if name not in known:
             raise ProfileError(f"{place}.{name} is not a parameter of {notebook}{closest(str(name), known)}")

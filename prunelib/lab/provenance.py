@@ -1,7 +1,7 @@
 """Provenance of a result: its data by hash, the code, the libraries, the machine.
 
-A record holds no wall clock and no machine path: the same run on the same machine gives the same bytes. torch is imported only
-for an accelerator, so that drawing stays light.
+A record holds no wall clock and no machine path: the same run on the same machine gives the same bytes. torch is used where it
+is imported already, so that drawing stays light.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def model_fingerprint(name: str) -> str:
 
 def source_sha256(folder: str | os.PathLike | None = None) -> str:
     """sha256 over names and bytes of all Python files in `folder` (default: this package), line endings normalized."""
-    folder = Path(folder) if folder is not None else Path(__file__).resolve().parents[1]
+    folder = Path(folder or Path(__file__).resolve().parents[1])
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
@@ -74,52 +74,39 @@ def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = Non
     computed. What cannot be found out (no git, a library not installed) is None.
     """
     torch = sys.modules.get("torch")
+    accelerator = torch is not None and device.startswith("cuda") and torch.cuda.is_available()
     return {
         "git": _git(),
         "source_sha256": source_sha256(),
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "device": device_name(device),
+        "cpu": _cpu(),
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if accelerator else device,
         "threads": torch.get_num_threads() if torch is not None else None,  # sums depend on it in the last digits
         "data": dict(data or {}),
         "model": dict(model or {}),
     }
 
 
-def cpu_name() -> str | None:
-    """The name of the processor."""
+def peak_bytes(device: str = "cpu") -> int:
+    """Peak memory in bytes so far: of the process on a CPU, of the allocator on an accelerator ("auto": sum over all)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and (device == "auto" or device.startswith("cuda")):
+        devices = range(torch.cuda.device_count()) if device == "auto" else [device]
+        return sum(map(torch.cuda.max_memory_allocated, devices))
+    import resource  # not on Windows, hence here
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _cpu() -> str | None:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or None
-
-
-def device_name(device: str) -> str:
-    """`cpu`, or the device with the name of the accelerator, as in `cuda (NVIDIA H200)`."""
-    if device.startswith("cuda"):
-        import torch
-
-        if torch.cuda.is_available():
-            return f"{device} ({torch.cuda.get_device_name(device)})"
-    return device
-
-
-def peak_bytes(device: str = "cpu") -> int:
-    """Peak memory in bytes so far: of the process on a CPU, of the allocator on an accelerator ("auto": sum over all)."""
-    if device == "auto" or device.startswith("cuda"):
-        import torch
-
-        if device != "auto":
-            return torch.cuda.max_memory_allocated(device)
-        if torch.cuda.is_available():
-            return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-    import resource  # not on Windows, hence here
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def _git() -> dict | None:
@@ -132,16 +119,13 @@ def _git() -> dict | None:
         command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:  # unpacked inside some other repository
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # else unpacked inside some other repository
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
+    return None
 
 
 def _version(name: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None

@@ -10,17 +10,19 @@ A table of runs is two files: `<table>.csv` has the rows, with the column `run` 
 hash of the library that made it. `read_table` joins them.
 """
 
+import io
 import json
 import math
 import os
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
+
+import pandas as pd
 
 from prunelib.io import at_root, from_root, replacing, write_json
 from prunelib.lab.provenance import model_fingerprint, peak_bytes, record
@@ -29,6 +31,7 @@ SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
 COSTS = ("seconds", "peak_mib")  # of a run: only in the table of runs
 RESERVED = ("run", "experiment", "code")
+SCALAR = bool | int | float | str | None
 PUBLISHED = "data/published/published.csv"
 PAPERS = {
     "simdiff": "SimDiff, arXiv 2604.19520",
@@ -38,6 +41,7 @@ PAPERS = {
 }
 # Parameters that name files of one machine or one batch; they stay in the run file.
 PATHS = ("output", "data_dir", "task_data_dir", "statistics", "choices")
+CSV = {"index": False, "lineterminator": "\n", "float_format": "%.10g"}
 
 
 class ResultError(ValueError):
@@ -46,9 +50,7 @@ class ResultError(ValueError):
 
 @dataclass
 class Recorder:
-    """A run while its notebook computes: `recorder = start("selection", globals())` in the first cell after the parameters,
-    `recorder.write(rows)` in the last one.
-    """
+    """A run while its notebook computes, made by `start`."""
 
     experiment: str
     parameters: dict
@@ -79,14 +81,8 @@ class Recorder:
 
 def start(experiment: str, namespace: Mapping[str, object]) -> Recorder:
     """Begin a run: `namespace` is the `globals()` of the notebook, where so far only the parameters have plain values."""
-    plain = bool | int | float | str | list | None
-    hidden = ("In", "Out")  # of IPython
-    values = {
-        name: value
-        for name, value in namespace.items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in hidden
-    }
-    return Recorder(experiment, values)
+    ours = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
+    return Recorder(experiment, {name: value for name, value in ours.items() if isinstance(value, SCALAR | list)})
 
 
 def write_run(
@@ -109,22 +105,26 @@ def write_run(
     run = {
         "schema": SCHEMA,
         "experiment": experiment,
-        "parameters": {name: from_root(value) if _below_root(value) else value for name, value in parameters.items()},
+        # A path inside the clone is recorded relative to it.
+        "parameters": {
+            name: from_root(value) if isinstance(value, str) and os.path.isabs(value) else value
+            for name, value in parameters.items()
+        },
         "rows": [dict(row) for row in rows],
         "seconds": seconds,
         "peak_bytes": peak_bytes,
         "provenance": dict(provenance),
         "extra": dict(extra or {}),
     }
-    _validate(run, str(path))
+    _validate(run, path)
     return write_json(path, run)
 
 
-def write_table(table: "pandas.DataFrame", path: str | os.PathLike) -> Path:
+def write_table(table: pd.DataFrame, path: str | os.PathLike) -> Path:
     """Write a table as CSV, complete or not at all. Ten significant digits: those behind differ between machines."""
     path = at_root(path)
     with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.10g")
+        table.to_csv(temporary, **CSV)
     return path
 
 
@@ -133,9 +133,9 @@ def read_run(path: str | os.PathLike) -> dict:
     path = at_root(path)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ResultError(f"{path} is not JSON ({error}): delete it and run its notebook again") from None
-    _validate(run, str(path))
+    _validate(run, path)
     return run
 
 
@@ -177,15 +177,13 @@ def read_choices(
     return found
 
 
-def published(paper: str | None = None, item: str | None = None) -> "pandas.DataFrame":
+def published(paper: str | None = None, item: str | None = None) -> pd.DataFrame:
     """Rows of data/published/published.csv: the numbers that papers printed, never those of runs.
 
     paper, item: as in that file, for instance "simdiff" and "fig4a"; without them all rows. `layers_removed` holds
     integers; what is not printed is missing. Raises ResultError naming what there is when a name is unknown.
     """
-    import pandas
-
-    table = pandas.read_csv(at_root(PUBLISHED), dtype={"layers_removed": "Int64"})
+    table = pd.read_csv(at_root(PUBLISHED), dtype={"layers_removed": "Int64"})
     for column, name in (("paper", paper), ("item", item)):
         if name is not None:
             known = ", ".join(table[column].unique())
@@ -195,43 +193,30 @@ def published(paper: str | None = None, item: str | None = None) -> "pandas.Data
     return table.reset_index(drop=True)
 
 
-def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "pandas.DataFrame":
-    """The table of all runs in a folder (at any depth) or of the given run files, joined as by `read_table`.
+def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.DataFrame:
+    """The table of all runs in a folder (at any depth) or of the given run files, as `read_table` would read it.
 
     Columns: `run`, `experiment`, parameters and coordinates of the rows (sorted; those without any value are left out),
     `metric`, `value`, `n`, `stderr` and `code`. Lines are sorted by run. Cells without a value are missing, never 0. Warns when
     runs of different library code meet. Raises ResultError when there is no run, one is invalid, or two have the same id.
     """
-    return _joined(*_collected(source))
+    return _joined(*(_read_csv(io.StringIO(table.to_csv(**CSV))) for table in _collected(source)))
 
 
-def write_runs(source: str | os.PathLike | Iterable[str | os.PathLike], path: str | os.PathLike) -> "pandas.DataFrame":
-    """`collect`, written as `path` and, beside it, the table of runs. Raises the same errors as `collect`, and OSError."""
+def write_runs(source: str | os.PathLike | Iterable[str | os.PathLike], path: str | os.PathLike) -> pd.DataFrame:
+    """Write the table of `collect` as `path` and, beside it, the table of runs. Raises the same errors, and OSError."""
     rows, runs = _collected(source)
     # The rows last: they are what a batch looks for, and without their runs they would say nothing.
     write_table(runs, runs_table(path))
     write_table(rows, path)
-    return _joined(rows, runs)
+    return read_table(path)
 
 
-def read_table(path: str | os.PathLike) -> "pandas.DataFrame":
-    """A table of runs from its two files; any other CSV, which has no second file, as it is.
-
-    Raises ResultError when the two files do not belong together, and FileNotFoundError.
-    """
-    import pandas
-
-    rows = pandas.read_csv(at_root(path), low_memory=False)
-    beside = at_root(runs_table(path))
-    if not beside.is_file():
-        if "run" in rows and "code" not in rows:
-            raise ResultError(f"{from_root(beside)} is missing, which holds the parameters of the runs in {from_root(path)}")
-        return rows
-    runs = pandas.read_csv(beside, low_memory=False)
-    unknown = set(rows["run"]) - set(runs["run"])
-    if unknown or not runs["run"].is_unique:
-        what = f"lacks the run {min(unknown)}" if unknown else "names a run twice"
-        raise ResultError(f"{from_root(beside)} {what}: it belongs to another {from_root(path)}; make both again")
+def read_table(path: str | os.PathLike) -> pd.DataFrame:
+    """A table of runs from its two files. Raises ResultError when they do not belong together, and FileNotFoundError."""
+    rows, runs = _read_csv(at_root(path)), _read_csv(at_root(runs_table(path)))
+    if not runs["run"].is_unique or not rows["run"].isin(runs["run"]).all():
+        raise ResultError(f"{path} and {runs_table(path)} name different runs: make both again")
     return _joined(rows, runs)
 
 
@@ -240,153 +225,109 @@ def runs_table(path: str | os.PathLike) -> Path:
     return Path(path).with_suffix(".runs.csv")
 
 
-def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> "tuple[pandas.DataFrame, pandas.DataFrame]":
+def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of all runs, without what their run says for all of them; and the runs."""
     if isinstance(source, str | os.PathLike):
-        files = sorted(path for path in at_root(source).rglob("*.json") if not path.name.startswith("."))
+        files = [path for path in at_root(source).rglob("*.json") if not path.name.startswith(".")]
     else:
         files = [at_root(path) for path in source]
-    if not files:
-        raise ResultError(f"no run in {source}: run the batch first (`make figures`)")
-    twice = [name for name, count in Counter(map(run_id, files)).items() if count > 1]
-    if twice:
-        raise ResultError(f"two run files are called {twice[0]}: a table needs distinct names")
-
+    files = sorted(files, key=run_id)
+    names = [run_id(path) for path in files]
+    if not names or len(set(names)) < len(names):
+        what = "two run files of one name" if names else "no run"
+        raise ResultError(f"{what} in {source}: a table needs runs of distinct names (`make figures` makes them)")
     rows, runs = [], []
-    for file in sorted(files, key=run_id):
-        run, name = read_run(file), run_id(file)
+    for name, file in zip(names, files, strict=True):
+        run = read_run(file)
         scalars = {
             key: value for key, value in run["parameters"].items() if key not in PATHS and not isinstance(value, list | dict)
         }
         code, peak = run["provenance"].get("source_sha256"), run["peak_bytes"]
-        costs = {"seconds": round(run["seconds"], 1), "peak_mib": round(peak / 2**20) if peak is not None else None}
+        costs = {"seconds": round(run["seconds"], 1), "peak_mib": round(peak / 2**20) if peak else None}
         runs.append({"run": name, "experiment": run["experiment"], **scalars, **costs, "code": code[:12] if code else None})
         rows.extend({"run": name, **{key: row[key] for key in row if key not in scalars}} for row in run["rows"])
-    codes = sorted({run["code"] for run in runs if run["code"]})
+    codes = {run["code"] for run in runs if run["code"]}
     if len(codes) > 1:
-        warnings.warn(
-            f"this table mixes runs of {len(codes)} versions of the library ({', '.join(codes)}); "
-            "make them again with one version (`snakemake --forceall`) before comparing them",
-            stacklevel=3,
-        )
+        warnings.warn(f"runs of {len(codes)} versions of the library: `snakemake --forceall` makes all again", stacklevel=3)
     return _frame(rows, ("run",), VALUES), _frame(runs, ("run", "experiment"), (*COSTS, "code"))
 
 
-def _frame(records: Sequence[Mapping], first: Sequence[str], last: Sequence[str]) -> "pandas.DataFrame":
-    """Columns `first`, those of the records with any value (sorted), and `last`."""
-    import pandas
-
-    names = {name for record in records for name, value in record.items() if value is not None} - {*first, *last}
-    columns = [*first, *sorted(names), *last]
-    return pandas.DataFrame({name: _column([record.get(name) for record in records]) for name in columns})
+def _frame(records: Sequence[Mapping], first: Sequence[str], last: Sequence[str]) -> pd.DataFrame:
+    """Columns `first`, those of the records with any value (sorted), and `last`. Integers stay so beside missing cells."""
+    table = pd.DataFrame(records).convert_dtypes()
+    names = table.columns[table.notna().any()].difference([*first, *last])
+    return table.reindex(columns=[*first, *names, *last])
 
 
-def _joined(rows: "pandas.DataFrame", runs: "pandas.DataFrame") -> "pandas.DataFrame":
+def _read_csv(source: object) -> pd.DataFrame:
+    return pd.read_csv(source, low_memory=False, dtype={"code": str})
+
+
+def _joined(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Every row with its run. A name that both have, a coordinate here and a parameter there, is filled from the run."""
-    import pandas
-
-    places = pandas.Index(runs["run"]).get_indexer(rows["run"])
-    parts = {name: rows[name] for name in rows}
-    for name in runs.columns.difference(["run", *COSTS]):
-        of_run = runs[name].take(places).set_axis(rows.index)
-        parts[name] = parts[name].where(parts[name].notna(), of_run) if name in parts else of_run
-    ends = ("run", "experiment", *VALUES, "code")
-    names = sorted(name for name in parts if name not in ends and parts[name].notna().any())
-    return pandas.DataFrame({name: parts[name] for name in ("run", "experiment", *names, *VALUES, "code")})
+    of_rows = runs.drop(columns=list(COSTS)).set_index("run").loc[rows["run"]].reset_index()
+    for name in of_rows.columns.intersection(rows.columns):
+        of_rows[name] = rows[name].where(rows[name].notna(), of_rows[name])
+    table = of_rows.assign(**{name: rows[name] for name in rows.columns.difference(of_rows.columns)})
+    ends = ["run", "experiment", *VALUES, "code"]
+    names = table.columns[table.notna().any()].difference(ends)
+    return table[[*ends[:2], *names, *ends[2:]]]
 
 
-def _column(values: list) -> object:
-    """One dtype per column, integers kept as integers beside missing cells, text as text."""
-    import pandas
-
-    kinds = {type(value) for value in values if value is not None}
-    if kinds == {bool}:
-        return pandas.array(values, dtype="boolean")
-    if kinds == {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
-        return pandas.array(values, dtype="Int64")
-    if kinds and kinds <= {int, float} and float in kinds:
-        return pandas.array(values, dtype="float64")
-    return pandas.Series(values, dtype="object")
-
-
-def _validate(run: object, where: str) -> None:
-    if not isinstance(run, dict) or "schema" not in run:
-        raise ResultError(f"{where} is not a run file (it has no `schema`)")
-    if run["schema"] != SCHEMA:
-        raise ResultError(f"{where} has schema {run['schema']!r}, this version reads {SCHEMA}: run its notebook again")
+def _validate(run: object, path: Path) -> None:
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        raise ResultError(f"{path} is not a run file of schema {SCHEMA}: run its notebook again")
     for key, kind in (("experiment", str), ("parameters", dict), ("rows", list), ("provenance", dict)):
         if not isinstance(run.get(key), kind):
-            raise ResultError(f"{where}: `{key}` must be a {kind.__name__}, not {run.get(key)!r}")
-    seconds, peak = run.get("seconds"), run.get("peak_bytes")
-    if not _finite(seconds) or seconds < 0:
-        raise ResultError(f"{where}: `seconds` must be a time, not {seconds!r}")
-    if peak is not None and (not isinstance(peak, Integral) or peak <= 0):
-        raise ResultError(f"{where}: `peak_bytes` must be a positive number of bytes or None, not {peak!r}")
-    for name, value in run["parameters"].items():
-        if name in (*VALUES, *COSTS, *RESERVED):
-            raise ResultError(f"{where}: a parameter cannot be called `{name}`, the table has a column of that name")
-        _check_line(name, value, where)
+            raise ResultError(f"{path}: `{key}` must be a {kind.__name__}, not {run.get(key)!r}")
+    for key, value in (("seconds", run.get("seconds")), ("peak_bytes", run.get("peak_bytes") or 0)):
+        if not _is_number(value) or value < 0:
+            raise ResultError(f"{path}: `{key}` = {value!r} is not a number from 0 on")
+    if taken := run["parameters"].keys() & {*VALUES, *COSTS, *RESERVED}:
+        raise ResultError(f"{path}: a parameter cannot be called `{min(taken)}`, the table has a column of that name")
     for index, row in enumerate(run["rows"]):
-        _validate_row(row, run["parameters"], f"{where}: row {index}")
+        if fault := _fault(row, run["parameters"]):
+            raise ResultError(f"{path}: row {index} ({row.get('metric')}): {fault}")
 
 
-def _validate_row(row: Mapping, parameters: Mapping, where: str) -> None:
-    metric = row.get("metric")
-    if not isinstance(metric, str) or not metric:
-        raise ResultError(f"{where} has no `metric`: {dict(row)}")
-    where = f"{where} ({metric})"
-    if row.get("value") is None:
-        raise ResultError(f"{where} has no `value`: leave the row out when there is none")
-    if not _finite(row["value"]):
-        raise ResultError(f"{where} has the value {row['value']!r}: only finite numbers are results")
+def _fault(row: Mapping, parameters: Mapping) -> str | None:
+    """What keeps a row out of a table."""
+    if not isinstance(row.get("metric"), str):
+        return "it has no `metric`"
+    if not _is_number(row.get("value")):
+        return f"the value {row.get('value')!r} is not a finite number; leave the row out when there is none"
     count, stderr = row.get("n"), row.get("stderr")
-    if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count <= 0):
-        raise ResultError(f"{where} has n = {count!r}: the number of items behind the value is positive")
-    if stderr is not None and (not _finite(stderr) or stderr < 0):
-        raise ResultError(f"{where} has stderr = {stderr!r}")
+    if count is not None and not (isinstance(count, Integral) and count > 0):
+        return f"n = {count!r} is not a positive number of items"
+    if stderr is not None and not (_is_number(stderr) and stderr >= 0):
+        return f"stderr = {stderr!r} is not a number from 0 on"
     for name, value in row.items():
         if name in RESERVED:
-            raise ResultError(f"{where} uses the column name `{name}`, which the table fills itself")
+            return f"`{name}` is a column that the table fills itself"
         if isinstance(value, list | tuple | dict | set):
-            raise ResultError(f"{where}: `{name}` is a {type(value).__name__}; a cell holds one value")
-        _check_line(name, value, where)
-        if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
-            raise ResultError(f"{where}: `{name}` is {value!r}; leave a missing coordinate out")
+            return f"`{name}` = {value!r}: a cell holds one value"
+        if isinstance(value, Real) and not isinstance(value, bool | Integral) and not _is_number(value):
+            return f"`{name}` = {value!r} is not finite; leave a missing coordinate out"
+        if isinstance(value, str) and "\r" in value:
+            return f"`{name}` = {value!r} holds a carriage return, which readers of a table take for the end of its line"
         if name in parameters and name not in PATHS and parameters[name] != value:
-            given = parameters[name]
-            raise ResultError(f"{where}: `{name}` is {value!r} but the parameter of that name is {given!r}; rename the column")
+            return f"`{name}` = {value!r}, but the parameter of that name is {parameters[name]!r}: rename the column"
+    return None
 
 
-def _check_line(name: str, value: object, where: str) -> None:
-    """Refuse a carriage return: Python's csv does not quote it although readers take it for the end of a line."""
-    if any(isinstance(text, str) and "\r" in text for text in (name, value)):
-        raise ResultError(f"{where}: {name!r} = {value!r} holds a carriage return, which breaks a table's line")
-
-
-def _finite(value: object) -> bool:
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
-
-
-def _below_root(value: object) -> bool:
-    """An absolute path inside the clone, which a record writes relative to it."""
-    return isinstance(value, str) and os.path.isabs(value) and not os.path.isabs(from_root(value))
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) < math.inf)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m prunelib.lab.runs RUNS… OUT.csv`: RUNS is one folder, or run files."""
-    if len(arguments) < 2:
-        print("usage: python -m prunelib.lab.runs RUNS_FOLDER OUT.csv   (or run files instead of the folder)", file=sys.stderr)
-        return 2
+    """`python -m prunelib.lab.runs RUNS… OUT.csv` of run files. Exit status 1: no table was written."""
     *sources, out = (Path(argument).absolute() for argument in arguments)
     try:
-        table = write_runs(sources[0] if len(sources) == 1 and sources[0].is_dir() else sources, out)
+        table = write_runs(sources, out)
     except (ResultError, OSError) as error:
         print(f"results: {error}", file=sys.stderr)
         return 1
-    print(f"{from_root(out)}: {len(table)} rows of {table['run'].nunique() if len(table) else 0} runs")
+    print(f"{from_root(out)}: {len(table)} rows of {len(sources)} runs")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Does this machine compute what was published? `make verify`: the smoke profile against `data/verify/smoke_<experiment>.csv`.
 
 Every number that differs by more than its tolerance is named, with what was expected; any makes the command fail. `--update`
-makes the new numbers the expected ones. `python -m prunelib.lab.verify OLD.csv NEW.csv` compares two tables of runs likewise.
+makes the new numbers the expected ones.
 """
 
 import subprocess
@@ -18,17 +18,15 @@ TABLES = "build/smoke"
 EXPECTED = "data/verify"
 SMOKE = ("-m", "snakemake", "--configfile", "profiles/smoke.yaml", "--forceall", "--quiet", "all")
 
+# Answers of a model: one to one of ten questions may turn on another machine, and with it an average over three tasks.
+ANSWERS = ("acc", "acc_norm", "average", "average_low", "average_high", "constant_share", "over_dense", "over_cosine")
+ANSWERS += ("over_constant",)
+COSTS = ("cost_of_pruning", "cost_of_quantizing", "cost_of_both", "sum_of_costs", "interaction")
 # Absolute differences allowed on another processor or number of threads: float32 sums in another order move a score in its
 # sixth digit; a token whose two best candidates are that close may change sides. All coordinates must be equal.
 TOLERANCES = {"nll": 2e-3, "nll_over_cosine": 2e-3, "alpha_nll": 2e-3, "accuracy": 4e-3, "low": 4e-3, "high": 4e-3, "n": 0}
-# An answer to one of ten questions may turn, and with it an average over three tasks.
-ANSWERS = ("acc", "acc_norm", "average", "average_low", "average_high", "constant_share", "over_dense", "over_cosine")
-ANSWERS += ("over_constant",)
-TOLERANCES |= dict.fromkeys(ANSWERS, 0.11)
-COSTS = ("cost_of_pruning", "cost_of_quantizing", "cost_of_both", "sum_of_costs", "interaction")
-TOLERANCES |= dict.fromkeys(COSTS, 4e-3)
 TOLERANCES |= {"acceptance_greedy": 0.02, "acceptance_decoded": 0.2, "tokens_per_run": 1.0}
-TOLERANCES |= {"mcnemar_p": 1.0}  # follows from the answers
+TOLERANCES |= {"mcnemar_p": 1.0, **dict.fromkeys(ANSWERS, 0.11), **dict.fromkeys(COSTS, 4e-3)}
 RELATIVE = 2e-3  # of every other number
 # Rows that hold times, or what follows from them.
 TIMES = ("seconds", "forwards", "latency_over_dense", "draft_over_dense", "speedup", "expected_speedup", "best_drafted")
@@ -84,28 +82,19 @@ def _label(place: tuple) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 when all numbers agree, 1 when one does not or a run failed, 2 for other arguments."""
-    pairs = {}
-    if len(arguments) == 2 and all(Path(argument).is_file() for argument in arguments):
-        pairs = {arguments[0]: arguments[1]}
-    elif arguments in ([], ["--update"]):
-        if subprocess.run([sys.executable, *SMOKE], cwd=project_root()).returncode:
-            print("verify: a run of the smoke profile failed, see above", file=sys.stderr)
-            return 1
-        tables = sorted(path for path in at_root(TABLES).glob("*.csv") if not path.name.endswith(".runs.csv"))
-        pairs = {f"{EXPECTED}/smoke_{path.name}": path for path in tables}
-    else:
-        print(f"usage: python -m prunelib.lab.verify [--update | OLD.csv NEW.csv]; got {' '.join(arguments)}", file=sys.stderr)
+    if list(arguments) not in ([], ["--update"]):
+        print(f"usage: python -m prunelib.lab.verify [--update]; got {' '.join(arguments)}", file=sys.stderr)
         return 2
-    if arguments == ["--update"]:
-        for expected, found in pairs.items():
-            write_table(read(found).dropna(axis="columns", how="all"), expected)
-        print(f"verify: wrote {', '.join(pairs)}")
-        return 0
+    if subprocess.run([sys.executable, *SMOKE], cwd=project_root()).returncode:
+        print("verify: a run of the smoke profile failed, see above", file=sys.stderr)
+        return 1
     lines, numbers = [], 0
-    for expected, found in pairs.items():
-        old, new = read(expected), read(found)
-        numbers += len(old)
-        lines += [f"{Path(expected).stem}: {line}" for line in compare(old, new)]
+    for path in sorted(path for path in at_root(TABLES).glob("*.csv") if not path.name.endswith(".runs.csv")):
+        expected, found = at_root(f"{EXPECTED}/smoke_{path.name}"), read(path)
+        if arguments:
+            write_table(found.dropna(axis="columns", how="all"), expected)
+        numbers += len(found)
+        lines += [f"{expected.stem}: {line}" for line in compare(read(expected), found)]
     print("\n".join(lines) or f"verify: all {numbers} numbers agree", file=sys.stderr if lines else sys.stdout)
     return int(bool(lines))
 
