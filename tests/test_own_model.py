@@ -10,7 +10,7 @@ from word_model import write_project
 
 from prunelib import io, models, text
 from prunelib.apps import model_card, own_model, publishing
-from prunelib.criteria import ABLATIONS, CRITERIA, collect, criterion
+from prunelib.criteria import ABLATIONS, CRITERIA, collect
 from prunelib.depth import lowest
 from prunelib.evaluation.intervals import paired_bootstrap
 from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
@@ -67,19 +67,6 @@ def test_every_method_chooses_as_it_does_elsewhere(tiny_llama, windows):
     assert own_model.choose("greedy", tiny_llama, windows, 1) == (min(without, key=without.get),), "SLEB keeps both ends"
     with pytest.raises(ValueError, match="unknown method 'gredy'; there are: greedy, greedy_kl, block_influence"):
         own_model.choose("gredy", tiny_llama, windows, 1)
-
-
-def test_a_criterion_of_ones_own_is_a_method(tiny_llama, windows):
-    try:
-
-        @criterion(title="first layers first", source="test")
-        def first_first(stats):
-            return torch.arange(stats.n_layers).double().numpy()
-
-        assert own_model.choose("first_first", tiny_llama, windows, 2) == (0, 1)
-        assert own_model.check_method("first_first") == "first layers first; test"
-    finally:
-        CRITERIA.pop("first_first", None)
 
 
 def test_rows_hold_every_state_and_paired_intervals(tiny_llama, windows):
