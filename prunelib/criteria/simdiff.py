@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from prunelib.criteria.registry import criterion
-from prunelib.criteria.similarity import block_influence, finite, known_option, token_subset
+from prunelib.criteria.similarity import block_influence, known_option, token_subset
 from prunelib.criteria.statistics import LayerStats
 
 
@@ -34,7 +34,7 @@ def _mixed(stats: LayerStats, alpha: float | int, kind: str, reduce: str, tokens
 
 def similarity_term(stats: LayerStats, tokens: str = "all") -> Float64[np.ndarray, "layer"]:
     """SimDiff's I_sim, half of block influence (Eq. 6); in [0, 1]."""
-    return finite(block_influence(stats, tokens=tokens) / 2, "similarity term")
+    return block_influence(stats, tokens=tokens) / 2
 
 
 def layer_difference(
@@ -49,7 +49,7 @@ def layer_difference(
     sums = known_option("kind", kind, {"mssd": stats.squared_difference, "masd": stats.absolute_difference})
     width = known_option("reduce", reduce, {"mean": stats.hidden_size, "sum": 1})
     subset, count = token_subset(stats, tokens)
-    return finite(sums[subset] / (count * width), kind)
+    return sums[subset] / (count * width)
 
 
 def difference_term(

@@ -79,10 +79,3 @@ def token_subset(stats: LayerStats, tokens: str) -> tuple[int, float]:
     if not count > 0:
         raise ValueError(f"the statistics hold no tokens in subset {tokens!r}; collect them on longer or more windows")
     return subset, count
-
-
-def finite(values: np.ndarray, what: str) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(values)).tolist()
-    if bad:
-        raise RuntimeError(f"{what} is NaN or infinite at {bad}; the statistics are damaged, collect them again")
-    return values

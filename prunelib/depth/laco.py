@@ -88,9 +88,8 @@ def merge(model: PreTrainedModel, base: int, following: int, rule: str = "publis
 
 def _is_norm(layer: nn.Module, path: str) -> bool:
     """Whether the module at `path` is a norm, or part of one."""
-    parts = path.split(".") if path else []
-    modules = [layer.get_submodule(".".join(parts[: end + 1])) for end in range(len(parts))]
-    return any("norm" in type(module).__name__.lower() for module in modules)
+    above = [module for name, module in layer.named_modules() if name and f"{path}.".startswith(f"{name}.")]
+    return any("norm" in type(module).__name__.lower() for module in above)
 
 
 def collapse(
