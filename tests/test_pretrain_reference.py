@@ -101,6 +101,7 @@ class _Killed(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TINY)
 def test_a_killed_training_resumes_to_the_same_weights(family, tokenizer, arrays, tmp_path, monkeypatch):
     reference = Reference(family, TINY[family], tokens=12 * 2 * WINDOW, batch=2, warmup=2, held_out_windows=2)
