@@ -283,7 +283,7 @@ def fig3_normalized_loss(chapter: Chapter) -> Drawing:
 @figure("deeper_layers_fig2_accuracy", reads={**TASKS, **READS})
 def fig2_accuracy(chapter: Chapter) -> Drawing:
     """Accuracy in the embedded tasks after the angular rule; where published models fall to chance."""
-    sketch = _sketch(blocks(chapter), height=2.7, sharey=True)
+    sketch = _sketch(blocks(chapter), height=4.2, sharey=True)
     for (axes,), name in sketch:
         for task, line in zip(EMBEDDED, ("-", "--", "-."), strict=True):
             data = pick(_scores(chapter, name, task), method="angular").sort_values("fraction")
