@@ -1,6 +1,6 @@
 """Everything on one page: chapters, figures, tables, claims and how each was made, in one file without a network.
 
-`python -m prunelib.apps.report [OUT.html]` reads what is committed (chapters, figures/, the list of published errors); a clone
+`python -m prunelib.apps.report [OUT.html]` reads what is committed (chapters and figures/); a clone
 without any run file is enough. Chapters are their Markdown cells: the heading of a figure and the words below it are its
 caption. The same files give the same bytes. Pictures are data URIs, links lead to files of the clone, nothing is loaded.
 """
@@ -20,17 +20,15 @@ from pathlib import Path
 
 import mistune
 
-from prunelib.claims import CLAIMS, MARKS, VERDICTS, number
+from prunelib.claims import CLAIMS, MARKS, number
 from prunelib.figures.save import STEM, figure_suffixes
 from prunelib.io import at_root, project_root, write_text
 from prunelib.lab.runs import PAPERS
 
 OUT = "build/report/report.html"
 FIGURES = "figures"
-ERRORS = "data/published/README.md"
-LONGEST = 200  # rows of plotted numbers that are shown below a figure; more are in its csv
+LONGEST = 200  # rows of a csv that are shown; more are in the file
 WIDEST = 12  # columns of a table that fits an upright sheet of paper
-LARGEST = 50_000  # characters of a table that is shown without being asked for
 
 
 class ReportError(RuntimeError):
@@ -62,12 +60,6 @@ class Chapter:
     @property
     def name(self) -> str:
         return Path(self.path).stem
-
-    @property
-    def question(self) -> str | None:
-        """The first sentence in asterisks that asks something."""
-        found = re.search(r"(?<!\*)\*([^*]+\?)\*(?!\*)", self.lead)
-        return " ".join(found[1].split()) if found else None
 
 
 def chapters() -> list[Chapter]:
@@ -115,17 +107,14 @@ def slug(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """A cell of a csv as it is printed: a number with four significant digits, fewer where it has fewer; others as they are."""
+    """A cell of a csv as it is printed: a number with four significant digits, whole ones and words as they are."""
     try:
         value = float(text)
     except ValueError:
         return text
     if not math.isfinite(value) or re.fullmatch(r"[+-]?\d+", text):
         return text
-    short = f"{value:.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
-    if float(short) == value:
-        short = f"{value:.4g}" if abs(value) < 999.95 else short
-    return re.sub("^-", "−", short.removesuffix("."))
+    return (f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
 
 
 class Words(mistune.HTMLRenderer):
@@ -181,30 +170,18 @@ class Page:
         return again
 
 
-def box(inner: str, label: str) -> str:
-    """A box of its own for what is wider than a phone; reached by the keyboard too."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{esc(label)}">{inner}</div>'
-
-
-def table(path: str, label: str, lines: Sequence[Mapping[str, str]] | None = None) -> str:
+def table(path: str, label: str) -> str:
     """A csv as a table; the cells are those of the file, in its order."""
-    lines = rows(path) if lines is None else lines
-    columns = list(lines[0])
-    numeric = [all(re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|", one[name]) for one in lines) for name in columns]
-    cells = [[esc(shown(one[name])) for name in columns] for one in lines]
-    return grid([esc(name) for name in columns], cells, numeric, label, f' data-source="{esc(path)}"')
+    lines = rows(path)
+    numeric = [all(re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|", one[name]) for one in lines) for name in lines[0]]
+    cells = [[esc(shown(cell)) for cell in one.values()] for one in lines]
+    return grid([esc(name) for name in lines[0]], cells, numeric, label)
 
 
 def grid(
-    head: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    numeric: Sequence[bool],
-    label: str,
-    attributes: str = "",
-    *,
-    named: bool = False,
+    head: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[bool], label: str, *, named: bool = False
 ) -> str:
-    """A table in a box of its own, for what is wider than a phone. The cells are HTML; `named`: the first is a heading."""
+    """A table of HTML cells in a box that scrolls where it is wider than the page; `named`: the first cell is a heading."""
     kinds = [' class="n"' if number else "" for number in numeric]
     top = "".join(f'<th scope="col"{kind}>{cell}</th>' for cell, kind in zip(head, kinds, strict=True))
     body = ""
@@ -213,8 +190,9 @@ def grid(
         if named:
             cells[0] = f'<th scope="row">{line[0]}</th>'
         body += f"<tr>{''.join(cells)}</tr>\n"
-    attributes += ' data-wide=""' if len(head) > WIDEST else ""
-    return box(f"<table{attributes}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>", label)
+    wide = ' data-wide=""' if len(head) > WIDEST else ""
+    inner = f"<table{wide}><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>"
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{esc(label)}">{inner}</div>'
 
 
 def picture(stem: str, alt: str) -> str:
@@ -224,12 +202,6 @@ def picture(stem: str, alt: str) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{esc(alt)}" width="{width // 2}" height="{height // 2}">'
 
 
-def plain(text: str) -> str:
-    """The words of Markdown without its signs, on one line."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return " ".join(re.sub(r"[*`]", "", text).split())
-
-
 def figure(stem: str, part: Part, caption: str, page: Page) -> str:
     """A figure or a table with its caption, its numbers and how it was made."""
     if not at_root(f"{FIGURES}/{stem}.json").is_file():
@@ -237,26 +209,17 @@ def figure(stem: str, part: Part, caption: str, page: Page) -> str:
         return f'<div id="{page.unique(f"figure-{stem}")}">{caption}<p><em>{absent}</em></p></div>\n'
     record = json.loads(at_root(f"{FIGURES}/{stem}.json").read_text(encoding="utf-8"))
     path = f"{FIGURES}/{stem}.csv"
-    count = len(rows(path))
+    lines = f"{len(rows(path))} rows"
     files = ", ".join(page.file(f"{FIGURES}/{stem}{suffix}", suffix[1:]) for suffix in figure_suffixes(stem))
-    origin = record["paper"] if record["paper"] else "ours, without a counterpart in a paper"
-    lines = f"{count} rows"
+    body = table(path, part.title) if len(rows(path)) <= LONGEST else f'<p class="small">{lines} in {page.file(path)}.</p>'
     if ".png" in figure_suffixes(stem):
-        question = re.match(r"\*([^*]+\?)\*", part.text)
-        alt = f"{part.title}. {plain(question[1]) + ' ' if question else ''}The plotted numbers are in {path}."
-        body = f'<div class="picture">{picture(stem, alt)}</div>'
-        if count <= LONGEST:
-            numbers = f"<details><summary>The plotted numbers, {lines}</summary>{table(path, part.title)}</details>"
-        else:
-            numbers = f'<p class="small">The plotted numbers: {lines} in {page.file(path)}.</p>'
-    else:
-        body, numbers = table(path, part.title), f'<p class="small">{lines}.</p>'
-        if len(body) > LARGEST:
-            body = f"<details><summary>The table, {lines}</summary>{body}</details>"
+        body = f"<details><summary>The plotted numbers, {lines}</summary>{body}</details>"
+        body = f'<div class="picture">{picture(stem, f"{part.title}. The plotted numbers are in {path}.")}</div>\n{body}'
+    origin = record["paper"] or "ours, without a counterpart in a paper"
     about = f'<p class="small"><code>{stem}</code>: {esc(origin)}; {files}</p>'
     return (
         f'<figure id="{page.unique(f"figure-{stem}")}" data-stem="{stem}">\n{body}\n<figcaption>{caption}{about}</figcaption>\n'
-        f"{numbers}\n{made(stem, record, page)}</figure>\n"
+        f"{made(stem, record, page)}</figure>\n"
     )
 
 
@@ -267,10 +230,8 @@ def made(stem: str, record: Mapping, page: Page) -> str:
         ("Command", f"<code>snakemake --forceall {target}</code>"),
         ("Function", f"<code>{esc(record['function'])}</code>, code <code>{record['drawing_code_sha256'][:12]}</code>"),
         (f"Runs ({len(record['runs'])})", esc(", ".join(record["runs"])) or "none: drawn from the published numbers alone"),
-        ("Library behind the runs", ", ".join(f"<code>{one}</code>" for one in record["run_code"]) or "–"),
         ("Parameters", esc(", ".join(f"{name} = {value}" for name, value in record["parameters"].items())) or "–"),
         ("Published numbers", ", ".join(page.file(path) for path in record["inputs"]) or "none"),
-        ("Drawn with", ", ".join(f"{name} {version}" for name, version in record["libraries"].items())),
     ]
     body = "".join(f"<dt>{name}</dt><dd>{value}</dd>\n" for name, value in lines)
     return f'<details class="made"><summary>How this was made</summary><dl>\n{body}</dl></details>\n'
@@ -285,83 +246,52 @@ def claim_cards(page: Page) -> str:
     groups: dict[str, list[dict[str, str]]] = {}
     for one in rows(path):
         groups.setdefault(one["id"], []).append(one)
-    parts, paper = [_tally(groups, path)], None
+    parts, paper = [], None
     for name, lines in groups.items():
         first = lines[0]
         if first["paper"] != paper:
             paper = first["paper"]
             parts.append(f'<h3 id="claims-{slug(paper)}">{esc(PAPERS.get(paper, paper))}</h3>')
-        parts.append(_claim(name, lines, path, page))
+        parts.append(_claim(name, lines, page))
     return "\n".join(parts)
-
-
-def _tally(groups: Mapping[str, Sequence[Mapping[str, str]]], path: str) -> str:
-    lines = []
-    for paper in dict.fromkeys(lines[0]["paper"] for lines in groups.values()):
-        verdicts = [lines[0]["verdict"] for lines in groups.values() if lines[0]["paper"] == paper]
-        title = esc(PAPERS.get(paper, paper).split(",")[0])
-        counts = [str(verdicts.count(verdict)) for verdict in VERDICTS]
-        lines.append([f'<a href="#claims-{slug(paper)}">{title}</a>', *counts])
-    head = ["paper", *(f"{MARKS[verdict]} {esc(verdict)}" for verdict in VERDICTS)]
-    attributes = f' class="tally" data-source="{path}" data-kind="count"'
-    return grid(head, lines, [False] + 4 * [True], "claims by paper and verdict", attributes, named=True)
 
 
 def _value(text: str, digits: int) -> str:
     return number(float(text), digits) if text else "–"
 
 
-def _claim(name: str, lines: Sequence[Mapping[str, str]], path: str, page: Page) -> str:
+def _claim(name: str, lines: Sequence[Mapping[str, str]], page: Page) -> str:
     first = lines[0]
-    digits = int(first["digits"])
-    verdict = first["verdict"] or "no rows in this profile"
-    mark = MARKS.get(first["verdict"] or None, "–")
+    digits, verdict = int(first["digits"]), first["verdict"] or "no rows in this profile"
     unit = f" {esc(first['unit'])}" if first["unit"] else ""
-    shows = f' · <a href="#figure-{first["figure"]}">{esc(first["figure"])}</a>' if first["figure"] else ""
-    about = [f"{esc(first['source'])}{shows}"]
+    about = [esc(first["source"])]
+    if first["figure"]:
+        about.append(f'<a href="#figure-{first["figure"]}">{esc(first["figure"])}</a>')
     if first["published"]:
-        about.append(
-            f'published <data class="published" value="{first["published"]}">{_value(first["published"], digits)}</data>{unit}'
-        )
+        about.append(f"published {_value(first['published'], digits)}{unit}")
     measured = [one for one in lines if one["measured"]]
+    inner = f"<p>{esc(first['reason'] or 'The profile has no such rows.')}</p>"
     if measured:
         about.append(f"tested: {esc(first['tested'])}; holds if {esc(first['holds_if'])}{unit}")
-    if measured:
-        values = []
+        values, trace = [], ""
         for one in measured:
             interval = f"[{_value(one['low'], digits)}, {_value(one['high'], digits)}]" if one["low"] else ""
             judged = f"{MARKS[one['verdict_of_model']]} {esc(one['verdict_of_model'])}"
             values.append([esc(one["model"]), _value(one["measured"], digits), interval, judged])
+            kind = ", ".join(esc(word) for word in (one["interval"], f"n = {one['n']}") if word)
+            trace += f"<dt>{esc(one['model'])}</dt><dd>{kind}; runs: {esc(one['runs'] or 'none, published numbers')}</dd>"
         head = ["model", "measured", "interval", "verdict"]
         inner = grid(head, values, [False, True, True, False], f"values of {name}", named=True)
-        trace = ""
-        for one in measured:
-            runs = esc(one["runs"]) if one["runs"] else "none: the paper's own numbers"
-            kind = f"{esc(one['interval'])}, n = {esc(one['n'])}" if one["interval"] else f"n = {esc(one['n'])}"
-            trace += f"<dt>{esc(one['model'])}</dt><dd>{kind}; runs: {runs}</dd>"
         inner += f"<details><summary>Interval and runs</summary><dl>{trace}</dl></details>"
-    else:
-        inner = f"<p>{esc(first['reason'] or 'The profile has no such rows.')}</p>"
-    attributes = f'class="claim {slug(verdict)}" id="{page.unique(f"claim-{name}")}" data-source="{path}" data-claim="{name}"'
+    mark = MARKS.get(first["verdict"] or None, "–")
     return (
-        f"<article {attributes}>\n"
+        f'<article class="claim {slug(verdict)}" id="{page.unique(f"claim-{name}")}" data-claim="{name}">\n'
         f'<h4><span class="badge">{mark} {esc(verdict)}</span> <code>{esc(name)}</code></h4>\n<p>{esc(first["claim"])}</p>\n'
         f'<p class="small">{" · ".join(about)}</p>\n{inner}\n</article>'
     )
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts
-
-
-def errors(page: Page) -> str:
-    """The published errors: a section of data/published/README.md."""
-    text = at_root(ERRORS).read_text(encoding="utf-8")
-    found = re.search(r"^## Known errors and doubts\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise ReportError(f"{ERRORS} has no section `## Known errors and doubts`")
-    body = words(found[1], page, folder=str(Path(ERRORS).parent))
-    body = re.sub(r"<table>.*?</table>", lambda one: box(one[0], "published errors"), body, flags=re.DOTALL)
-    return f'<div data-source="{ERRORS}">{body}</div>'
 
 
 def chapter_section(one: Chapter, page: Page) -> tuple[str, list[tuple[str, str]]]:
@@ -416,12 +346,6 @@ def page(out: str | os.PathLike = OUT) -> str:
     here = Page(at_root(out))
     listed = chapters()
     told = [(one, *chapter_section(one, here)) for one in listed]
-    overview = "".join(
-        f'<li><a href="#chapter-{one.name[:2]}">{_inline(one.title)}</a>'
-        + (f"<br><em>{esc(one.question)}</em>" if one.question else "")
-        + "</li>"
-        for one in listed
-    )
     cards = claim_cards(here)
     papers = re.findall(r'<h3 id="(claims-[^"]+)">([^<]+)</h3>', cards)
     nav = contents(
@@ -429,7 +353,6 @@ def page(out: str | os.PathLike = OUT) -> str:
             ("overview", "Overview", []),
             ("claims", "Claims", papers),
             *((f"chapter-{one.name[:2]}", f"{one.name[:2]} {one.title}", entries) for one, _, entries in told),
-            ("errors", "Known errors of the papers", []),
         ]
     )
     readme, claims_file, license_file = here.file("README.md"), here.file(CLAIMS), here.file("LICENSE")
@@ -454,7 +377,6 @@ def page(out: str | os.PathLike = OUT) -> str:
 repository, with how each was made. It is written by <code>make report</code> from the committed files and loads nothing; links
 lead to files of the clone it was made in ({readme}, {license_file}).</p>
 <p>Every table is the csv that is linked beside it, numbers rounded to four digits.</p>
-<ol class="overview" start="0">{overview}</ol>
 </header>
 <section id="claims">
 <h2>Claims</h2>
@@ -466,12 +388,6 @@ does, and <strong>differs</strong> otherwise.</p>
 {cards}
 </section>
 {"".join(text for _, text, _ in told)}
-<section id="errors">
-<h2>Known errors of the papers</h2>
-<p>From {here.file(ERRORS)}. Those with a tick are recomputed from the published numbers by
-{here.file("tests/test_published.py")}, most also in cells that anyone can run in {here.file("notebooks/08_claims.ipynb")}.</p>
-{errors(here)}
-</section>
 </main>
 </body>
 </html>
