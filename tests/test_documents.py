@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lab_project import CHAPTER, write_notebook
 from packaging.requirements import Requirement
 
 from prunelib.figures import save as figures
@@ -82,24 +81,6 @@ def test_chapters_read_results_and_do_not_compute(path):
         "prunelib.lab",
         "prunelib.claims",
     }
-
-
-def test_the_check_of_notebooks_finds_faults(tmp_path):
-    good = write_notebook(tmp_path / "good.ipynb", CHAPTER)
-    assert faults(good) == []
-    content = json.loads(good.read_text())
-    content["metadata"] = {"kernelspec": {"name": ".venv", "language": "python"}, "papermill": {}}
-    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
-    code[0]["source"] = 'unused = 1\nblocks = "r.csv"  # table\nfigures = "f"  # folder\noutput = "x"  # result'
-    code[1]["outputs"] = [{"output_type": "stream"}]
-    (tmp_path / "bad.ipynb").write_text(json.dumps(content))
-    assert faults(tmp_path / "bad.ipynb") == [
-        "`unused` has no help",
-        "`unused` is never read",
-        "the kernel is not python3",
-        "outputs are not stripped",
-        "an executed copy was committed",
-    ]
 
 
 def test_headings_registry_and_files_name_the_same_figures():
