@@ -63,6 +63,8 @@ output = "build/chapter.json"  # result
     "draw": """
 from prunelib.figures.chapter import own_sizes
 from prunelib.figures.save import Chapter
+from prunelib.figures.style import use_style
+use_style()
 files = {path: path.read_bytes() for path in at_root(figures).iterdir()}
 _ = own_sizes(Chapter(figures, {"blocks": blocks}))
 assert files == {path: path.read_bytes() for path in at_root(figures).iterdir()}, "the rule drew the same from run files"
@@ -82,7 +84,7 @@ CHAPTER = "01_chapter"
 @figure("own_sizes", reads={"blocks": ["some"]}, models=0)
 def own_sizes(chapter: Chapter) -> Drawing:
     """Perplexity against the number of layers removed."""
-    rows = chapter.table("blocks")
+    rows = chapter.table("blocks").query("run == 'blocks/tiny__some'")
     return Drawing(Figure(), rows[["run", "size", "value"]], rows)
 '''
 PROFILE = {
