@@ -424,6 +424,6 @@ def test_agrees_with_transformer_compression(width, published):
     plan = SlicePlan(160, (width,) * 32, "constant")
     for shortcuts in ("folded", "full"):
         narrow = slice_model(model, plan, windows, shortcuts=shortcuts, subtract_mean=True, progress=False)
-        assert perplexity(narrow, held_out, batch_size=8).ppl == pytest.approx(published, rel=4e-7)
+        assert perplexity(narrow, held_out, batch_size=8).ppl == pytest.approx(published, rel=1e-6)
     random = slice_model(model, plan, windows, axes=random_axes(0), subtract_mean=True, progress=False)
     assert perplexity(random, held_out, batch_size=8).ppl > 5 * published
