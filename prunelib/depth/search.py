@@ -168,11 +168,10 @@ def evolutionary(
 
     `groups` divides the units into that many kinds, the one at place i in group i % groups. Each gives K / groups, and a swap
     picks a group, then exchanges within it; K and n of the default generations are those of one group, on average. With the
-    units of LayerSetLoss(unit="sublayer") and groups=2 that is the published search: as many attention as MLP sublayers.
+    units of sublayers and groups=2 that is the published search: as many attention as MLP sublayers.
 
-    Steps hold each generation's best and its value in the last stage; the value of the result is that on all windows, and
-    `evaluations` counts (set, stage) pairs plus that one. Raises ValueError for settings out of range, and when K is no
-    multiple of `groups`.
+    Steps hold each generation's best and its value in the last stage; the result's value is that on all windows, `evaluations`
+    counts (set, stage) pairs plus that one. Raises ValueError for settings out of range, and when `groups` do not divide K.
     """
     candidates = _candidates(units, layers_removed)
     kept = len(candidates) - layers_removed

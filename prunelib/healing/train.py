@@ -139,19 +139,7 @@ def heal(
         pairs = matched_states(pruned, dense, removed or ()) if recipe.hidden_weight else ()
         teacher = Teacher(dense, pairs, bf16)
     arguments = _arguments(recipe, folder, pruned.device, micro_batch, seed, bf16, gradient_checkpointing)
-    request = {
-        "recipe": dataclasses.asdict(recipe) | {"modules": list(recipe.modules)},
-        "rows": rows.sha256,
-        "base": fingerprint(pruned) | {"dtype": str(pruned.dtype)},
-        "dense": None if teacher is None else fingerprint(dense) | {"pairs": [list(pair) for pair in teacher.pairs]},
-        "seed": seed,
-        "micro_batch": arguments.per_device_train_batch_size,
-        "processes": arguments.world_size,
-        "device": pruned.device.type,
-        "measure_at": sorted(set(measure_at)),
-        "bf16": bf16,
-        "gradient_checkpointing": gradient_checkpointing,
-    }
+    request = _request(pruned, rows, recipe, dense, teacher, seed, arguments, measure_at)
     _check_folder(folder, request)
     arguments.distributed_state.wait_for_everyone()  # nobody writes before everybody has looked
     cuda = [pruned.device] if pruned.device.type == "cuda" else []
@@ -163,6 +151,32 @@ def heal(
         model = _healed_model(pruned, recipe, folder)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return Healed(model=model, recipe=recipe, **result | {"log": tuple(result["log"])})
+
+
+def _request(
+    pruned: PreTrainedModel,
+    rows: TrainingRows,
+    recipe: Recipe,
+    dense: PreTrainedModel | None,
+    teacher: Teacher | None,
+    seed: int,
+    arguments: TrainingArguments,
+    measure_at: Sequence[int],
+) -> dict:
+    """All that a training depends on: a folder with another request holds another training."""
+    return {
+        "recipe": dataclasses.asdict(recipe) | {"modules": list(recipe.modules)},
+        "rows": rows.sha256,
+        "base": fingerprint(pruned) | {"dtype": str(pruned.dtype)},
+        "dense": None if teacher is None else fingerprint(dense) | {"pairs": [list(pair) for pair in teacher.pairs]},
+        "seed": seed,
+        "micro_batch": arguments.per_device_train_batch_size,
+        "processes": arguments.world_size,
+        "device": pruned.device.type,
+        "measure_at": sorted(set(measure_at)),
+        "bf16": arguments.bf16,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- what trains

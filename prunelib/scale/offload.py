@@ -58,8 +58,7 @@ class Peak:
 class OffloadedModel:
     """A causal language model whose layers stay in its safetensors files until they are used; for evaluation only.
 
-    `name_or_path` as in `models.load`; weights and activations are `dtype`, the work is done on `device`. `device_limit` and
-    `host_limit`, in bytes, are kept even where more memory is free.
+    `name_or_path` as in `models.load`; weights and activations are `dtype`, on `device`. The limits are in bytes.
 
     Raises ValueError for bad arguments, CheckpointError for a missing, damaged or incomplete checkpoint, UnsupportedModel for a
     quantized model, one without known layers, or one whose weights are stored in another form than in the model.
