@@ -73,6 +73,8 @@ class Search:
 def search(chapter: Chapter) -> Search:
     """The tables of a chapter as `Search`. Raises FigureError for a model without committed optimum."""
     table, committed = pick(chapter.table("selection"), run_part="rules"), chapter.table("optimum_runs")
+    # The rows that say which share of the parameters K layers hold; older runs call that a method.
+    table["method"] = table["method"].mask(table["role"].eq("size"), "layers")
     names = list(dict.fromkeys(table["name"]))
     known = pick(committed, may_be_empty=True, experiment="optimum", name=tuple(names))
     if missing := set(names) - set(known["name"]):
