@@ -12,6 +12,8 @@ from prunelib.io import at_root
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 
+pytestmark = pytest.mark.slow  # each run starts a kernel
+
 STATISTICS = "notebooks/experiments/statistics.ipynb"
 SELECTION = "notebooks/experiments/selection.ipynb"
 OPTIMUM = "notebooks/experiments/optimum.ipynb"

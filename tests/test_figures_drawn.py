@@ -119,6 +119,7 @@ def test_few_functions_between_table_and_picture(chapters, tmp_path, monkeypatch
     assert len(deepest) <= 8, " → ".join(deepest)
 
 
+@pytest.mark.slow
 def test_one_figure_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "prunelib.figures", "deeper_layers_fig4_heatmap", str(tmp_path), "blocks=data/blocks.csv"]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -182,7 +182,7 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
         ({"chapters": {"02_absent": {}}}, "there is no notebook notebooks/02_absent.ipynb"),
         ({"threads": 0}, "threads = 0"),
         ({"tasks": {"all": {"choices": "rules"}}}, "tasks.all.choices must name an entry .*; there are: some, more"),
-        ({"tasks": {"all": {"choices": "more"}}}, "tasks.all.choices: `more` is not run for the model `other`"),
+        ({"tasks": {"all": {"choices": "more", "sizes": [1]}}}, "tasks.all.choices: `more` is not run for the model `other`"),
         ({"selection": {"some": {}}}, "`some` is in both selection and blocks"),
     ],
 )

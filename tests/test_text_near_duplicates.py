@@ -60,6 +60,7 @@ def documents():
     return [found[i] for i in order]
 
 
+@pytest.mark.slow
 def test_clusters_are_those_of_a_brute_force_computation(documents):
     expected = brute_force(documents)
     assert max(map(expected.count, expected)) == 40

@@ -180,7 +180,7 @@ class Sketch:
     """
 
     def __init__(
-        self, names: Sequence[str], parts: int = 1, *, titles: Sequence[str] | None = None, down: bool = False, **options: Any,
+        self, names: Sequence[Any], parts: int = 1, *, titles: Sequence[str] | None = None, down: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         shape = (len(names), parts) if down else (parts, len(names))
         self.names, self.drawn, self.used = names, [], []
