@@ -4,7 +4,7 @@
 # make audit     known vulnerabilities of the locked packages (pip-audit; needs PyPI), and build/sbom.json
 # make optimum   every set of layers, in data/optimum; for a GPU. Likewise `make healing`: long healings, in data/healing
 # make gpu       speed and memory at full size, in data/speed and data/benchmarks; for a GPU (one benchmark: two)
-# make report    one page of everything, build/report/report.html, and the same as PDF where a browser is installed
+# make report    one page of everything, build/report/report.html
 # make lab       the notebooks in JupyterLab (as root, in a container: ARGS=--allow-root)
 # make lock      resolve the dependencies again
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
