@@ -317,6 +317,7 @@ def test_an_interrupted_run_ends_its_kernel(nb, older, sent):
         process.send_signal(sent)
         error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert error.splitlines()[-1].startswith("interrupted: ")
+    lines = error.splitlines()  # ipykernel may say something, too
+    assert any(line.startswith("interrupted: ") for line in lines)
     assert not psutil.wait_procs(kernels, timeout=10)[1], "the kernel ended with its run"
     assert is_older(older)
