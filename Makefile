@@ -64,7 +64,7 @@ test-all: $(READY)
 # The texts are read from the installed packages again: built files would hide an altered package.
 verify: $(READY)
 	@rm -f data/corpora/*.jsonl
-	@$(BIN)/python -m prunelib.text.embedded
+	@$(BIN)/python -m prunelib.text
 	@$(BIN)/python -m prunelib.lab.verify $(ARGS)
 
 # In an environment of its own: pip-audit needs newer packages than the lock may take.

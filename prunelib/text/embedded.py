@@ -15,7 +15,6 @@ import inspect
 import io
 import json
 import re
-import sys
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -298,7 +297,7 @@ def check(corpus: str, split: str) -> bool:
 
 
 def main() -> int:
-    """``python -m prunelib.text.embedded``: build every corpus and check it; ``--write-manifest`` records what is here."""
+    """``python -m prunelib.text``: build every corpus and check it; ``--write-manifest`` records what is here."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--write-manifest", action="store_true")
     write = parser.parse_args().write_manifest
@@ -308,7 +307,3 @@ def main() -> int:
         write_json(manifest_path(), {corpus: describe(corpus) for corpus in EMBEDDED})
     same = [check(corpus, split) for corpus in EMBEDDED for split in _manifest(corpus)["splits"]]
     return 0 if all(same) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Read the embedded corpora from the installed packages and compare them with the committed manifest: `python -m prunelib.text`"""
+
+import sys
+
+from prunelib.text.embedded import main
+
+sys.exit(main())
