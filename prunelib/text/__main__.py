@@ -1,4 +1,4 @@
-"""Read the embedded corpora from the installed packages and compare them with the committed manifest: `python -m prunelib.text`"""
+"""Read the embedded corpora from the installed packages and compare them with the manifest: `python -m prunelib.text`"""
 
 import sys
 
