@@ -41,7 +41,8 @@ RUNS = {run.path: run for runs in PROFILE.experiments.values() for run in runs}
 TABLES = {PROFILE.table(experiment): [run.path for run in runs] for experiment, runs in PROFILE.experiments.items()}
 CHAPTERS = {chapter: profiles.chapter_values(PROFILE, chapter) for chapter in PROFILE.chapters}
 # Figures that need a table are drawn by a rule each, the others by their chapter.
-DRAWN = {stem: entry for stem, entry in registry().items() if entry.chapter in CHAPTERS and entry.reads}
+OWN_RULE = {stem: entry for stem, entry in registry().items() if entry.chapter in CHAPTERS and entry.reads}
+DRAWN = OWN_RULE if PROFILE.figure_rules else {}
 DRAWING = {name: value for name, value in PROFILE.resources.items() if name not in ("gpu", "gpu_model", "gres")}
 
 # `source` in the params below is a plain value: a function of the input would be no reason to run again (Snakemake 9).

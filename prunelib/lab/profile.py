@@ -48,6 +48,7 @@ class Profile:
     statistics: its remaining parameters. selection, blocks, …: name → {models (all unless given), parameters of that notebook}.
         In those that start from choices, `choices` is a name below `selection` or `blocks`.
     chapters: notebook stem → its parameters besides tables, `figures` and `output`.
+    figure_rules: whether every figure is a rule of its own; else its chapter draws it, in one process for all.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them; drawing takes no GPU).
     """
 
@@ -68,6 +69,7 @@ class Profile:
     duplicates: dict = field(default_factory=dict)
     speed: dict = field(default_factory=dict)
     combining: dict = field(default_factory=dict)
+    figure_rules: bool = True
     threads: int = 1
     retries: int = 0
     resources: dict = field(default_factory=dict)
@@ -162,7 +164,7 @@ def read(config: Mapping) -> Profile:
     for key, value in config.items():
         if key not in kinds:
             raise ProfileError(f"unknown key `{key}` in the profile{closest(key, kinds)}")
-        if not isinstance(value, kinds[key].type) or isinstance(value, bool):
+        if type(value) is not kinds[key].type:  # true is no whole number
             raise ProfileError(f"`{key}` in the profile must be a {kinds[key].type.__name__}, not {value!r}")
     for key, item in kinds.items():
         if key not in config and item.default is MISSING and item.default_factory is MISSING:
