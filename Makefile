@@ -4,7 +4,7 @@
 # make audit     known vulnerabilities of the locked packages (pip-audit; needs PyPI), and build/sbom.json
 # make optimum   every set of layers, in data/optimum; for a GPU. Likewise `make healing`: long healings, in data/healing
 # make gpu       speed and memory at full size, in data/speed and data/benchmarks; for a GPU (one benchmark: two)
-# make report    one page of everything, build/report/report.html
+# make report    chapters, figures, tables and claims as pages to read, build/report/index.html
 # make lab       the notebooks in JupyterLab (as root, in a container: ARGS=--allow-root)
 # make lock      resolve the dependencies again
 # make clean     remove the environment, build/ and caches; results, figures and data/runs stay
@@ -74,7 +74,8 @@ audit:
 	@build/audit/bin/pip-audit --no-deps --disable-pip -r requirements.lock --format cyclonedx-json --output build/sbom.json
 
 report: $(READY)
-	@$(BIN)/python -m prunelib.apps.report $(ARGS)
+	@$(BIN)/sphinx-build -q -c docs . build/report $(ARGS)
+	@echo build/report/index.html
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
