@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,8 @@ def project_root() -> Path:
 
 
 def at_root(path: str | os.PathLike) -> Path:
-    """`path` as it is when absolute, else below the project root: notebooks find their files from any folder."""
-    return Path(path) if os.path.isabs(path) else project_root() / path
+    """`path` below the project root, or as it is when absolute."""
+    return project_root() / path
 
 
 def from_root(path: str | os.PathLike) -> str:
@@ -37,17 +36,12 @@ def from_root(path: str | os.PathLike) -> str:
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of the bytes of one file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike, obj: object) -> Path:
-    """Write `obj` as JSON, complete or not at all.
-
-    Raises ValueError on NaN or infinity (JSON has neither: leave a missing value out) and TypeError on objects that `plain`
-    does not know, before an older file is touched.
-    """
+    """Write JSON, complete or not at all. Raises ValueError on NaN or infinity and TypeError on what `plain` does not know."""
     return write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
@@ -71,37 +65,33 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A file beside `path` to write to; in the end it is flushed to the disk and renamed to `path`.
 
-    An older file stays whole until then. The temporary file is removed, after `kill -9` by the next write to `path`. Raises
-    OSError naming `path` and the remedy when it cannot be written.
+    What `kill -9` leaves is removed by the next write. Raises OSError naming `path` and the remedy when it cannot be written.
     """
     path = Path(path)
+    temporary = path.with_name(f"{temporary_prefix(path)}tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in leftovers(path):
             left.unlink(missing_ok=True)
-        temporary = path.with_name(f"{temporary_prefix(path)}tmp")
-        try:
-            yield temporary
-            flush(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
         what = f"{os.strerror(error.errno)}: {REMEDIES[error.errno]}, then start again; what was there is unchanged"
         raise OSError(error.errno, what, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def flush(path: str | os.PathLike) -> None:
-    """Bring a finished file, or all in a folder, to the disk, because a rename may get there before what it renames.
-
-    The mode becomes that of an ordinary new file: those of safetensors can be read by nobody else.
-    """
+    """Bring a finished file, or all in a folder, to the disk before it is renamed, with the mode of an ordinary new file."""
     path, mask = Path(path), os.umask(0)
     os.umask(mask)
     for file in filter(Path.is_file, path.rglob("*")) if path.is_dir() else [path]:
-        os.chmod(file, 0o666 & ~mask)
+        os.chmod(file, 0o666 & ~mask)  # safetensors writes files that nobody else can read
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 
@@ -113,22 +103,20 @@ def temporary_prefix(path: str | os.PathLike) -> str:
 
 def leftovers(path: str | os.PathLike) -> list[Path]:
     """What processes of this machine left that were killed before `path` was complete."""
-    path = Path(path)
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)\..+")
-    names = [(place, pattern.fullmatch(place.name)) for place in path.parent.glob(f".{glob.escape(path.name)}.*")]
-    return sorted(place for place, match in names if match and not psutil.pid_exists(int(match[1])))
+    start = temporary_prefix(path).rpartition("-")[0] + "-"
+    processes = {left: left.name.removeprefix(start).split(".")[0] for left in Path(path).parent.glob(glob.escape(start) + "*")}
+    return sorted(left for left, number in processes.items() if number.isdigit() and not psutil.pid_exists(int(number)))
 
 
 def hub_unreachable() -> str | None:
     """Why the hub does not answer, None when it does or is not to be asked; its client retries for 20 s for every file."""
     import huggingface_hub
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return None  # the client then reads its cache, and fails at once where that is empty
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception as error:  # httpx or requests, depending on the client's version
-        return f"{type(error).__name__}: {error}"
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception as error:  # httpx or requests, depending on the client's version
+            return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from prunelib.figures import save as figures
 from prunelib.lab import run_notebook as notebook
+from prunelib.lab.provenance import code_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -52,7 +53,9 @@ def faults(path: Path) -> list[str]:
         known = notebook.parameters(path)
         found += [f"`{name}` has no help" for name, parameter in known.items() if not parameter.help]
         found += [] if "output" in known else ["no parameter `output`"]
-        found += [f"`{name}` is never read" for name in notebook.unread(path)]
+        later = "\n".join(source for source, _ in code_cells(path)[1:])
+        unread = [name for name in known if not re.search(rf"\b{name}\b", later)]
+        found += [f"`{name}` is never read" for name in unread if name != "output" and "recorder.parameters" not in later]
     except notebook.ParameterError as error:
         found.append(str(error))
     if content["metadata"].get("kernelspec", {}).get("name") != "python3":

@@ -5,11 +5,12 @@ the notebook's default are errors.
 """
 
 import functools
+import itertools
 import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 
 from prunelib.io import at_root
 from prunelib.lab.run_notebook import Parameter, ParameterError, closest, parameters
@@ -21,6 +22,9 @@ EXPERIMENTS += ("combining",)
 READ_STATISTICS = ("selection", "blocks", "slicing")  # all of the model, as the parameter `statistics`
 READ_CHOICES = ("tasks", "healing", "combining")  # sets of layers of a run of selection or blocks, the parameter `choices`
 WRITE_ARRAYS = ("statistics", "optimum")  # a .safetensors beside the run file
+REQUIRED = {"runs": str, "tables": str, "figures": str, "models": dict, "chapters": dict}
+OPTIONAL = {"calibration": {}, "calibration_seeds": [], **{experiment: {} for experiment in EXPERIMENTS}}
+OPTIONAL |= {"figure_rules": True, "threads": 1, "retries": 0, "resources": {}}
 
 
 class ProfileError(ValueError):
@@ -38,9 +42,8 @@ class Run:
     values: dict[str, object]
 
 
-@dataclass(frozen=True)
 class Profile:
-    """The keys of a profile; those without a default must be there.
+    """The keys of a profile as attributes; `REQUIRED` must be there, the others have the default of `OPTIONAL`.
 
     runs, tables, figures: folders of the run files, the tables (`<experiment>.csv`) and the figures.
     models: short name → {model: path or hub name, dtype, device, batch_size, …}; parameters of the experiment notebooks.
@@ -52,32 +55,19 @@ class Profile:
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them; drawing takes no GPU).
     """
 
-    runs: str
-    tables: str
-    figures: str
-    models: dict
-    chapters: dict
-    calibration: dict = field(default_factory=dict)
-    calibration_seeds: list = field(default_factory=list)
-    statistics: dict = field(default_factory=dict)
-    selection: dict = field(default_factory=dict)
-    blocks: dict = field(default_factory=dict)
-    slicing: dict = field(default_factory=dict)
-    tasks: dict = field(default_factory=dict)
-    optimum: dict = field(default_factory=dict)
-    healing: dict = field(default_factory=dict)
-    duplicates: dict = field(default_factory=dict)
-    speed: dict = field(default_factory=dict)
-    combining: dict = field(default_factory=dict)
-    figure_rules: bool = True
-    threads: int = 1
-    retries: int = 0
-    resources: dict = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for key in ("models", "calibration", "chapters", *EXPERIMENTS[1:]):
+    def __init__(self, config: Mapping) -> None:
+        kinds = REQUIRED | {key: type(value) for key, value in OPTIONAL.items()}
+        for key, value in config.items():
+            if key not in kinds:
+                raise ProfileError(f"unknown key `{key}` in the profile{closest(key, kinds)}")
+            if type(value) is not kinds[key]:  # true is no whole number
+                raise ProfileError(f"`{key}` in the profile must be a {kinds[key].__name__}, not {value!r}")
+        if missing := REQUIRED.keys() - config:
+            raise ProfileError(f"the profile has no `{min(missing)}`")
+        vars(self).update(OPTIONAL | config)
+        for key in ("models", "calibration", *EXPERIMENTS[1:]):
             for name, entry in getattr(self, key).items():
-                if key != "chapters" and not NAME.fullmatch(str(name)):
+                if not NAME.fullmatch(str(name)):
                     raise ProfileError(f"{key}: `{name}` cannot be part of a file name: letters, digits, `.`, `-`, single `_`")
                 if not isinstance(entry, dict):
                     raise ProfileError(f"{key}.{name} must be a mapping of parameters, not {entry!r}")
@@ -92,7 +82,8 @@ class Profile:
     @functools.cached_property
     def experiments(self) -> dict[str, list[Run]]:
         """The experiments of this profile, each with its runs. Raises ProfileError naming the entry and the parameter."""
-        found = {experiment: list(self._runs(experiment)) for experiment in EXPERIMENTS}
+        found = {"statistics": list(self._statistics())}
+        found |= {experiment: list(self._runs(experiment)) for experiment in EXPERIMENTS[1:]}
         return {experiment: runs for experiment, runs in found.items() if runs}
 
     def run(self, experiment: str, *names: str, suffix: str = ".json") -> str:
@@ -108,27 +99,29 @@ class Profile:
         suffixes = {"run": ".json", "arrays": ".safetensors"} if experiment in WRITE_ARRAYS else {"run": ".json"}
         return {name: self.run(experiment, "{run}", suffix=suffix) for name, suffix in suffixes.items()}
 
+    def _draws(self, model: str, suffix: str = ".json") -> dict[str, tuple[str, int]]:
+        """The statistics files of a model → text and seed."""
+        found = itertools.product(self.calibration, self.calibration_seeds)
+        return {self.run("statistics", model, corpus, f"s{seed}", suffix=suffix): (corpus, seed) for corpus, seed in found}
+
+    def _statistics(self) -> Iterator[Run]:
+        for model in self.models:
+            for path, (corpus, seed) in self._draws(model).items():
+                text = {f"calibration.{corpus}": {"corpus": corpus, **self.calibration[corpus]}}
+                entries = text | {"calibration_seeds": {"seed": seed}, "statistics": self.statistics}
+                yield Run(path, model, None, {}, self._values("statistics", model, entries))
+
     def _runs(self, experiment: str) -> Iterator[Run]:
-        notebook = experiment_notebook(experiment)
-        if experiment == "statistics":
-            for model in self.models:
-                for corpus, entry in self.calibration.items():
-                    for seed in self.calibration_seeds:
-                        point = {f"calibration.{corpus}": {"corpus": corpus, **entry}, "calibration_seeds": {"seed": seed}}
-                        values = _complete(notebook, self._of_model(model, notebook) | point | {"statistics": self.statistics})
-                        yield Run(self.run(experiment, model, corpus, f"s{seed}"), model, None, {}, values)
-            return
         for part, entry in getattr(self, experiment).items():
             for model in self._models(experiment, part):
                 inputs, given = {}, {key: value for key, value in entry.items() if key != "models"}
                 if experiment in READ_STATISTICS:
-                    names = [(model, corpus, f"s{seed}") for corpus in self.calibration for seed in self.calibration_seeds]
-                    inputs["statistics"] = given["statistics"] = [self.run("statistics", *name) for name in names]
-                    inputs["arrays"] = [self.run("statistics", *name, suffix=".safetensors") for name in names]
+                    inputs["statistics"] = given["statistics"] = list(self._draws(model))
+                    inputs["arrays"] = list(self._draws(model, ".safetensors"))
                 if experiment in READ_CHOICES:
                     given["choices"] = self._choices(experiment, part, model)
                     inputs["choices"] = [given["choices"]]
-                values = _complete(notebook, self._of_model(model, notebook) | {f"{experiment}.{part}": given})
+                values = self._values(experiment, model, {f"{experiment}.{part}": given})
                 yield Run(self.run(experiment, model, part), model, part, inputs, values)
 
     def _models(self, experiment: str, part: str) -> list[str]:
@@ -139,9 +132,11 @@ class Profile:
                 raise ProfileError(f"{experiment}.{part}.models: there is no `{model}`{closest(str(model), self.models)}")
         return models
 
-    def _of_model(self, model: str, notebook: str) -> dict[str, dict]:
-        """The part of a model's entry that a notebook has parameters for."""
-        return {f"models.{model}": {name: value for name, value in self.models[model].items() if name in _known(notebook)}}
+    def _values(self, experiment: str, model: str, entries: dict[str, Mapping]) -> dict:
+        """Every parameter of a run: those of its entries, and those of the model's entry that its notebook has."""
+        notebook = experiment_notebook(experiment)
+        known = {name: value for name, value in self.models[model].items() if name in _known(notebook)}
+        return _complete(notebook, {f"models.{model}": known} | entries)
 
     def _choices(self, experiment: str, part: str, model: str) -> str:
         """The run file that a run takes its sets of layers from."""
@@ -160,23 +155,14 @@ def read(config: Mapping) -> Profile:
 
     Besides the keys this looks at every parameter of every run, so that nothing is found out after hours.
     """
-    kinds = {item.name: item for item in fields(Profile)}
-    for key, value in config.items():
-        if key not in kinds:
-            raise ProfileError(f"unknown key `{key}` in the profile{closest(key, kinds)}")
-        if type(value) is not kinds[key].type:  # true is no whole number
-            raise ProfileError(f"`{key}` in the profile must be a {kinds[key].type.__name__}, not {value!r}")
-    for key, item in kinds.items():
-        if key not in config and item.default is MISSING and item.default_factory is MISSING:
-            raise ProfileError(f"the profile has no `{key}`")
-    profile = Profile(**config)
+    profile = Profile(config)
     used = [name for name in EXPERIMENTS if name == "statistics" or getattr(profile, name)]
     known = {name for experiment in used for name in _known(experiment_notebook(experiment))}
     for name, entry in profile.models.items():
         _refuse_unknown(entry, known, f"models.{name}", "the experiments that the profile runs")
     for chapter in profile.chapters:
         chapter_values(profile, chapter)
-    _ = profile.experiments  # looks at every parameter of every run
+    _ = profile.experiments
     return profile
 
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ LIBRARIES += ("accelerate", "peft", "lm-eval", "papermill", "snakemake")
 # What decides a result; data/ and figures/ are left out because the batch itself rewrites them.
 CODE = ("prunelib", "notebooks", "profiles", "Snakefile", "pyproject.toml", "requirements.lock")
 HASHED_BYTES = 200 * 2**20
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def model_source(name: str) -> str:
@@ -44,9 +46,8 @@ def model_fingerprint(name: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def source_sha256(folder: str | os.PathLike | None = None) -> str:
-    """sha256 over names and bytes of all Python files in `folder` (default: this package), line endings normalized."""
-    folder = Path(folder or Path(__file__).resolve().parents[1])
+def source_sha256(folder: Path = PACKAGE) -> str:
+    """sha256 over names and bytes of all Python files in `folder`, line endings normalized."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
@@ -54,24 +55,26 @@ def source_sha256(folder: str | os.PathLike | None = None) -> str:
     return digest.hexdigest()
 
 
-def notebook_source_sha(path: str | os.PathLike) -> str:
-    """sha256 over the code cells of a notebook: saving it with outputs keeps the hash, editing its code changes it.
+def code_cells(notebook: str | os.PathLike) -> list[tuple[str, list[str]]]:
+    """Source and tags of every code cell. Raises ValueError for a file that is no notebook."""
+    try:
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in code]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{notebook} is not a notebook: {type(error).__name__}: {error}") from None
 
-    Cells that papermill injected are left out, so that a notebook and its executed copy agree.
-    """
-    cells = []
-    for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
-        tags = cell.get("metadata", {}).get("tags", [])
-        if cell["cell_type"] == "code" and "injected-parameters" not in tags:
-            cells.append(["".join(cell["source"]), "parameters" in tags])
+
+def notebook_source_sha(path: str | os.PathLike) -> str:
+    """sha256 over the code cells of a notebook, whatever their outputs; an executed copy has that of its notebook."""
+    cells = [[source, "parameters" in tags] for source, tags in code_cells(path) if "injected-parameters" not in tags]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = None, device: str = "cpu") -> dict:
     """Everything but the parameters that a result depends on.
 
-    data: name of each text or file → its sha256. model: its description (name, revision, hash). device: the torch device that
-    computed. What cannot be found out (no git, a library not installed) is None.
+    data: name of each text or file → its sha256. model: its description. device: the torch device that computed.
     """
     torch = sys.modules.get("torch")
     accelerator = torch is not None and device.startswith("cuda") and torch.cuda.is_available()
@@ -79,7 +82,7 @@ def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = Non
         "git": _git(),
         "source_sha256": source_sha256(),
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if accelerator else device,
@@ -102,18 +105,15 @@ def peak_bytes(device: str = "cpu") -> int:
 
 
 def _cpu() -> str | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or None
+    info = Path("/proc/cpuinfo")  # of Linux
+    found = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine() or None
 
 
 def _git() -> dict | None:
     """Commit and whether the code differs from it; None without git, or outside a clone."""
     root = project_root()
-    # Inside a git hook, GIT_DIR and the like point at another place than `root`.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set in a git hook
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -122,10 +122,4 @@ def _git() -> dict | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # else unpacked inside some other repository
             return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
-    return None
-
-
-def _version(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
     return None

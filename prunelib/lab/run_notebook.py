@@ -7,7 +7,6 @@ batches, what the cells print goes only there.
 """
 
 import ast
-import contextlib
 import difflib
 import json
 import os
@@ -20,14 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunelib.io import first_line, from_root, plain
+from pydantic import ConfigDict, JsonValue, TypeAdapter
+
+from prunelib.io import first_line, from_root, plain, project_root
+from prunelib.lab.provenance import code_cells
 from prunelib.lab.runs import summary
 
 MINIMUM_FREE_MIB = 200  # below this a run would die while writing its result
 TYPES = (bool, int, float, str, list)  # of a default, besides None
 # Progress bars as text: as widgets they would leave no trace in a log, and their state in every executed copy.
 PLAIN_BARS = "import sys, tqdm.std; sys.modules['tqdm.autonotebook'] = tqdm.std; del sys, tqdm"
-DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+DISK = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system")
 MEMORY = re.compile(r"OutOfMemory|MemoryError|can't allocate memory|out of memory")
 
 
@@ -60,34 +62,29 @@ class Parameter:
     def kind(self) -> type:
         if self.default is not None:
             return type(self.default)
-        first = re.match(r"\w*", self.help).group()
-        return {kind.__name__: kind for kind in TYPES}.get(first, str)
+        return {kind.__name__: kind for kind in TYPES}.get(re.match(r"\w*", self.help).group(), str)
 
     def parse(self, value: object) -> object:
         """`value` as plain data of this parameter's type. Raises ParameterError.
 
         A text, as from a command line, is read as JSON; a list may be given as `1,2`.
         """
-        text = value.strip() if isinstance(value, str) else None
-        found = value
-        if text is not None and self.optional and text.lower() in ("none", "null"):
-            found = None
-        elif text is not None and self.kind is list and not text.startswith("["):
-            found = [item.strip() for item in text.split(",") if item.strip()]
-        elif text is not None and self.kind is not str:
-            with contextlib.suppress(ValueError, RecursionError):
-                found = json.loads(text.lower() if self.kind is bool else text)
+        elements = type(self.default[0]) if self.kind is list and self.default else JsonValue
+        kind = list[elements] if self.kind is list else self.kind
+        adapter = TypeAdapter(kind | None if self.optional else kind, config=ConfigDict(strict=True, allow_inf_nan=False))
         try:
-            found = json.loads(json.dumps(found, allow_nan=False, default=plain))
-            found = float(found) if self.kind is float and type(found) is int else found
-        except (TypeError, ValueError, RecursionError, OverflowError):
-            found = ...  # is of no parameter's type
-        if type(found) is list and self.kind is list and self.default:  # elements of the type of the first default
-            return [Parameter(self.name, self.default[0]).parse(item) for item in found]
-        if type(found) is self.kind or (found is None and self.optional):
-            return found
-        wanted = f"{self.kind.__name__} or None" if self.optional else self.kind.__name__
-        raise ParameterError(f"{self.name} = {value!r} is not of type {wanted} (the default is {self.default!r})")
+            text = value.strip() if isinstance(value, str) else json.dumps(value, default=plain)
+            if isinstance(value, str) and self.optional and text.lower() == "none":
+                text = "null"
+            elif isinstance(value, str) and self.kind is str:
+                text = json.dumps(value)
+            elif isinstance(value, str) and self.kind is list and not text.startswith("["):
+                items = [item.strip() for item in text.split(",") if item.strip()]
+                text = json.dumps(items) if elements in (str, JsonValue) else f"[{','.join(items)}]"
+            return adapter.validate_json(text.lower() if self.kind is bool else text)
+        except (TypeError, ValueError, RecursionError):
+            wanted = f"{self.kind.__name__} or None" if self.optional else self.kind.__name__
+            raise ParameterError(f"{self.name} = {value!r} is not of type {wanted} (the default is {self.default!r})") from None
 
 
 def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
@@ -97,47 +94,26 @@ def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
     """
     from papermill import inspect_notebook
 
-    cells = _code_cells(notebook)
-    if [index for index, (_, tags) in enumerate(cells) if "parameters" in tags] != [0]:
-        raise ParameterError(f"{notebook}: exactly one cell, the first with code, must be tagged `parameters`")
     try:
+        cells = code_cells(notebook)
+        if [index for index, (_, tags) in enumerate(cells) if "parameters" in tags] != [0]:
+            raise ValueError(f"{notebook}: exactly one cell, the first with code, must be tagged `parameters`")
         lines = [ast.unparse(line).partition(" = ")[0] for line in ast.parse(cells[0][0]).body]
-        found = {
-            name: Parameter(name, ast.literal_eval(entry["default"]), entry["help"].lstrip("# "))
-            for name, entry in inspect_notebook(str(notebook)).items()
-        }
+        entries = inspect_notebook(str(notebook))
+        if lines != list(entries):
+            raise ValueError(f"{notebook}: the parameters cell has lines that are not plain `name = literal  # help`: {lines}")
+        found = [Parameter(name, ast.literal_eval(one["default"]), one["help"].lstrip("# ")) for name, one in entries.items()]
     except (ValueError, SyntaxError) as error:
-        raise ParameterError(f"{notebook}: the parameters cell needs literals: {error}; derive values below it") from None
-    if lines != list(found):
-        raise ParameterError(f"{notebook}: the parameters cell has lines that are not plain `name = literal  # help`: {lines}")
-    for name, parameter in found.items():
-        if parameter.default is not None and type(parameter.default) not in TYPES:
-            raise ParameterError(f"{notebook}: the default of `{name}` is not of type bool, int, float, str, list or None")
-    return found
-
-
-def unread(notebook: str | os.PathLike) -> list[str]:
-    """Parameters that no later cell reads; `runs.start(…, globals())` reads `output`, and `recorder.parameters` all of them."""
-    from IPython.core.inputtransformer2 import TransformerManager
-
-    read: set[str] = set()
-    for number, (source, _) in enumerate(_code_cells(notebook)[1:], start=2):
-        try:
-            nodes = list(ast.walk(ast.parse(TransformerManager().transform_cell(source))))
-        except SyntaxError as error:
-            raise ParameterError(f"{notebook}: code cell {number} is not Python: {error}") from None
-        read |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-        if any(isinstance(node, ast.Attribute) and ast.unparse(node) == "recorder.parameters" for node in nodes):
-            return []
-    if "globals" in read:
-        read.add("output")
-    return [name for name in parameters(notebook) if name not in read]
+        raise ParameterError(f"{error} (the parameters cell of {notebook} needs literals; derive values below it)") from None
+    if wrong := [one.name for one in found if one.default is not None and type(one.default) not in TYPES]:
+        raise ParameterError(f"{notebook}: the default of `{wrong[0]}` is not of type bool, int, float, str, list or None")
+    return {parameter.name: parameter for parameter in found}
 
 
 def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str, object]:
     """Typed `values` for `notebook`; texts, as from a command line, are read.
 
-    Raises ParameterError naming the first parameter that is unknown (with the closest one), ill-typed or never read.
+    Raises ParameterError naming the first parameter that is unknown (with the closest one) or ill-typed.
     """
     if not Path(notebook).is_file():
         raise ParameterError(f"there is no notebook {notebook}")
@@ -147,8 +123,6 @@ def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str
     for name in values:
         if name not in known:
             raise ParameterError(f"{notebook} has no parameter `{name}`{closest(name, known)}")
-    for name in unread(notebook):
-        raise ParameterError(f"{notebook} never reads its parameter `{name}`: setting it would change nothing")
     try:
         return {name: known[name].parse(value) for name, value in values.items()}
     except ParameterError as error:
@@ -175,14 +149,15 @@ def run_notebook(notebook: str | os.PathLike, output: str | os.PathLike, /, *, q
     if executed in (output, notebook.absolute()):
         raise ParameterError(f"{output} would overwrite a notebook: give the result another name or suffix")
     _check_place(output.parent)
-    before, failed, what = _signature(output), False, "ended without writing its result (a cell that exits early?)"
+    before, what = output.exists() and output.stat().st_ino, None  # a result that was written is another file
     try:
         # Below the root, so that the record of the run does not name this machine.
         _execute(notebook, executed, {**values, "output": from_root(output)}, quiet)
     except (NotebookError, OSError) as error:  # OSError: papermill writes the executed copy after every cell
-        failed, what = isinstance(error, NotebookError), str(error)
-    if not failed and _signature(output) not in (None, before):
+        what = error
+    if not isinstance(what, NotebookError) and output.exists() and output.stat().st_ino != before:
         return output
+    what = str(what or "ended without writing its result (a cell that exits early?)")
     settings = {name: parameter.default for name, parameter in parameters(notebook).items()} | values
     copy = f"executed copy: {from_root(executed)}"
     raise NotebookError(f"{from_root(notebook)}: {what}{_remedy(what, settings, output)}; no result was written; {copy}")
@@ -227,14 +202,13 @@ def _kernel_manager(scratch: Path) -> type:
     from jupyter_client.kernelspec import KernelSpec
 
     environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH")])),
         "IPYTHONDIR": str(scratch),
         "PYTHONSTARTUP": "",
         "TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "10"),  # an executed copy is not a terminal
     }
-    options = {"connection_file": str(scratch / "kernel.json")}
-    if sys.platform != "win32":  # many kernels starting at once race for TCP ports; files cannot collide
-        options["transport"] = "ipc"
+    # Many kernels starting at once race for TCP ports; files cannot collide.
+    options = {"connection_file": str(scratch / "kernel.json"), "transport": "tcp" if sys.platform == "win32" else "ipc"}
 
     class KernelManager(AsyncKernelManager):
         kernel_spec = KernelSpec(**get_kernel_dict([f"--IPKernelApp.exec_lines={PLAIN_BARS}"]) | {"env": environment})
@@ -259,27 +233,12 @@ def _check_place(folder: Path) -> None:
 
 def _remedy(message: str, settings: Mapping[str, object], output: Path) -> str:
     """What to do when the disk is full, or which setting to reduce when memory ran out, unless the message says so."""
-    if any(words in message for words in DISK) and "start again" not in message:
+    if DISK.search(message) and "start again" not in message:
         return f": make room at {from_root(output.parent)} and start again; finished results stay"
     smaller = [name for name in ("batch_size", "report_seq_len", "seq_len") if (settings.get(name) or 1) > 1]
     if not MEMORY.search(message) or "batch_size=" in message or not smaller:
         return ""
     return f": try {smaller[0]}={settings[smaller[0]] // 2} instead of {settings[smaller[0]]}"
-
-
-def _signature(path: Path) -> tuple | None:
-    status = path.stat() if path.exists() else None
-    return status and (status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-def _code_cells(notebook: str | os.PathLike) -> list[tuple[str, list[str]]]:
-    """Source and tags of every code cell."""
-    try:
-        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-        code = [cell for cell in cells if cell["cell_type"] == "code"]
-        return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in code]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParameterError(f"{notebook} is not a notebook: {type(error).__name__}: {error}") from None
 
 
 def _place_of_process(output: str, scratch: str) -> Path:
@@ -307,8 +266,7 @@ def main(arguments: Sequence[str]) -> int:
         if len(values) < len(settings) or not all("=" in setting for setting in settings):
             raise ParameterError(f"settings are of the form name=value, each name once; got {' '.join(settings)}")
         with tempfile.TemporaryDirectory(prefix="prunelib-") as scratch:
-            done = run_notebook(notebook, _place_of_process(output, scratch), quiet=quiet, **values)
-            print(summary(done))
+            print(summary(run_notebook(notebook, _place_of_process(output, scratch), quiet=quiet, **values)))
     except ParameterError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

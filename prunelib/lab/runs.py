@@ -31,7 +31,6 @@ SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
 COSTS = ("seconds", "peak_mib")  # of a run: only in the table of runs
 RESERVED = ("run", "experiment", "code")
-SCALAR = bool | int | float | str | None
 PUBLISHED = "data/published/published.csv"
 PAPERS = {
     "simdiff": "SimDiff, arXiv 2604.19520",
@@ -42,6 +41,9 @@ PAPERS = {
 # Parameters that name files of one machine or one batch; they stay in the run file.
 PATHS = ("output", "data_dir", "task_data_dir", "statistics", "choices")
 CSV = {"index": False, "lineterminator": "\n", "float_format": "%.10g"}
+
+Source = str | os.PathLike | Iterable[str | os.PathLike]
+"""A folder with run files at any depth, or the files."""
 
 
 class ResultError(ValueError):
@@ -59,8 +61,7 @@ class Recorder:
     def write(self, rows: Sequence[Mapping], *, data: Mapping[str, str] | None = None, extra: Mapping | None = None) -> Path:
         """Write the run file named by the parameter `output`, and print one line about it.
 
-        The time runs from `start`; parameters, model and device are those of the notebook. `data` maps each text or file to its
-        sha256. Raises the same errors as `write_run`.
+        The time runs from `start`. `data` maps each text or file to its sha256. Raises ResultError as `write_run`.
         """
         values = {name: value for name, value in self.parameters.items() if name != "output"}
         device, model = values.get("device", "cpu"), values.get("model")
@@ -82,7 +83,9 @@ class Recorder:
 def start(experiment: str, namespace: Mapping[str, object]) -> Recorder:
     """Begin a run: `namespace` is the `globals()` of the notebook, where so far only the parameters have plain values."""
     ours = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
-    return Recorder(experiment, {name: value for name, value in ours.items() if isinstance(value, SCALAR | list)})
+    return Recorder(
+        experiment, {name: value for name, value in ours.items() if isinstance(value, bool | int | float | str | list | None)}
+    )
 
 
 def write_run(
@@ -99,17 +102,14 @@ def write_run(
     """Validate a run and write it, complete or not at all; an older file stays until the new one is ready.
 
     rows: coordinates plus `metric`, `value` and optionally `n` (items behind the value) and `stderr`; empty for a run that only
-    made arrays. Relative paths are below the project root. Raises ResultError naming the row and the key.
+    made arrays. A path inside the clone is recorded relative to it. Raises ResultError naming the row and the key.
     """
     path = at_root(path)
+    inside = {name: from_root(at) for name, at in parameters.items() if isinstance(at, str) and os.path.isabs(at)}
     run = {
         "schema": SCHEMA,
         "experiment": experiment,
-        # A path inside the clone is recorded relative to it.
-        "parameters": {
-            name: from_root(value) if isinstance(value, str) and os.path.isabs(value) else value
-            for name, value in parameters.items()
-        },
+        "parameters": {**parameters, **inside},
         "rows": [dict(row) for row in rows],
         "seconds": seconds,
         "peak_bytes": peak_bytes,
@@ -118,14 +118,6 @@ def write_run(
     }
     _validate(run, path)
     return write_json(path, run)
-
-
-def write_table(table: pd.DataFrame, path: str | os.PathLike) -> Path:
-    """Write a table as CSV, complete or not at all. Ten significant digits: those behind differ between machines."""
-    path = at_root(path)
-    with replacing(path) as temporary:
-        table.to_csv(temporary, **CSV)
-    return path
 
 
 def read_run(path: str | os.PathLike) -> dict:
@@ -137,6 +129,43 @@ def read_run(path: str | os.PathLike) -> dict:
         raise ResultError(f"{path} is not JSON ({error}): delete it and run its notebook again") from None
     _validate(run, path)
     return run
+
+
+def _validate(run: object, path: Path) -> None:
+    keys = {"experiment", "parameters", "rows", "seconds", "peak_bytes", "provenance"}
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA or not keys <= run.keys():
+        raise ResultError(f"{path} is not a run file of schema {SCHEMA}: run its notebook again")
+    for key, value in (("seconds", run["seconds"]), ("peak_bytes", run["peak_bytes"] or 0)):
+        if not _is_number(value, least=0):
+            raise ResultError(f"{path}: `{key}` = {value!r} is not a number from 0 on")
+    if taken := run["parameters"].keys() & {*VALUES, *COSTS, *RESERVED}:
+        raise ResultError(f"{path}: a parameter cannot be called `{min(taken)}`, the table has a column of that name")
+    for index, row in enumerate(run["rows"]):
+        if fault := _fault(row, run["parameters"]):
+            raise ResultError(f"{path}: row {index} ({row.get('metric')}): {fault}")
+
+
+def _fault(row: Mapping, parameters: Mapping) -> str | None:
+    """What keeps a row out of a table."""
+    if not isinstance(row.get("metric"), str) or "value" not in row:
+        return "it has no `metric` or no `value`"
+    for name, kind, least in (("value", Real, -math.inf), ("n", Integral, 1), ("stderr", Real, 0)):
+        if (name == "value" or row.get(name) is not None) and not _is_number(row[name], kind, least):
+            return f"{name} = {row[name]!r} is not a finite number from {least} on; leave out what there is not"
+    for name, value in row.items():
+        if name in RESERVED:
+            return f"`{name}` is a column that the table fills itself"
+        if isinstance(value, list | tuple | dict | set) or (isinstance(value, Real) and not abs(value) < math.inf):
+            return f"`{name}` = {value!r}: a cell holds one finite value; leave a missing coordinate out"
+        if isinstance(value, str) and "\r" in value:
+            return f"`{name}` = {value!r} holds a carriage return, which readers of a table take for the end of its line"
+        if name in parameters and name not in PATHS and parameters[name] != value:
+            return f"`{name}` = {value!r}, but the parameter of that name is {parameters[name]!r}: rename the column"
+    return None
+
+
+def _is_number(value: object, kind: type = Real, least: float | int = -math.inf) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(abs(value) < math.inf and value >= least)
 
 
 def summary(path: str | os.PathLike) -> str:
@@ -157,8 +186,8 @@ def read_choices(
 ) -> dict[tuple[str, int], tuple[int, ...]]:
     """The sets of layers that a run of selection or blocks chose: (method, K) → removed layers, ascending.
 
-    Of several calibration draws in the run, those of the first seed. Pairs that the run does not have are left out, as long as
-    every method has one. Raises ResultError when the run is of another model, or has no choice of a method.
+    Of several calibration draws, those of the first seed. Pairs that the run does not have are left out, as long as every
+    method has one. Raises ResultError when the run is of another model, or has no choice of a method.
     """
     run = read_run(path)
     if run["parameters"]["model"] != model:
@@ -170,8 +199,7 @@ def read_choices(
         size = row.get("layers_removed", row.get("size"))
         if row["method"] in methods and size in sizes and row.get("calibration_seed", draw) == draw:
             found[row["method"], size] = tuple(int(layer) for layer in row["removed_layers"].split())
-    missing = [name for name in methods if not any(method == name for method, _ in found)]
-    if missing:
+    if missing := [name for name in methods if name not in {method for method, _ in found}]:
         known = ", ".join(sorted({row["method"] for row in rows}))
         raise ResultError(f"{path} has no choice of {missing[0]!r} with K in {sorted(sizes)}; its methods are: {known}")
     return found
@@ -180,21 +208,19 @@ def read_choices(
 def published(paper: str | None = None, item: str | None = None) -> pd.DataFrame:
     """Rows of data/published/published.csv: the numbers that papers printed, never those of runs.
 
-    paper, item: as in that file, for instance "simdiff" and "fig4a"; without them all rows. `layers_removed` holds
-    integers; what is not printed is missing. Raises ResultError naming what there is when a name is unknown.
+    paper, item: as in that file, for instance "simdiff" and "fig4a". Raises ResultError naming what there is.
     """
     table = pd.read_csv(at_root(PUBLISHED), dtype={"layers_removed": "Int64"})
     for column, name in (("paper", paper), ("item", item)):
-        if name is not None:
-            known = ", ".join(table[column].unique())
-            table = table[table[column] == name]
-            if table.empty:
-                raise ResultError(f"{PUBLISHED} has no {column} {name!r}; there are: {known}")
+        known = table[column].unique()
+        if name is not None and name not in known:
+            raise ResultError(f"{PUBLISHED} has no {column} {name!r}; there are: {', '.join(known)}")
+        table = table[(table[column] == name) | (name is None)]
     return table.reset_index(drop=True)
 
 
-def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.DataFrame:
-    """The table of all runs in a folder (at any depth) or of the given run files, as `read_table` would read it.
+def collect(source: Source) -> pd.DataFrame:
+    """The table of all runs, as `read_table` would read it.
 
     Columns: `run`, `experiment`, parameters and coordinates of the rows (sorted; those without any value are left out),
     `metric`, `value`, `n`, `stderr` and `code`. Lines are sorted by run. Cells without a value are missing, never 0. Warns when
@@ -203,13 +229,21 @@ def collect(source: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.DataF
     return _joined(*(_read_csv(io.StringIO(table.to_csv(**CSV))) for table in _collected(source)))
 
 
-def write_runs(source: str | os.PathLike | Iterable[str | os.PathLike], path: str | os.PathLike) -> pd.DataFrame:
+def write_runs(source: Source, path: str | os.PathLike) -> pd.DataFrame:
     """Write the table of `collect` as `path` and, beside it, the table of runs. Raises the same errors, and OSError."""
     rows, runs = _collected(source)
     # The rows last: they are what a batch looks for, and without their runs they would say nothing.
     write_table(runs, runs_table(path))
     write_table(rows, path)
     return read_table(path)
+
+
+def write_table(table: pd.DataFrame, path: str | os.PathLike) -> Path:
+    """Write a table as CSV, complete or not at all. Ten significant digits: those behind differ between machines."""
+    path = at_root(path)
+    with replacing(path) as temporary:
+        table.to_csv(temporary, **CSV)
+    return path
 
 
 def read_table(path: str | os.PathLike) -> pd.DataFrame:
@@ -225,22 +259,19 @@ def runs_table(path: str | os.PathLike) -> Path:
     return Path(path).with_suffix(".runs.csv")
 
 
-def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _collected(source: Source) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of all runs, without what their run says for all of them; and the runs."""
-    if isinstance(source, str | os.PathLike):
-        files = [path for path in at_root(source).rglob("*.json") if not path.name.startswith(".")]
-    else:
-        files = [at_root(path) for path in source]
-    files = sorted(files, key=run_id)
-    names = [run_id(path) for path in files]
-    if not names or len(set(names)) < len(names):
-        what = "two run files of one name" if names else "no run"
+    folder = isinstance(source, str | os.PathLike)
+    files = at_root(source).rglob("[!.]*.json") if folder else map(at_root, source)
+    named = sorted((run_id(path), path) for path in files)
+    if not named or len(dict(named)) < len(named):
+        what = "two run files of one name" if named else "no run"
         raise ResultError(f"{what} in {source}: a table needs runs of distinct names (`make figures` makes them)")
     rows, runs = [], []
-    for name, file in zip(names, files, strict=True):
+    for name, file in named:
         run = read_run(file)
         scalars = {
-            key: value for key, value in run["parameters"].items() if key not in PATHS and not isinstance(value, list | dict)
+            key: value for key, value in run["parameters"].items() if not (key in PATHS or isinstance(value, list | dict))
         }
         code, peak = run["provenance"].get("source_sha256"), run["peak_bytes"]
         costs = {"seconds": round(run["seconds"], 1), "peak_mib": round(peak / 2**20) if peak else None}
@@ -249,12 +280,12 @@ def _collected(source: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple
     codes = {run["code"] for run in runs if run["code"]}
     if len(codes) > 1:
         warnings.warn(f"runs of {len(codes)} versions of the library: `snakemake --forceall` makes all again", stacklevel=3)
-    return _frame(rows, ("run",), VALUES), _frame(runs, ("run", "experiment"), (*COSTS, "code"))
+    rows, runs = (pd.DataFrame(found).convert_dtypes() for found in (rows, runs))  # integers stay so beside missing cells
+    return _ordered(rows, ("run",), VALUES), _ordered(runs, ("run", "experiment"), (*COSTS, "code"))
 
 
-def _frame(records: Sequence[Mapping], first: Sequence[str], last: Sequence[str]) -> pd.DataFrame:
-    """Columns `first`, those of the records with any value (sorted), and `last`. Integers stay so beside missing cells."""
-    table = pd.DataFrame(records).convert_dtypes()
+def _ordered(table: pd.DataFrame, first: Sequence[str], last: Sequence[str]) -> pd.DataFrame:
+    """Columns `first`, those with any value (sorted), and `last`."""
     names = table.columns[table.notna().any()].difference([*first, *last])
     return table.reindex(columns=[*first, *names, *last])
 
@@ -266,57 +297,7 @@ def _read_csv(source: object) -> pd.DataFrame:
 def _joined(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Every row with its run. A name that both have, a coordinate here and a parameter there, is filled from the run."""
     of_rows = runs.drop(columns=list(COSTS)).set_index("run").loc[rows["run"]].reset_index()
-    for name in of_rows.columns.intersection(rows.columns):
-        of_rows[name] = rows[name].where(rows[name].notna(), of_rows[name])
-    table = of_rows.assign(**{name: rows[name] for name in rows.columns.difference(of_rows.columns)})
-    ends = ["run", "experiment", *VALUES, "code"]
-    names = table.columns[table.notna().any()].difference(ends)
-    return table[[*ends[:2], *names, *ends[2:]]]
-
-
-def _validate(run: object, path: Path) -> None:
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        raise ResultError(f"{path} is not a run file of schema {SCHEMA}: run its notebook again")
-    for key, kind in (("experiment", str), ("parameters", dict), ("rows", list), ("provenance", dict)):
-        if not isinstance(run.get(key), kind):
-            raise ResultError(f"{path}: `{key}` must be a {kind.__name__}, not {run.get(key)!r}")
-    for key, value in (("seconds", run.get("seconds")), ("peak_bytes", run.get("peak_bytes") or 0)):
-        if not _is_number(value) or value < 0:
-            raise ResultError(f"{path}: `{key}` = {value!r} is not a number from 0 on")
-    if taken := run["parameters"].keys() & {*VALUES, *COSTS, *RESERVED}:
-        raise ResultError(f"{path}: a parameter cannot be called `{min(taken)}`, the table has a column of that name")
-    for index, row in enumerate(run["rows"]):
-        if fault := _fault(row, run["parameters"]):
-            raise ResultError(f"{path}: row {index} ({row.get('metric')}): {fault}")
-
-
-def _fault(row: Mapping, parameters: Mapping) -> str | None:
-    """What keeps a row out of a table."""
-    if not isinstance(row.get("metric"), str):
-        return "it has no `metric`"
-    if not _is_number(row.get("value")):
-        return f"the value {row.get('value')!r} is not a finite number; leave the row out when there is none"
-    count, stderr = row.get("n"), row.get("stderr")
-    if count is not None and not (isinstance(count, Integral) and count > 0):
-        return f"n = {count!r} is not a positive number of items"
-    if stderr is not None and not (_is_number(stderr) and stderr >= 0):
-        return f"stderr = {stderr!r} is not a number from 0 on"
-    for name, value in row.items():
-        if name in RESERVED:
-            return f"`{name}` is a column that the table fills itself"
-        if isinstance(value, list | tuple | dict | set):
-            return f"`{name}` = {value!r}: a cell holds one value"
-        if isinstance(value, Real) and not isinstance(value, bool | Integral) and not _is_number(value):
-            return f"`{name}` = {value!r} is not finite; leave a missing coordinate out"
-        if isinstance(value, str) and "\r" in value:
-            return f"`{name}` = {value!r} holds a carriage return, which readers of a table take for the end of its line"
-        if name in parameters and name not in PATHS and parameters[name] != value:
-            return f"`{name}` = {value!r}, but the parameter of that name is {parameters[name]!r}: rename the column"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) < math.inf)
+    return _ordered(rows.combine_first(of_rows), ("run", "experiment"), (*VALUES, "code"))
 
 
 def main(arguments: Sequence[str]) -> int:
