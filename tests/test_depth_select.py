@@ -1,6 +1,5 @@
 """Choosing layers and alpha: the exact path against brute force, and against the paper's ternary search."""
 
-import inspect
 import itertools
 import math
 
@@ -36,9 +35,7 @@ def test_lowest():
     assert lowest(importance, 2, protect_last=2) == (0, 1)
     assert lowest(importance, 2, protect_first=1, protect_last=2) == (1, 2)
     assert all(type(index) is int for index in lowest(importance, 3))
-
-
-def test_among_equals_the_shallower_goes():
+    # Among equals the shallower goes.
     assert lowest(np.array([1.0, 0.0, 0.0, 0.0]), 2) == (1, 2)
     assert lowest(np.zeros(6), 3, protect_first=2) == (2, 3, 4)
 
@@ -49,8 +46,8 @@ def test_among_equals_the_shallower_goes():
         (lambda: lowest(np.arange(6.0), 6), "cannot remove 6 of 6 layers: at least one must stay"),
         (lambda: alpha_path(np.arange(6.0), np.arange(6.0), 6), "cannot remove 6 of 6 layers"),
         (lambda: lowest(np.arange(6.0), 4, 2, 1), "with the first 2 and the last 1 protected: only 3 may go"),
-        (lambda: lowest(np.arange(6.0), -1), "layers_removed must not be negative, got -1"),
-        (lambda: lowest(np.arange(6.0), 1, protect_last=-1), "protect_last must not be negative"),
+        (lambda: lowest(np.arange(6.0), -1), "layers_removed=-1, .*: none of them can be negative"),
+        (lambda: lowest(np.arange(6.0), 1, protect_last=-1), "protect_last=-1: none"),
         (lambda: lowest(np.array([0.0, 1.0, np.nan]), 1), r"importance of layers \[2\] is NaN"),
         (lambda: lowest_block(np.zeros(1), 6), "cannot remove 6 of 6 layers"),
         (lambda: lowest_block(np.zeros(3), 6, 2, 1), "cannot remove 4 of 6 layers with the first 2 and the last 1 protected"),
@@ -124,7 +121,6 @@ def test_path_respects_protection():
     path = alpha_path(similarity, difference, 6, protect_first=2, protect_last=3)
     assert_partition(path)
     for interval in path:
-        assert set(interval.removed) <= set(range(2, 13))
         assert lowest(mixed(similarity, difference, interval.midpoint), 6, 2, 3) == interval.removed
 
 
@@ -170,8 +166,6 @@ def test_all_lines_through_one_point(alpha):
 
 
 def test_bad_terms():
-    with pytest.raises(ValueError, match="3 similarity terms but 4 difference terms"):
-        inspect.unwrap(alpha_path)(np.zeros(3), np.zeros(4), 1)  # the type checker of the tests would speak first
     with pytest.raises(ValueError, match="must be finite"):
         alpha_path(np.array([0.1, np.nan]), np.array([0.1, 0.2]), 1)
 
@@ -206,11 +200,8 @@ def test_exact_evaluates_each_set_once():
     assert choice.evaluations == len(path) > 2
     best = min(path, key=lambda interval: table(3)([interval.removed])[0])
     assert (choice.alpha, choice.removed, choice.value) == (best.midpoint, best.removed, table(3)([best.removed])[0])
-
-
-def test_equal_values_choose_the_lower_alpha():
-    path = [AlphaInterval(0.0, 0.25, (0,)), AlphaInterval(0.25, 0.75, (1,)), AlphaInterval(0.75, 1.0, (2,))]
-    assert exact_alpha(path, lambda sets: [2.0, 1.0, 1.0]).alpha == 0.5
+    # Of equal values that at the lower alpha.
+    assert exact_alpha(path, lambda sets: [2.0] + [1.0] * (len(sets) - 1)).alpha == path[1].midpoint
 
 
 @pytest.mark.parametrize("target", [0.0, 1 / 3, 0.77, 1.0])
@@ -225,12 +216,12 @@ def test_ternary_finds_the_minimum_of_a_unimodal_function(target):
 
 def test_ternary_follows_algorithm_1():
     """First probes at 1/3 and 2/3; the lower one is worse, so the left end moves up to it; then the other way."""
-    alphas, values = [], {(3,): 5.0, (6,): 1.0, (5,): 0.5, (7,): 2.0}
+    alphas, values = [], {(3,): 5.0, (6,): 1.0, (5,): 0.5, (7,): 2.0, (4,): 3.0}
     evaluate, calls = recorded(lambda sets: [values[removed] for removed in sets])
-    choice = ternary_alpha(lambda alpha: alphas.append(alpha) or (round(alpha * 9),), evaluate, max_steps=2)
-    assert alphas == pytest.approx([1 / 3, 2 / 3, 5 / 9, 7 / 9])
+    choice = ternary_alpha(lambda alpha: alphas.append(alpha) or (round(alpha * 9),), evaluate)
+    assert alphas[:6] == pytest.approx([1 / 3, 2 / 3, 5 / 9, 7 / 9, 13 / 27, 17 / 27])
     assert calls == list(values)
-    assert (choice.alpha, choice.value, choice.evaluations) == (pytest.approx(5 / 9), 0.5, 4)
+    assert (choice.alpha, choice.value, choice.evaluations) == (pytest.approx(5 / 9), 0.5, 5)
 
 
 def test_ternary_on_a_plateau_moves_the_right_end_down():
@@ -240,10 +231,6 @@ def test_ternary_on_a_plateau_moves_the_right_end_down():
     assert choice.evaluations == 1
     assert alphas[-2] < 1e-3
     assert 1e-3 < (alphas[-1] - alphas[-2]) * 3 < 1.6e-3
-    for options, count in (({"eps": 1e-12, "max_steps": 4}, 8), ({"eps": 0.5}, 4)):
-        alphas.clear()
-        ternary_alpha(lambda alpha: alphas.append(alpha) or (0,), lambda sets: [1.0], **options)
-        assert len(alphas) == count
 
 
 def test_infinite_values_are_results_and_nan_is_not():
@@ -256,11 +243,3 @@ def test_infinite_values_are_results_and_nan_is_not():
         ternary_alpha(lambda alpha: (1,), lambda sets: [math.nan])
     with pytest.raises(RuntimeError, match="the evaluation of 2 sets gave 1 values"):
         exact_alpha(path, lambda sets: [1.0])
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match="alpha path is empty"):
-        exact_alpha([], lambda sets: [])
-    for settings in ({"eps": 0.0}, {"max_steps": 0}):
-        with pytest.raises(ValueError, match=r"eps=.* must lie between 0 and 1, max_steps=.* must be at least 1"):
-            ternary_alpha(lambda alpha: (0,), lambda sets: [0.0], **settings)

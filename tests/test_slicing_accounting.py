@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import build
-from slicing_models import CUT, sliced
+from model_helpers import CUT, sliced
 from torch import nn
 from transformers import LlamaConfig, MistralConfig, OPTConfig, PhiConfig
 

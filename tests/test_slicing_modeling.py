@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
-from slicing_models import CUT, FAMILIES, logits, sliced
+from model_helpers import CUT, SLICED_FAMILIES, logits, sliced
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +40,7 @@ def test_shortcuts_vanish_where_they_can():
     assert shortcut_kinds([5, 8, 5, 8], size) == ["identity", "dense", "identity"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SLICED_FAMILIES)
 def test_saved_loaded_and_generated_with(name, tokens, tmp_path):
     model = sliced(build(name), CUT, tokens)
     models.save(model, None, tmp_path / "sliced")  # proves the reload: keys, weights, logits

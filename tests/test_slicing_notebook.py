@@ -106,7 +106,7 @@ def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
         found = evaluate_tasks(model, tokenizer, "pydocs_parameter", bos=True, limit=5, batch_size=8, progress=False)
         found = found["pydocs_parameter"]
         mine = [row for row in rows if row["method"] == method and row.get("slice_base") != 0]
-        assert {row["value"] for row in mine if row["metric"] in ("acc", "average")} == {found.acc}
+        assert {row["value"] for row in mine if row["metric"] in ("acc", "average")} == {found.value()}
         assert run_file["provenance"]["data"]["pydocs_parameter"] == found.items_sha256
     plans = [(row["method"], row["slice_base"]) for row in rows if row["metric"] == "over_constant"]
     assert plans == [("dynamic", 0.0), ("dynamic", 0.125), ("keep_first_full", 0.0)]

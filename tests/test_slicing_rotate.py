@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from slicing_models import CUT, FAMILIES, FULL, UNCUT_LAYERS, difference, logits, sliced
+from model_helpers import CUT, FULL, SLICED_FAMILIES, UNCUT_LAYERS, difference, logits, sliced
 from torch import nn
 from torch.nn import functional
 
@@ -52,10 +52,10 @@ def exact(model):
 
 
 def test_every_family_is_tested():
-    assert {ARCHITECTURES[name][0] for name in FAMILIES} == set(SLICEABLE)
+    assert {ARCHITECTURES[name][0] for name in SLICED_FAMILIES} == set(SLICEABLE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SLICED_FAMILIES)
 def test_without_cuts_the_model_is_the_dense_model(name, tokens):
     model = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -98,7 +98,7 @@ def test_full_rotation_leaves_perplexity_unchanged(tiny_llama, tokens):
         assert torch.allclose(weight @ weight.T, torch.eye(32), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SLICED_FAMILIES)
 @pytest.mark.parametrize("plan", [CUT, UNCUT_LAYERS], ids=["cut", "uncut_layers"])
 def test_folded_shortcuts_compute_the_same(name, plan, tokens):
     model = build(name).double()
@@ -229,7 +229,7 @@ def test_singular_vectors(shape):
     assert torch.allclose(singular, torch.linalg.svdvals(matrix), atol=1e-8)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SLICED_FAMILIES)
 def test_one_basis_needs_no_shortcuts(name, tokens):
     model = build(name).double()
     shared = sliced(model, UNCUT_LAYERS, tokens, shortcuts="shared_basis")

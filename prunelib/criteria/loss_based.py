@@ -1,8 +1,7 @@
 """Importance that needs the model itself: its loss without a layer, its weights, their gradients, the entropy of its states."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from prunelib.evaluation.perplexity import check_windows
 from prunelib.models import decoder_layers
 from prunelib.models.layerwise import LayerwiseModel
 
-# --- leave one out -------------------------------------------------------------------------------------------------------
-
 
 @ablation(title="Leave-one-out NLL", source="Shortened LLaMA (PPL), arXiv 2402.02834", protect_first=4, protect_last=2)
 def leave_one_out_nll(
@@ -26,9 +23,8 @@ def leave_one_out_nll(
 ) -> Float64[np.ndarray, "layer"]:
     """Nats per token that the dense model loses without the layer; negative where it does better.
 
-    The order is that of the perplexity without the layer, the paper's PPL criterion, and of the first step of SLEB. The
-    paper's "plus" rule protects the first four and the last two layers, for this and the next two of its criteria.
-    Published calibration: 10 samples of 128 tokens of BookCorpus.
+    The order is that of the paper's PPL criterion and of the first step of SLEB. The paper's "plus" rule protects the first
+    four and the last two layers. Published calibration: 10 samples of 128 tokens of BookCorpus.
     """
     sets = [(), *((layer,) for layer in range(len(decoder_layers(model))))]
     found = layer_set_perplexity(model, windows, sets, batch_size=batch_size, progress=False)
@@ -45,74 +41,51 @@ def leave_one_out_kl(
     return np.array([found[removed].kl for removed in sets])
 
 
-# --- weights and their gradients -----------------------------------------------------------------------------------------
-
-
 @ablation(title="Taylor+", source="Shortened LLaMA (Taylor+), arXiv 2402.02834, Eq. 2", protect_first=4, protect_last=2)
+@torch.enable_grad()
 def taylor(
     model: PreTrainedModel, windows: Int64[Tensor, "window position"], batch_size: int = 10
 ) -> Float64[np.ndarray, "layer"]:
     """Sum over the weights w of a layer of |w dLoss/dw|; >= 0.
 
-    The first-order change of the loss (mean negative log-likelihood of all scored tokens) when a weight is set to zero. All
-    matrices and norms of the layer count, biases do not, as in the released code; the products are summed over the samples
-    first, the absolute value comes after, so the batch size changes nothing. Needs the memory of one gradient of all layers.
+    The first-order change of the loss when a weight is set to zero. Matrices and norms count, biases do not, as in the released
+    code; gradients are summed over the samples before the absolute value is taken, so the batch size changes nothing. Needs the
+    memory of one float32 gradient of all layers.
     """
     check_windows(model, windows, batch_size=batch_size)
     weights = [_weights(layer) for layer in decoder_layers(model)]
     flat = [weight for layer in weights for weight in layer]
-    tokens = windows[:, 1:].numel()
-    gradients: list[Tensor | None] = [None] * len(flat)
-    with _requiring_gradients(flat), torch.enable_grad():
+    gradients = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in flat}  # sums of float16 overflow
+    frozen = [weight for weight in flat if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
         for batch in windows.split(batch_size):
             ids = batch.to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / tokens
-            parts = torch.autograd.grad(loss, flat, allow_unused=True)
-            gradients = [_sum(total, part) for total, part in zip(gradients, parts, strict=True)]
-    # An expert that no token reached has no gradient.
-    salience = iter(
-        0.0 if gradient is None else _absolute_sum(weight.detach().float() * gradient)
-        for weight, gradient in zip(flat, gradients, strict=True)
-    )
-    return np.array([math.fsum(next(salience) for _ in layer) for layer in weights])
+            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            # An expert that no token reached has the gradient 0.
+            parts = torch.autograd.grad(loss / windows[:, 1:].numel(), flat, materialize_grads=True)
+            for weight, part in zip(flat, parts, strict=True):
+                gradients[weight] += part
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    return np.array([_absolute_sum(weight.detach().float() * gradients[weight] for weight in layer) for layer in weights])
 
 
 @ablation(title="Mag+", source="Shortened LLaMA (Mag+), arXiv 2402.02834, Eq. 1", protect_first=4, protect_last=2)
 def magnitude(model: PreTrainedModel, windows: Int64[Tensor, "window position"]) -> Float64[np.ndarray, "layer"]:
     """Sum over the weights of a layer of |w|; biases do not count; >= 0. The windows do not matter."""
-    return np.array([math.fsum(map(_absolute_sum, _weights(layer))) for layer in decoder_layers(model)])
+    return np.array([_absolute_sum(_weights(layer)) for layer in decoder_layers(model)])
 
 
 def _weights(layer: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in layer.named_parameters() if not name.endswith("bias")]
 
 
-@contextmanager
-def _requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters only, which others then do not cost; and the model as it was, after that."""
-    changed = [parameter for parameter in parameters if not parameter.requires_grad]
-    for parameter in changed:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(False)
-
-
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    # In float32 whatever the model: sums of float16 gradients overflow.
-    if part is None:
-        return total
-    return part.float() if total is None else total.add_(part.float())
-
-
-def _absolute_sum(values: Tensor) -> float:
-    return values.detach().float().abs().sum(dtype=torch.float64).item()
-
-
-# --- entropy -------------------------------------------------------------------------------------------------------------
+def _absolute_sum(tensors: Iterable[Tensor]) -> float:
+    return math.fsum(values.detach().float().abs().sum(dtype=torch.float64).item() for values in tensors)
 
 
 @ablation(title="EntroDrop", source="EntroDrop, arXiv 2504.03794", protect_first=2, protect_last=1)
@@ -121,12 +94,11 @@ def entropy_gain(
 ) -> Float64[np.ndarray, "layer"]:
     """H(output) - H(input) of the hidden states of a layer, by `knn_entropy` in nats; mean over batches.
 
-    As published for a whole layer. The first stage, in which entropy falls, is never pruned: the first two layers are
-    protected, and the last. A layer that changes nothing has 0, which is not the lowest where others lower the entropy.
-    Entropies are those of the tokens of one batch together, which must be more than `neighbors`. Published calibration:
-    128 windows of 256 tokens of C4.
+    The first stage, in which entropy falls, is never pruned: the first two layers are protected, and the last. A layer that
+    changes nothing has 0, which is not the lowest where others lower the entropy. Entropies are those of the tokens of one
+    batch together, more than `neighbors` of them. Published calibration: 128 windows of 256 tokens of C4.
     """
-    return _entropy_gains(model, windows, neighbors, batch_size)
+    return _entropy_gains(model, windows, neighbors, batch_size, without=())
 
 
 @ablation(title="EntroDrop (as released)", source="EntroDrop's released code", protect_first=2, protect_last=1)
@@ -144,9 +116,8 @@ def entropy_gain_attention(
 def knn_entropy(states: Float[Tensor, "token dim"], neighbors: int = 25) -> float:
     """Differential entropy in nats, from the distance r of each token to its k-th nearest neighbor (not itself).
 
-    d mean(log r) + log(pi^(d/2) / Gamma(d/2 + 1)) + log(n) - log(k), for n tokens of width d, as EntroDrop estimates it: the
-    estimator of Kozachenko and Leonenko with logarithms in the place of digamma functions. Distances below 1e-10 count as
-    that. Raises ValueError when there are not more than `neighbors` tokens.
+    d mean(log r) + log(pi^(d/2) / Gamma(d/2 + 1)) + log(n) - log(k), for n tokens of width d: as EntroDrop, the estimator of
+    Kozachenko and Leonenko with logarithms for digamma functions. Raises ValueError for not more than `neighbors` tokens.
     """
     tokens, width = states.shape
     if not 1 <= neighbors < tokens:
@@ -167,7 +138,7 @@ def _entropy_gains(
     windows: Int64[Tensor, "window position"],
     neighbors: int,
     batch_size: int,
-    without: tuple[str, ...] = (),
+    without: tuple[str, ...],
 ) -> Float64[np.ndarray, "layer"]:
     """Entropy of the output of each layer while its sublayers `without` are silent, minus that of its input; batch mean.
 
@@ -179,12 +150,11 @@ def _entropy_gains(
     for batch in windows.split(batch_size):
         hidden = engine.embed(batch)
         entropy = knn_entropy(hidden.flatten(0, 1), neighbors)
-        gain = []
+        gains.append([])
         for index in range(engine.n_layers):
             output = engine.run_layer(index, hidden)
-            state = engine.run_layer(index, hidden, without) if without else output
-            after = knn_entropy(state.flatten(0, 1), neighbors)
-            gain.append(after - entropy)
-            hidden, entropy = output, after if state is output else knn_entropy(output.flatten(0, 1), neighbors)
-        gains.append(gain)
+            after = knn_entropy(output.flatten(0, 1), neighbors)
+            part = engine.run_layer(index, hidden, without) if without else output
+            gains[-1].append((knn_entropy(part.flatten(0, 1), neighbors) if without else after) - entropy)
+            hidden, entropy = output, after
     return np.mean(gains, axis=0)

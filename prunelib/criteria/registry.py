@@ -1,8 +1,7 @@
 """Named rules for the importance of layers, and the registries that hold them.
 
 A rule is one function of data and keyword options, under one of three decorators: `criterion` (of layer statistics),
-`block_criterion` (of a contiguous block) or `ablation` (of a model and calibration windows). The decorator says what the rule
-is called in plots, where it was published and which layers its paper never removes; experiments take rules by name.
+`block_criterion` (of a contiguous block) or `ablation` (of a model and calibration windows).
 """
 
 import inspect
@@ -38,13 +37,11 @@ class Rule:
 
     def __call__(self, *data: Any, **options: Any) -> np.ndarray:
         """Importance in float64; raises ValueError for options the rule does not have, RuntimeError for NaN or infinity."""
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
+        if unknown := sorted(set(options) - set(self.options)):
             known = ", ".join(self.options) or "none"
             raise ValueError(f"{self.kind} {self.name} has no option {', '.join(unknown)}; its options are: {known}")
         importance = np.asarray(self.importance(*data, **options), dtype=np.float64)
-        bad = np.flatnonzero(~np.isfinite(importance)).tolist()
-        if bad:
+        if bad := np.flatnonzero(~np.isfinite(importance)).tolist():
             raise RuntimeError(f"importance by {self.name} is NaN or infinite at {bad}; check the weights, or use float32")
         return importance
 
@@ -54,8 +51,7 @@ class Rules(dict[str, Rule]):
 
     def __init__(self, kind: str, *, data: int):
         super().__init__()
-        self.kind = kind
-        self.data = data
+        self.kind, self.data = kind, data
 
     def __missing__(self, name: str) -> Rule:
         raise ValueError(f"unknown {self.kind} {name!r}; there are: {', '.join(sorted(self))}")

@@ -41,8 +41,7 @@ def deepest(stats: LayerStats) -> Float64[np.ndarray, "layer"]:
 def angular(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.ndarray, "start"]:
     """Angular distance between input and output of every block of n layers: element l is for layers l .. l+n-1.
 
-    In [0, 1], the mean over tokens of arccos(cos) / pi; L + 1 - n elements. On the last token of each sample by default, as
-    Gromov et al. (arXiv 2403.17887) define it. Raises ValueError unless 1 <= n <= L.
+    The mean over tokens of arccos(cos) / pi, in [0, 1]; L + 1 - n elements. Raises ValueError unless 1 <= n <= L.
     """
     subset, count = _block(stats, n, tokens)
     return np.diagonal(stats.angle[subset], offset=n) / count
@@ -52,9 +51,8 @@ def angular(stats: LayerStats, n: int, tokens: str = "last") -> Float64[np.ndarr
 def block_cosine(stats: LayerStats, n: int, tokens: str = "all") -> Float64[np.ndarray, "start"]:
     """(1 - mean over tokens of cos(block input, block output)) / 2 of every block of n layers; L + 1 - n elements in [0, 1].
 
-    One minus the similarity (1 + cos) / 2 by which LLM-Streamline (arXiv 2403.19135) chooses, on all tokens; SimDiff's I_sim
-    of a block. (Its released code takes the state after the final norm for blocks that end at the last layer.) Raises
-    ValueError unless 1 <= n <= L.
+    SimDiff's I_sim of a block. (The released code of LLM-Streamline takes the state after the final norm for blocks that end
+    at the last layer.) Raises ValueError unless 1 <= n <= L.
     """
     subset, count = _block(stats, n, tokens)
     return (1 - np.diagonal(stats.cosine[subset], offset=n) / count) / 2

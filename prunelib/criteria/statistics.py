@@ -6,20 +6,20 @@ All sums run over tokens, in float64, for every pair of states at once, so block
 MSSD, MASD (with or without division by the width) and relative magnitude all follow from a single pass.
 """
 
+import functools
 import json
+import operator
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import safetensors.numpy
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -34,8 +34,7 @@ massive activations); only the last real token of each sample (the one Gromov et
 
 # Working memory of the reduction, per device type. On a CPU a chunk must stay in cache: 64 tokens of 33 states of width 160.
 # On a GPU it must be large enough to hide the launches.
-_CHUNK_BYTES = {"cpu": 5 << 19}
-_CHUNK_BYTES_ACCELERATOR = 256 << 20
+_CHUNK_BYTES = {"cpu": 5 << 19, "cuda": 256 << 20}
 _PIECE = 256  # tokens that an accelerator adds up one after the other
 
 
@@ -52,7 +51,7 @@ class LayerStats:
     relative_magnitude: sum of |h_{i+1} - h_i| / |h_{i+1}| (the ablation of ShortGPT, arXiv 2403.03853).
     norm: sum of |h_i| (l2).
 
-    Statistics of disjoint token sets add up: ``a + b``. Raises ValueError when the shapes do not belong together.
+    Statistics of disjoint token sets add up: ``a + b``.
     """
 
     hidden_size: int
@@ -64,14 +63,6 @@ class LayerStats:
     relative_magnitude: Float64[np.ndarray, "subset layer"]
     norm: Float64[np.ndarray, "subset state"]
 
-    def __post_init__(self):
-        pairs = (self.n_layers + 1, self.n_layers + 1)
-        axes = {"count": (), "cosine": pairs, "angle": pairs, "norm": pairs[:1]}
-        for name in _ARRAYS:
-            found, shape = getattr(self, name).shape, (len(SUBSETS), *axes.get(name, (self.n_layers,)))
-            if found != shape:
-                raise ValueError(f"LayerStats of {self.n_layers} layers needs {name} of shape {shape}, got {found}")
-
     @property
     def n_layers(self) -> int:
         """Number of decoder layers L."""
@@ -79,11 +70,9 @@ class LayerStats:
 
     def __add__(self, other: "LayerStats") -> "LayerStats":
         """Statistics of the union of two disjoint token sets. Raises ValueError for models of different shape."""
-        if (self.n_layers, self.hidden_size) != (other.n_layers, other.hidden_size):
-            raise ValueError(
-                f"cannot merge statistics of {self.n_layers} layers of width {self.hidden_size} "
-                f"with statistics of {other.n_layers} layers of width {other.hidden_size}"
-            )
+        shapes = [f"{stats.n_layers} layers of width {stats.hidden_size}" for stats in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"cannot add statistics of {shapes[1]} to those of {shapes[0]}")
         return LayerStats(self.hidden_size, **{name: getattr(self, name) + getattr(other, name) for name in _ARRAYS})
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str]) -> None:
@@ -99,8 +88,6 @@ class LayerStats:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LayerStats":
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is damaged or something else."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no layer statistics at {path}")
         try:
             found = safetensors.numpy.load_file(path)
         except SafetensorError as error:
@@ -113,10 +100,23 @@ class LayerStats:
 _ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hidden_size")
 
 
-@memory.says_what_fits(
-    "batch_size",
-    "shorter windows, a smaller dtype, or stream the model (prunelib.scale.offload; stream=true in the statistics notebook)",
-)
+def read_draws(paths: Iterable[str | os.PathLike], model: str) -> dict[tuple[str, int], LayerStats]:
+    """Statistics by (text, seed) of their calibration windows, from what the statistics notebook saved.
+
+    Raises ValueError for statistics of another model, and as `LayerStats.load`.
+    """
+    draws = {}
+    for path in paths:
+        stats = LayerStats.load(path)
+        with safe_open(path, framework="numpy") as file:
+            made = json.loads(file.metadata()["metadata"])
+        if made["model"] != model:
+            raise ValueError(f"{path} holds statistics of {made['model']}, not of {model}")
+        draws[made["corpus"], int(made["seed"])] = stats
+    return draws
+
+
+@memory.says_what_fits("batch_size", "shorter windows, a smaller dtype, or stream the model (prunelib.scale.offload)")
 def collect(
     model: PreTrainedModel,
     windows: Int[Tensor, "sample token"],
@@ -134,31 +134,41 @@ def collect(
     Raises ValueError for bad windows or masks and for tokens of another model, RuntimeError naming the layer and the batch at
     the first NaN or infinity, and OutOfMemory with a setting that takes less.
     """
+    return functools.reduce(operator.add, batch_sums(model, windows, mask=mask, batch_size=batch_size, progress=progress))
+
+
+@torch.inference_mode()
+def batch_sums(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "sample token"],
+    *,
+    mask: Shaped[Tensor, "_ _"] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+    share: slice = slice(None),
+) -> list[LayerStats]:
+    """The statistics that `collect` adds up: of each batch, or of those in `share`."""
     mask = checked_mask(windows, mask)
     check_vocabulary(model, windows)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    engine, states = LayerwiseModel(model), _States()
-    total = None
-    starts = range(0, len(windows), batch_size)
-    with torch.inference_mode():
-        for batch, start in enumerate(tqdm(starts, desc="layer statistics", unit="batch", disable=not progress)):
-            rows = slice(start, min(start + batch_size, len(windows)))
-            stats = from_states(states.of(engine, windows[rows], mask[rows]), mask[rows])
-            check_finite(stats, f"batch {batch} (samples {rows.start} to {rows.stop - 1})")
-            total = stats if total is None else total + stats
-    return total
+    engine, buffer, found = LayerwiseModel(model), torch.empty(0), []
+    starts = range(0, len(windows), batch_size)[share]
+    for start in tqdm(starts, desc="layer statistics", unit="batch", disable=not progress):
+        rows = slice(start, min(start + batch_size, len(windows)))
+        buffer = _hidden_states(engine, windows[rows], mask[rows], buffer)
+        found.append(from_states(buffer, mask[rows]))
+        check_finite(found[-1], rows, batch_size)
+    return found
 
 
 @torch.inference_mode()
 def influence_through_final_norm(model: PreTrainedModel, windows: Int[Tensor, "sample token"], *, batch_size: int = 8) -> float:
-    """1 - mean over all tokens of cos(input of the last layer, its output after the final norm).
+    """`block_influence` of the last layer as the released code of Dynamic LLM Slicing (arXiv 2411.03513) takes it.
 
-    `block_influence` of the last layer as the released code of Dynamic LLM Slicing (arXiv 2411.03513) takes it, from
-    ``output_hidden_states``. A norm with unequal weights turns the states, so it is larger than the layer's own.
-    Raises ValueError for no windows, RuntimeError for NaN and infinity.
+    1 - mean over all tokens of cos(input of the last layer, its output after the final norm). A norm with unequal weights turns
+    the states, so it is larger than the layer's own. Raises RuntimeError for NaN and infinity.
     """
-    checked_mask(windows, None)
     total = 0.0
     for batch in windows.split(batch_size):
         found = model.base_model(input_ids=batch.to(model.device), output_hidden_states=True, use_cache=False)
@@ -183,12 +193,15 @@ def from_states(
     mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
     device, (n_states, width) = device or states.device, states.shape[2:]
     weights = _subset_weights(mask).to(device)
-    real = mask.flatten().nonzero().flatten()
     states = states.flatten(0, 1)
-    if len(real) < len(states):
-        states = states.index_select(0, real.to(states.device))
-    products, token_bytes = _products_for(states, device)
-    chunk = max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR) // token_bytes)
+    if not mask.all():
+        states = states.index_select(0, mask.flatten().nonzero().flatten().to(states.device))
+    products, token_bytes = _Plain(), 8 * n_states * width
+    fused = _fused(device) if device.type == "cuda" else None
+    if fused is not None and fused.usable(states):
+        copied = 0 if states.device == device else states.itemsize * n_states * width
+        products, token_bytes = fused.products, 16 * n_states**2 + copied
+    chunk = max(1, _CHUNK_BYTES[device.type] // token_bytes)
     space = None if states.device == device else states.new_empty((n_states, min(chunk, len(states)), width), device=device)
     total: dict[str, Tensor] = {}
     for start in range(0, len(states), chunk):
@@ -203,19 +216,7 @@ def from_states(
     return LayerStats(width, **_arrays(total, n_states))
 
 
-_Products = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def _products_for(states: Float[Tensor, "token state dim"], device: torch.device) -> tuple[_Products, int]:
-    """What multiplies the states on this device, and the bytes that a chunk takes for each token."""
-    _, n_states, width = states.shape
-    fused = _fused(device) if device.type == "cuda" else None
-    if fused is not None and fused.usable(states):
-        return fused.products, 16 * n_states**2 + (0 if states.device == device else states.itemsize * n_states * width)
-    return _Plain(), 8 * n_states * width
-
-
-@cache
+@functools.cache
 def _fused(device: torch.device) -> ModuleType | None:
     """`prunelib.criteria.fused` where it works, else None, with a warning where it ought to."""
     try:
@@ -223,10 +224,9 @@ def _fused(device: torch.device) -> ModuleType | None:
     except ImportError:  # Triton has no build for this platform
         return None
     problem = fused.problem(device)
-    if problem is None:
-        return fused
-    warnings.warn(f"layer statistics without the Triton kernel, more slowly: {problem}", stacklevel=2)
-    return None
+    if problem is not None:
+        warnings.warn(f"layer statistics without the Triton kernel, more slowly: {problem}", stacklevel=2)
+    return fused if problem is None else None
 
 
 class _Plain:
@@ -258,40 +258,33 @@ def checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample t
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("mask must hold 1 for real tokens and 0 for padding, nothing else")
     mask = mask.bool().cpu()
-    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
+    if empty := (~mask.any(dim=1)).nonzero().flatten().tolist():
         raise ValueError(f"samples {empty} consist of padding only; remove them")
     return mask
 
 
-class _States:
-    """The hidden states of one batch: the inputs of all layers and the output of the last, before the final norm.
+def _hidden_states(
+    engine: LayerwiseModel, ids: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"], buffer: Tensor
+) -> Float[Tensor, "sample token state dim"]:
+    """The inputs of all layers and the output of the last, before the final norm, in `buffer` where they fit into it.
 
-    Each is copied as it appears into one buffer that all batches share. Keeping the tensors themselves makes the forward pass
-    allocate new memory for every layer, 10% slower on a CPU; and a later layer that works in place cannot change the copy.
+    Keeping the tensors themselves makes the forward pass allocate new memory for every layer, 10% slower on a CPU; and a later
+    layer that works in place cannot change the copy.
     """
-
-    def __init__(self):
-        self.buffer = torch.empty(0)
-
-    def of(
-        self, engine: LayerwiseModel, ids: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"]
-    ) -> Float[Tensor, "sample token state dim"]:
-        """The states of these windows; the next call overwrites them."""
-        hidden, n_states = engine.embed(ids, mask), engine.n_layers + 1
-        shape = (*hidden.shape[:2], n_states, hidden.shape[2])
-        if self.buffer.shape != shape:
-            if hidden.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
-                self.buffer = torch.empty(shape, dtype=hidden.dtype)
-            else:  # each state one piece of memory, which is copied fastest
-                self.buffer = hidden.new_empty((n_states, *hidden.shape)).permute(1, 2, 0, 3)
-        self.buffer[:, :, 0].copy_(hidden)
-        for index in range(engine.n_layers):
-            hidden = engine.run_layer(index, hidden)
-            # Some models widen the residual stream on the way.
-            self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, hidden.dtype))
-            self.buffer[:, :, index + 1].copy_(hidden)
-        return self.buffer
+    hidden, n_states = engine.embed(ids, mask), engine.n_layers + 1
+    shape = (*hidden.shape[:2], n_states, hidden.shape[2])
+    if buffer.shape != shape:
+        if hidden.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
+            buffer = torch.empty(shape, dtype=hidden.dtype)
+        else:  # each state one piece of memory, which is copied fastest
+            buffer = hidden.new_empty((n_states, *hidden.shape)).permute(1, 2, 0, 3)
+    buffer[:, :, 0].copy_(hidden)
+    for index in range(engine.n_layers):
+        hidden = engine.run_layer(index, hidden)
+        # Some models widen the residual stream on the way.
+        buffer = buffer.to(torch.promote_types(buffer.dtype, hidden.dtype))
+        buffer[:, :, index + 1].copy_(hidden)
+    return buffer
 
 
 def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset real"]:
@@ -308,7 +301,7 @@ def token_sums(
     step: Float64[Tensor, "token layer"],
     absolute: Float64[Tensor, "token layer"],
     weights: Float64[Tensor, "subset token"],
-) -> dict[str, Float64[Tensor, "subset _"]]:
+) -> dict[str, Float64[Tensor, "subset *_"]]:
     """Weighted sums over tokens of all quantities of `LayerStats`; pairs of states i < j as one axis, row by row.
 
     Taken are the Gram matrix of the raw states and, of each layer's step h_{i+1} - h_i, the length and the absolute sum.
@@ -324,7 +317,7 @@ def token_sums(
     scale = (squared_norm[:, first] * squared_norm[:, second]).sqrt_().clamp_(min=tiny)
     cosine = gram[:, first * n_states + second].div_(scale).clamp_(-1, 1)
     return {
-        "count": weights.sum(dim=1, keepdim=True),
+        "count": weights.sum(dim=1),
         "cosine": _weighted(weights, cosine),
         "angle": _weighted(weights, cosine.acos_().div_(torch.pi)),
         "squared_difference": _weighted(weights, step.square()),
@@ -345,26 +338,24 @@ def _weighted(weights: Float64[Tensor, "subset token"], values: Float64[Tensor, 
     return pieces + weights[:, whole:] @ values[whole:]
 
 
-def check_finite(stats: LayerStats, where: str) -> None:
-    """Raise RuntimeError naming the first state that is not finite, and `where`.
+def check_finite(stats: LayerStats, rows: slice, batch_size: int) -> None:
+    """Raise RuntimeError naming the first state that is not finite, and the batch, which holds the samples `rows`.
 
     Float64 squares of finite float32 numbers cannot overflow: a norm is finite exactly when its state is.
     """
     bad = np.flatnonzero(~np.isfinite(stats.norm[0]))
     if len(bad):
         state = "input of layer 0 (the embedding)" if bad[0] == 0 else f"output of layer {bad[0] - 1}"
+        where = f"batch {rows.start // batch_size} (samples {rows.start} to {rows.stop - 1})"
         raise RuntimeError(f"NaN or infinity in the {state}, {where}; check the weights, or use a dtype of wider range")
 
 
 def _arrays(total: dict[str, Tensor], n_states: int) -> dict[str, np.ndarray]:
     """Tensors of sums to arrays of `LayerStats`: unfold the pairs i < j to symmetric matrices."""
     arrays = {name: value.cpu().numpy() for name, value in total.items()}
-    arrays["count"] = arrays["count"][:, 0]
     upper = np.triu_indices(n_states, 1)
     for name, diagonal in (("cosine", arrays["count"]), ("angle", np.zeros(len(SUBSETS)))):
-        matrix = np.zeros((len(SUBSETS), n_states, n_states))
-        matrix[:, *upper] = arrays[name]
-        matrix += matrix.transpose(0, 2, 1)
-        matrix += diagonal[:, None, None] * np.eye(n_states)
+        matrix = diagonal[:, None, None] * np.eye(n_states)
+        matrix[:, *upper] = matrix.transpose(0, 2, 1)[:, *upper] = arrays[name]
         arrays[name] = matrix
     return arrays

@@ -16,31 +16,24 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.models import UnsupportedModel, decoder_layers, keep_layers
+from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
 
 
 def _published(base: Float[Tensor, "..."], following: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
     # The formula, sorted so that m = 1 gives the one following layer without rounding.
-    total = following[0].float()
-    for tensor in following[1:]:
-        total = total + (tensor.float() - base.float())
-    return total.to(base.dtype)
+    return sum((tensor.float() - base.float() for tensor in following[1:]), following[0].float()).to(base.dtype)
 
 
-def _released(base: Float[Tensor, "..."], following: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
-    return following[-1].clone()
-
-
-RULES: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {"published": _published, "released": _released}
+RULES: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {
+    "published": _published,
+    "released": lambda base, following: following[-1].clone(),
+}
 """How a weight of the base layer and the same weight of the following layers become one."""
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One attempt: `following` layers after layer `base` (indices at that time) merged into it.
-
-    cosine: mean similarity of the final hidden states to the dense model.
-    """
+    """One attempt: `following` layers after layer `base` (indices at that time) merged; cosine to the dense final states."""
 
     base: int
     following: int
@@ -58,31 +51,27 @@ class Collapse:
 
 
 def merge(model: PreTrainedModel, base: int, following: int, rule: str = "published") -> PreTrainedModel:
-    """A model in which layer `base` has taken in the next `following` layers, which are gone.
+    """A model in which layer `base` has taken in the next `following` layers, by one of `RULES`, and these are gone.
 
-    It shares every other weight with `model`, which stays as it was. Sums are float32.
-
-    Raises ValueError for layers that do not exist or an unknown rule, and UnsupportedModel where layers that are to be merged
-    are not built alike (a dense one and a mixture of experts), or as `models.keep_layers`.
+    It shares every other weight with `model`, which stays as it was. Sums are float32. Raises ValueError for layers that do not
+    exist, and UnsupportedModel where layers that are to be merged are not built alike (a dense one and a mixture of experts).
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; there are: {', '.join(RULES)}")
     layers = decoder_layers(model)
     if following < 1 or not 0 <= base < base + following < len(layers):
         raise ValueError(f"cannot merge {following} layers into layer {base} of {len(layers)}: at least 1, and all must exist")
-    merged = keep_layers(model, [index for index in range(len(layers)) if not base < index <= base + following])
+    gone = range(base + 1, base + 1 + following)
+    merged = remove_layers(model, gone)
     target = decoder_layers(merged)[base]
-    others = [dict(layers[base + offset].named_parameters()) for offset in range(1, following + 1)]
-    shapes = {name: parameter.shape for name, parameter in target.named_parameters()}
-    for offset, other in enumerate(others, start=1):
-        if {name: parameter.shape for name, parameter in other.items()} != shapes:
-            raise UnsupportedModel(f"cannot merge layer {base + offset} into layer {base}: they are not built alike")
-    for name, parameter in list(target.named_parameters()):
+    weights = dict(target.named_parameters())
+    others = {index: dict(layers[index].named_parameters()) for index in gone}
+    for index, other in others.items():
+        if {name: weight.shape for name, weight in other.items()} != {name: weight.shape for name, weight in weights.items()}:
+            raise UnsupportedModel(f"cannot merge layer {index} into layer {base}: they are not built alike")
+    for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        if _is_norm(target, owner):
-            continue
-        weight = RULES[rule](parameter.detach(), [other[name].detach() for other in others])
-        setattr(target.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=parameter.requires_grad))
+        if not _is_norm(target, owner):
+            value = RULES[rule](weight.detach(), [other[name].detach() for other in others.values()])
+            setattr(target.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=weight.requires_grad))
     return merged
 
 
@@ -106,50 +95,39 @@ def collapse(
 
     At layer l, starting `layers_per_merge` (C) below the last, the next C - 1 layers, or as many as there are, are merged into
     l. If the mean cosine to the dense model exceeds `threshold`, the merge stays; then l goes down by 1, to 0. The cosine is
-    taken as the released code does: of the states after the final norm, all tokens of a sample as one vector. Settings are
-    those of the released notebook for Llama-2-13B, which calibrates on five short Wikipedia snippets.
+    taken as in the released code: of the states after the final norm, all tokens of a sample as one vector. The defaults are
+    those of the released notebook for Llama-2-13B. samples: windows, or token sequences of different length. layers_removed:
+    stop when so many layers are gone (the published search has no such aim); it may end with fewer.
 
-    Args:
-        samples: windows, or token sequences of different length.
-        layers_removed: stop when so many layers are gone, merging fewer in the last step if need be. The published search
-            has no such aim; the threshold decides alone. It may end with fewer layers removed: see `Collapse.origins`.
-
-    Raises:
-        ValueError: settings out of range, no samples, an unknown rule.
-        UnsupportedModel: as `merge`.
-        RuntimeError: hidden states that are not finite.
+    Raises ValueError for settings out of range, no samples or an unknown rule, UnsupportedModel as `merge`, and RuntimeError
+    for hidden states that are not finite.
     """
     n_layers = len(decoder_layers(model))
-    if not 2 <= layers_per_merge < n_layers or not -1 <= threshold <= 1:
+    to_go = n_layers - 1 if layers_removed is None else layers_removed
+    if not 2 <= layers_per_merge < n_layers or not -1 <= threshold <= 1 or not 0 <= to_go < n_layers:
         raise ValueError(
-            f"layers_per_merge={layers_per_merge} (2 to {n_layers - 1}) or threshold={threshold} (-1 to 1) is out of range"
+            f"layers_per_merge={layers_per_merge} (2 to {n_layers - 1}), threshold={threshold} (-1 to 1) or "
+            f"layers_removed={to_go} (0 to {n_layers - 1}) is out of range"
         )
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; there are: {', '.join(RULES)}")
-    if layers_removed is not None and not 0 <= layers_removed < n_layers:
-        raise ValueError(f"cannot remove {layers_removed} of {n_layers} layers: at least one must stay")
     if len(samples) == 0 or min(len(ids) for ids in samples) == 0:
         raise ValueError("no tokens to compare the hidden states on: give at least one sample, none of them empty")
     dense = [_final_states(model, ids) for ids in samples]
-    origins: list[tuple[int, ...]] = [(index,) for index in range(n_layers)]
-    steps: list[MergeStep] = []
-    to_go = n_layers - 1 if layers_removed is None else layers_removed
+    origins = [(index,) for index in range(n_layers)]
+    steps = []
     # A merge at l leaves at least l + 1 layers: the next base always has one above it.
     for base in tqdm(range(n_layers - 1 - layers_per_merge, -1, -1), desc="merge", unit="layer", disable=not progress):
         following = min(layers_per_merge - 1, len(origins) - base - 1, to_go)
         if following == 0:
             break
         candidate = merge(model, base, following, rule)
-        cosines = [
-            functional.cosine_similarity(_final_states(candidate, ids), states, dim=0).item()
-            for ids, states in zip(samples, dense, strict=True)
-        ]
-        cosine = sum(cosines) / len(cosines)
+        states = map(_final_states, [candidate] * len(dense), samples)
+        cosine = sum(functional.cosine_similarity(*pair, dim=0).item() for pair in zip(states, dense, strict=True)) / len(dense)
         steps.append(MergeStep(base, following, cosine, cosine > threshold))
         if cosine > threshold:
             model = candidate
-            taken = origins[base : base + following + 1]
-            origins[base : base + following + 1] = [tuple(index for group in taken for index in group)]
+            origins[base : base + following + 1] = [sum(origins[base : base + following + 1], ())]
             to_go -= following
     return Collapse(model, tuple(origins), tuple(steps))
 

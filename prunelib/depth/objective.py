@@ -12,20 +12,17 @@ from prunelib.models import decoder_layers
 from prunelib.models.layerwise import LayerSet, layer_forwards_alone, shared_layer_forwards
 from prunelib.models.sublayers import all_sublayers
 
-# How a loss is measured. The divergence runs the dense model along with every call.
 METRICS = {"nll": layer_set_perplexity, "kl": layer_set_divergence}
-
 UNITS = {"layer": range, "sublayer": all_sublayers}
-"""What sets are made of → all of it in a model of so many layers."""
 
 
 class LayerSetLoss:
     """Loss of one model without sets of layers, on fixed windows, in nats per token.
 
-    Two metrics (`METRICS`): "nll", the negative log-likelihood, and "kl", the divergence from the dense model. The sets of one
-    call share the hidden states of their common first layers. With unit="sublayer" the sets are made of sublayers,
-    (layer, "attn" | "mlp"): BlockPruner (arXiv 2406.10594) is ``greedy(loss.units, 2 * k, loss, 0, 0)`` with "nll", EvoPress
-    (arXiv 2410.14649) ``evolutionary(loss.units, 2 * k, loss, len(windows), groups=2)`` with "kl".
+    metric: "nll", the negative log-likelihood, or "kl", the divergence from the dense model. unit: what the sets are made of,
+    "layer" or "sublayer", that is (layer, "attn" | "mlp"): BlockPruner (arXiv 2406.10594) is ``greedy(loss.units, 2 * k, loss,
+    0, 0)`` with "nll", EvoPress (arXiv 2410.14649) ``evolutionary(loss.units, 2 * k, loss, len(windows), groups=2)`` with "kl".
+    The sets of one call share the hidden states of their common first layers.
 
     ``units`` are all those to choose from. ``layer_windows`` adds up what all calls so far ran, in layers x windows (the dense
     model of "kl" included), ``layer_windows_alone`` what evaluating every set by itself would have run. Raises ValueError for
@@ -39,26 +36,23 @@ class LayerSetLoss:
         metric: str = "nll",
         *,
         batch_size: int = 8,
-        progress: bool = False,
         unit: str = "layer",
     ):
         for name, value, known in (("metric", metric, METRICS), ("unit", unit, UNITS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; there are: {', '.join(known)}")
         check_windows(model, windows, batch_size=batch_size)
-        self.model, self.windows, self.metric = model, windows, metric
-        self.batch_size, self.progress = batch_size, progress
+        self.model, self.windows, self.metric, self.batch_size = model, windows, metric, batch_size
         self.n_layers = len(decoder_layers(model))
         self.units = tuple(UNITS[unit](self.n_layers))
-        self.layer_windows = 0
-        self.layer_windows_alone = 0
+        self.layer_windows = self.layer_windows_alone = 0
 
     def __call__(self, sets: Sequence[LayerSet], rows: Sequence[int] | None = None) -> list[float]:
         """Nats per token without each of the sets, in their order; on the windows of the indices `rows` only, if given."""
         if not sets:
             return []
         windows = self.windows if rows is None else self.windows[list(rows)]
-        found = METRICS[self.metric](self.model, windows, sets, batch_size=self.batch_size, progress=self.progress)
+        found = METRICS[self.metric](self.model, windows, sets, batch_size=self.batch_size, progress=False)
         ran = list(dict.fromkeys([()] * (self.metric == "kl") + list(sets)))
         self.layer_windows += shared_layer_forwards(self.n_layers, ran) * len(windows)
         self.layer_windows_alone += layer_forwards_alone(self.n_layers, ran) * len(windows)

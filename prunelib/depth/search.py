@@ -1,9 +1,8 @@
 """Searches over sets of layers by their loss: greedy, beam, evolutionary, single swaps, and every set there is.
 
-They ask for the losses of many sets at a time, so that the evaluation can share the work between them
-(`prunelib.depth.objective.LayerSetLoss` does). What they remove are `units`: all layers, given as their number, or a sequence
-of those that may go, ascending: layers or sublayers (layer, "attn" | "mlp"). All raise ValueError when so many cannot be
-removed, and RuntimeError for a NaN value.
+They ask for the losses of many sets at a time, which `LayerSetLoss` evaluates together. What they remove are `units`: all
+layers, given as their number, or a sequence of those that may go, ascending: layers or sublayers (layer, "attn" | "mlp"). All
+raise ValueError when so many cannot be removed, and RuntimeError for a NaN value.
 """
 
 import itertools
@@ -16,6 +15,10 @@ from tqdm.auto import tqdm
 
 from prunelib.depth.select import Evaluate, Values, candidates_for, checked_values
 from prunelib.models.layerwise import LayerSet
+
+CHUNK = 512  # sets that `exhaustive` hands to one evaluation, which must hold their hidden states
+LIMIT = 50_000  # sets that `exhaustive` evaluates at most
+MAX_SWAPS = 3  # units that `evolutionary` exchanges at most between a parent and its child
 
 Unit = int | tuple[int, str]
 
@@ -53,8 +56,7 @@ def greedy(
 
     The defaults are SLEB's barriers: the first and the last layer stay. Among equals the shallower layer goes, as by the strict
     comparison of the released code. Step k of the result holds the choice for k + 1 layers, so that one run serves all
-    smaller numbers. L = 32 and K = 7 take 189 evaluations. Over the sublayers of ``LayerSetLoss(unit="sublayer").units``,
-    without barriers, it is BlockPruner (arXiv 2406.10594).
+    smaller numbers. Over sublayers and without barriers it is BlockPruner (arXiv 2406.10594).
     """
     everything = range(units) if isinstance(units, int) else units
     places = candidates_for(len(everything), layers_removed, protect_first, protect_last)
@@ -89,8 +91,7 @@ def beam(
 def swap_descent(units: int | Sequence[Unit], start: LayerSet, evaluate: Evaluate, *, progress: bool = True) -> SearchResult:
     """From a set downhill: put one removed layer back and take another instead, the best such swap while one improves.
 
-    The result is at least as good as `start`, and no single swap makes it better. A round takes K (n - K) evaluations, for n
-    layers that may go. Raises ValueError for a start that is not ascending and unique or holds a layer that may not go.
+    Raises ValueError for a start that is not ascending and unique or holds a layer that may not go.
     """
     candidates = _candidates(units, len(start))
     if list(start) != sorted(set(start)) or not set(start) <= set(candidates):
@@ -110,34 +111,25 @@ def swap_descent(units: int | Sequence[Unit], start: LayerSet, evaluate: Evaluat
             bar.update()
 
 
-def exhaustive(
-    units: int | Sequence[Unit], layers_removed: int, evaluate: Evaluate, *, limit: int = 50_000, progress: bool = True
-) -> SearchResult:
+def exhaustive(units: int | Sequence[Unit], layers_removed: int, evaluate: Evaluate, *, progress: bool = True) -> SearchResult:
     """Every set of `layers_removed` layers, and the best of them: the optimum that other choices are measured against.
 
-    The sets come in lexicographic order, some hundreds at a time: neighbors share their first removed layers, and with them
-    nearly all beginnings that any order could share. Among equals the first in that order wins. Raises ValueError for more
-    sets than `limit`.
+    The sets come in lexicographic order: neighbors share their first removed layers, and with them nearly all beginnings that
+    any order could share. Among equals the first in that order wins. Raises ValueError for more sets than `LIMIT`.
     """
     candidates = _candidates(units, layers_removed)
     count = math.comb(len(candidates), layers_removed)
-    if count > limit:
-        raise ValueError(
-            f"{count} sets of {layers_removed} of {len(candidates)} layers are more than limit={limit}: raise the limit, "
-            "give fewer layers, or search with beam or evolutionary"
-        )
+    if count > LIMIT:
+        what = f"{count} sets of {layers_removed} of {len(candidates)} layers are more than {LIMIT}"
+        raise ValueError(f"{what}: give fewer layers, or search with beam or evolutionary")
     sets = list(itertools.combinations(candidates, layers_removed))
     values = Values(evaluate)
     with tqdm(total=count, desc="all sets", unit="set", disable=not progress) as bar:
         for start in range(0, count, CHUNK):
             bar.update(len(values(sets[start : start + CHUNK])))
     best = min(sets, key=values.known.__getitem__)
-    step = SearchStep(best, values.known[best], count)
-    return SearchResult(best, step.value, count, (step,), values.known)
-
-
-CHUNK = 512
-"""Sets that `exhaustive` hands to one evaluation, the bound on what it must hold at a time."""
+    found = (best, values.known[best], count)
+    return SearchResult(*found, (SearchStep(*found),), values.known)
 
 
 def evolutionary(
@@ -155,20 +147,17 @@ def evolutionary(
     groups: int = 1,
     progress: bool = True,
 ) -> SearchResult:
-    """EvoPress's search (arXiv 2410.14649, `run_drop_search.sh`) over whole layers: swap removed and kept ones, keep the best.
+    """EvoPress's search (arXiv 2410.14649, `run_drop_search.sh`): swap removed and kept units, keep the best sets.
 
     `initial` random sets are scored on `initial_windows` windows, the best ones are the parents. Every generation makes
     `offspring` distinct sets, each from a parent by min(u1, u2) swaps with u uniform in 1 .. `MAX_SWAPS`, and selects in
     `stages` of (survivors, windows); the parents take part in the last stage. Each selection draws its own windows out of the
-    `n_windows`. The published settings are in tokens, 2,048 for the first and 32,768 for the last stage: the defaults, for
-    windows of 2,048 tokens. A stage larger than `n_windows` takes them all.
+    `n_windows`, at most all. The defaults are the published settings, for windows of 2,048 tokens. generations is
+    int(K (n - K) / 1.5) by default, for n layers that may go. (In the released code half of the swaps of whole layers fall on a
+    list that is then overwritten; here each one counts.)
 
-    generations is int(K (n - K) / 1.5) by default, for n layers that may go. The number of layers removed never changes.
-    (In the released code half of the swaps of whole layers fall on a list that is then overwritten; here each one counts.)
-
-    `groups` divides the units into that many kinds, the one at place i in group i % groups. Each gives K / groups, and a swap
-    picks a group, then exchanges within it; K and n of the default generations are those of one group, on average. With the
-    units of sublayers and groups=2 that is the published search: as many attention as MLP sublayers.
+    The unit at place i is in group i % groups: each group gives K / groups, and swaps are within a group; K and n of the
+    default generations are those of one group. With sublayers and groups=2 as many attention as MLP sublayers go, as published.
 
     Steps hold each generation's best and its value in the last stage; the result's value is that on all windows, `evaluations`
     counts (set, stage) pairs plus that one. Raises ValueError for settings out of range, and when `groups` do not divide K.
@@ -178,8 +167,8 @@ def evolutionary(
     counts = [initial, initial_windows, offspring, n_windows, groups, *itertools.chain(*stages)]
     if not stages or min(counts) < 1 or (generations is not None and generations < 0):
         raise ValueError(
-            f"initial={initial}, initial_windows={initial_windows}, offspring={offspring}, n_windows={n_windows}, "
-            f"groups={groups}, stages={stages}: all from 1, with at least one stage; generations={generations}: from 0"
+            f"{initial=}, {initial_windows=}, {offspring=}, {n_windows=}, {groups=}, {stages=}: all from 1, with at least one "
+            f"stage; {generations=}: from 0"
         )
     if layers_removed % groups:
         raise ValueError(f"cannot remove {layers_removed} in equal parts from groups={groups}: give a multiple of {groups}")
@@ -210,10 +199,6 @@ def evolutionary(
         steps.append(SearchStep(*best[0], evaluations))
     value = checked_values(parents[:1], fitness(parents[:1], list(range(n_windows))))[0]
     return SearchResult(parents[0], value, evaluations + 1, tuple(steps), {parents[0]: value})
-
-
-MAX_SWAPS = 3
-"""Units that `evolutionary` exchanges at most between a parent and its child."""
 
 
 def _candidates(units: int | Sequence[Unit], layers_removed: int) -> Sequence[Unit]:

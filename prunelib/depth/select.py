@@ -20,6 +20,7 @@ Evaluate = Callable[[list[LayerSet]], Sequence[float]]
 # Where several lines meet in one point, their rounded coefficients make them cross a few 1e-16 apart. The sets in between
 # are artifacts, and no floating-point alpha would reproduce them.
 _NARROWEST = 1e-12
+EPS = 1e-3  # width of the bracket at which `ternary_alpha` stops; the paper gives none
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,7 @@ class AlphaChoice:
 
 
 def lowest(
-    importance: Float64[np.ndarray, "layer"],
-    layers_removed: int,
-    protect_first: int = 0,
-    protect_last: int = 0,
+    importance: Float64[np.ndarray, "layer"], layers_removed: int, protect_first: int = 0, protect_last: int = 0
 ) -> LayerSet:
     """The `layers_removed` layers of lowest importance, ascending; the first and last few can be protected.
 
@@ -94,10 +92,8 @@ def alpha_path(
 
     Intervals touch, cover [0, 1], and no set occurs twice. A set that is lowest at a single alpha only, by a tie, is not
     listed (nor on less than 1e-12). Layers equal at every alpha are ordered as in `lowest`.
-    Raises ValueError like `lowest`, and for terms that are not finite or of different length.
+    Raises ValueError like `lowest`, and for terms that are not finite.
     """
-    if len(similarity) != len(difference):
-        raise ValueError(f"{len(similarity)} similarity terms but {len(difference)} difference terms: one of each per layer")
     if not (np.isfinite(similarity).all() and np.isfinite(difference).all()):
         raise ValueError("similarity and difference terms must be finite")
     candidates = candidates_for(len(similarity), layers_removed, protect_first, protect_last)
@@ -130,37 +126,27 @@ def _sweep(
 def exact_alpha(path: list[AlphaInterval], evaluate: Evaluate) -> AlphaChoice:
     """Evaluate every set of the path once and choose the lowest value; on equal values the lower alpha.
 
-    alpha is the midpoint of the best interval. Raises ValueError for an empty path and RuntimeError for a NaN value.
+    alpha is the midpoint of the best interval. Raises RuntimeError for a NaN value.
     """
-    if not path:
-        raise ValueError("the alpha path is empty; make it with alpha_path")
     values = Values(evaluate)
     found = values([interval.removed for interval in path])
     value, best = min(zip(found, path, strict=True), key=lambda scored: scored[0])  # the first among equals
     return AlphaChoice(best.midpoint, best.removed, value, len(values.known))
 
 
-def ternary_alpha(
-    removed_at: Callable[[float], LayerSet], evaluate: Evaluate, eps: float = 1e-3, max_steps: int = 20
-) -> AlphaChoice:
+def ternary_alpha(removed_at: Callable[[float], LayerSet], evaluate: Evaluate) -> AlphaChoice:
     """SimDiff's Algorithm 1: ternary search for the alpha of lowest value on [0, 1].
 
     Probes stand at a third and two thirds of the bracket; both may improve the best (strictly, lower probe first). If the
-    lower probe is worse, the left end moves up to it, otherwise the right end moves down to the upper probe. Stops at width
-    eps or after max_steps steps (neither is given in the paper). The value is a step function of alpha, so the search can
-    miss the minimum; 0 and 1 are never probed. Each distinct set is evaluated once.
-
-    Raises ValueError for eps outside (0, 1) or max_steps below 1, and RuntimeError for a NaN value.
+    lower probe is worse, the left end moves up to it, otherwise the right end moves down to the upper probe. The value is a
+    step function of alpha, so the search can miss the minimum; 0 and 1 are never probed. Each distinct set is evaluated once.
+    Raises RuntimeError for a NaN value.
     """
-    if not 0 < eps < 1 or max_steps < 1:
-        raise ValueError(f"eps={eps} must lie between 0 and 1, max_steps={max_steps} must be at least 1")
     values = Values(evaluate)
     probes: list[tuple[float, LayerSet, float]] = []  # (alpha, removed, value)
     left, right = 0.0, 1.0
-    for _ in range(max_steps):
+    while right - left > EPS:
         third = (right - left) / 3
-        if 3 * third <= eps:
-            break
         for alpha in (left + third, right - third):
             removed = removed_at(alpha)
             probes.append((alpha, removed, values([removed])[0]))
@@ -204,10 +190,8 @@ def checked_values(sets: list[LayerSet], found: Sequence[float]) -> list[float]:
 
 def candidates_for(n_layers: int, layers_removed: int, protect_first: int, protect_last: int) -> range:
     """The layers that may go, after checking that `layers_removed` of them can."""
-    counts = {"layers_removed": layers_removed, "protect_first": protect_first, "protect_last": protect_last}
-    for name, count in counts.items():
-        if count < 0:
-            raise ValueError(f"{name} must not be negative, got {count}")
+    if min(layers_removed, protect_first, protect_last) < 0:
+        raise ValueError(f"{layers_removed=}, {protect_first=}, {protect_last=}: none of them can be negative")
     if layers_removed >= n_layers:
         raise ValueError(f"cannot remove {layers_removed} of {n_layers} layers: at least one must stay")
     candidates = range(protect_first, n_layers - protect_last)

@@ -6,10 +6,12 @@ windows at once as fit (`OffloadedModel.plan`): weights are read once for each s
 """
 
 import contextlib
+import functools
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from prunelib.models.loading import checked_device, checked_dtype, checked_sourc
 from prunelib.models.onednn import use_onednn
 
 GIB = 2**30
-PROCESS = int(0.7 * GIB)  # Python with torch and transformers, before any work
+# Python with torch and transformers, before any work. The libraries of a CUDA build took 90 MB more (measured on a processor).
+PROCESS = int((0.85 if torch.version.cuda else 0.7) * GIB)
 SUMS = {"cpu": 32 * 2**20, "cuda": 3 * GIB // 4}  # chunks of states and float64 work of the statistics
 
 
@@ -52,45 +55,30 @@ class Peak:
         return f"planned peak memory: {device}{self.host / GIB:.2f} GiB on the host"
 
 
-# --------------------------------------------------------------------------------------------------------------- model
-
-
 class OffloadedModel:
     """A causal language model whose layers stay in its safetensors files until they are used; for evaluation only.
 
-    `name_or_path` as in `models.load`; weights and activations are `dtype`, on `device`. The limits are in bytes.
+    `name_or_path` as in `models.load`; weights and activations are `dtype`, on `device`.
 
     Raises ValueError for bad arguments, CheckpointError for a missing, damaged or incomplete checkpoint, UnsupportedModel for a
     quantized model, one without known layers, or one whose weights are stored in another form than in the model.
     """
 
-    def __init__(
-        self,
-        name_or_path: str | os.PathLike,
-        *,
-        dtype: str | torch.dtype,
-        device: str | torch.device = "cpu",
-        device_limit: int | None = None,
-        host_limit: int | None = None,
-    ):
+    device_limit: int | None = None  # bytes that a pass may take at most; None: what is free
+    host_limit: int | None = None
+
+    def __init__(self, name_or_path: str | os.PathLike, *, dtype: str | torch.dtype, device: str | torch.device = "cpu"):
         self.dtype, target = checked_dtype(dtype), checked_device(device)
         if target is None:
             raise ValueError(f"an offloaded model works on one device, not {device!r}")
         source, options = checked_source(name_or_path)
         self.device = torch.empty(0, device=target).device  # with its index
-        self.device_limit, self.host_limit = device_limit, host_limit
         self.model, self.weights = _offloaded(source, options, self.dtype)
         self.layers = decoder_layers(self.model)
         self.path = layers_path(self.model)
 
     def plan(
-        self,
-        n_windows: int,
-        seq_len: int,
-        *,
-        batch_size: int = 8,
-        windows_at_once: int | None = None,
-        states: bool = False,
+        self, n_windows: int, seq_len: int, *, batch_size: int = 8, windows_at_once: int | None = None, states: bool = False
     ) -> tuple[int, Peak]:
         """Windows at once, and the planned peak of memory of a pass: print `Peak.describe` before the work starts.
 
@@ -117,8 +105,11 @@ class OffloadedModel:
             most = fitting(host, 1)
             remedy = f"batch_size=1, windows_at_once={most} would fit" if most else "one window is too much, too"
             raise DoesNotFit(f"{peak.describe()}, but the host has {host / GIB:.2f} GiB: {remedy}")
-        device = self._free_device_bytes()
-        if device is not None and peak.device > device:
+        device = math.inf
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            device = min(torch.cuda.mem_get_info(self.device)[0] + unused, self.device_limit or math.inf)
+        if peak.device > device:
             sizes = [size for size in range(1, batch_size) if self._peak(size, seq_len, size, states).device <= device]
             remedy = f"batch_size={sizes[-1]} would fit" if sizes else "one window is too much, too: take shorter ones"
             raise DoesNotFit(f"{peak.describe()}, but the device has {device / GIB:.2f} GiB: {remedy}")
@@ -127,8 +118,7 @@ class OffloadedModel:
     def _peak(self, batch_size: int, seq_len: int, windows_at_once: int, states: bool) -> Peak:
         """An upper bound for one pass; all hidden states of `windows_at_once` are kept for statistics, else the newest."""
         config, number = self.model.config.get_text_config(decoder=True), self.dtype.itemsize
-        hidden, tokens, on_device = config.hidden_size, batch_size * seq_len, self.device.type != "cpu"
-        heads = config.num_attention_heads
+        hidden, heads, n_states = config.hidden_size, config.num_attention_heads, len(self.layers) + 1
         attention = heads * (getattr(config, "head_dim", None) or hidden // heads)
         # One layer works while the next is on its way; each as it is in the file and, in another dtype, converted.
         layer = max(sum(math.prod(part.shape) for part in one.parameters()) for one in self.layers) * number
@@ -137,36 +127,26 @@ class OffloadedModel:
         sublayer = max(number * (3 * hidden + max(9 * attention, 3 * _mlp_width(config))), hidden * (2 * number + 12))
         outside = table.nbytes + (0 if head is table else head.nbytes)
         batch_states = seq_len * batch_size * hidden * number
-        if on_device:
+        if self.device.type != "cpu":
             batch_states = 1 << (batch_states - 1).bit_length()  # page-locked memory comes in powers of two
-        kept = math.ceil(windows_at_once / batch_size) * batch_states * (len(self.layers) + 1 if states else 1)
-        # Float32 copies for the log-likelihood: of the scored logits and of their logarithms.
-        logits = seq_len * (table.shape[0] * (number + 8) + hidden * (2 * number + 12))
-        work = 4 * layer + tokens * sublayer
+        kept = math.ceil(windows_at_once / batch_size) * batch_states * (n_states if states else 1)
+        work = 4 * layer + batch_size * seq_len * sublayer
         if states:
-            work = max(work, 2 * layer + SUMS[self.device.type] + (len(self.layers) + 1) * batch_states)
-        else:
-            work = max(work, head.nbytes + logits)
+            work = max(work, 2 * layer + SUMS[self.device.type] + n_states * batch_states)
+        else:  # float32 copies for the log-likelihood: of the scored logits and of their logarithms
+            work = max(work, head.nbytes + seq_len * (table.shape[0] * (number + 8) + hidden * (2 * number + 12)))
         host = PROCESS + outside + kept
-        if on_device:  # the states of one batch are put together on the host
-            return Peak(work + GIB // 8, host + 2 * layer + (len(self.layers) + 1) * batch_states * states)
-        return Peak(0, host + work)
+        if self.device.type == "cpu":
+            return Peak(0, host + work)
+        # The states of one batch are put together on the host.
+        return Peak(work + GIB // 8, host + 2 * layer + n_states * batch_states * states)
 
-    def _free_device_bytes(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        free = torch.cuda.mem_get_info(self.device)[0] + unused
-        return free if self.device_limit is None else min(free, self.device_limit)
-
-    # ------------------------------------------------------------------------------------------------------- weights
-
+    @torch.inference_mode()
     def read(self, index: int, device: torch.device) -> dict[str, Tensor]:
         """The weights of a layer by name, on `device`; safe to call from a thread."""
         prefix, layer = f"{self.path}.{index}.", self.layers[index]
         names = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
-        with torch.inference_mode():
-            return {name: self.weights[prefix + name].to(device, non_blocking=True) for name in names}
+        return {name: self.weights[prefix + name].to(device, non_blocking=True) for name in names}
 
     @contextlib.contextmanager
     def layer(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -176,32 +156,25 @@ class OffloadedModel:
         with _replaced(self.layers[index], lambda name, tensor: weights[name] if name in weights else tensor.to(device)):
             yield
 
-    @contextlib.contextmanager
-    def head_on_device(self) -> Iterator[None]:
-        """While this lasts the final norm and the head are on the device (a tied table then exists twice)."""
-        with contextlib.ExitStack() as stack:
-            for module in (final_norm(self.model), self.model.get_output_embeddings()):
-                stack.enter_context(_replaced(module, lambda _, tensor: tensor.to(self.device)))
-            yield
-
     def in_turn(self) -> Iterator[int]:
         """The index of each layer while it has its weights on the device; the next one is read meanwhile."""
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-        def fetch(index: int) -> tuple[dict[str, Tensor], Any]:
+        def fetch(index: int) -> dict[str, Tensor]:
             with torch.cuda.stream(copies) if copies else contextlib.nullcontext():
-                return self.read(index, self.device), copies and copies.record_event()
+                return self.read(index, self.device)
 
         with ThreadPoolExecutor(1, thread_name_prefix="layer") as reader:
-            following: Future | None = reader.submit(fetch, 0)
+            following = reader.submit(fetch, 0)
             for index in range(len(self.layers)):
-                weights, arrived = following.result()
-                following = reader.submit(fetch, index + 1) if index + 1 < len(self.layers) else None
-                if arrived:
+                weights = following.result()
+                if copies:  # waits for the copies of this layer; those of the next one are not queued yet
                     current = torch.cuda.current_stream(self.device)
-                    current.wait_event(arrived)
+                    current.wait_stream(copies)
                     for tensor in weights.values():
                         tensor.record_stream(current)
+                if index + 1 < len(self.layers):
+                    following = reader.submit(fetch, index + 1)
                 with self.layer(index, weights):
                     yield index
                 del weights
@@ -223,17 +196,14 @@ def _offloaded(source: str, options: dict, dtype: torch.dtype) -> tuple[PreTrain
     try:
         model = from_files(source, dtype=dtype, device_map=places, **options)
     except CheckpointError as error:
-        if "re-saved" not in str(
-            error.__cause__
-        ):  # such as experts that the files hold one by one, and the model in one tensor
+        if "re-saved" not in str(error.__cause__):
             raise
-        raise UnsupportedModel(
-            f"{source!r} stores weights of a {config.model_type} model in another form than the model has: "
-            "it can only be loaded resident"
-        ) from error
+        # Such as experts that the files hold one by one, and the model in one tensor.
+        what = f"{source!r} stores weights of a {config.model_type} model in another form than the model has"
+        raise UnsupportedModel(f"{what}: it can only be loaded resident") from error
     hooks = [hook for module in decoder_layers(model).modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
     hooks += [inner for hook in hooks for inner in getattr(hook, "hooks", ())]
-    weights = next(hook.weights_map for hook in hooks if getattr(hook, "weights_map", None) is not None).dataset
+    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_submodules(model)
     for module in model.modules():  # what the hooks leave behind: bound methods, which copies of a module would call
         module.__dict__.pop("forward", None)
@@ -282,22 +252,21 @@ def free_host_bytes() -> int:
     return free
 
 
-# -------------------------------------------------------------------------------------------------------------- passes
-
-
 def _passes(
     offloaded: OffloadedModel,
     windows: Int[Tensor, "sample token"],
     mask: Bool[Tensor, "sample token"],
     *,
-    batch_size: int,
-    windows_at_once: int,
     states: bool,
+    batch_size: int,
+    windows_at_once: int | None,
     progress: bool,
 ) -> Iterator[tuple[LayerwiseModel, slice, list[Float[Tensor, "sample token dim"]]]]:
     """Each batch of windows and its hidden states on the host: all L + 1, or the last alone."""
     from accelerate.utils import send_to_device
 
+    sizes = {"batch_size": batch_size, "windows_at_once": windows_at_once}
+    windows_at_once, _ = offloaded.plan(*windows.shape, **sizes, states=states)
     engine = LayerwiseModel(offloaded.model, ready=offloaded.layer)
     device, pinned = offloaded.device, offloaded.device.type == "cuda"
 
@@ -317,7 +286,7 @@ def _passes(
                     engine.calls = [*calls[:index], send_to_device(calls[index], device), *calls[index + 1 :]]
                     # A copy on the CPU as well: a layer may work in place.
                     output = engine.run_layer(index, kept[-1].to(device, copy=True, non_blocking=pinned))
-                    kept[:] = [*(kept if states else ()), on_host(output)]
+                    kept[:] = [*kept, on_host(output)] if states else [on_host(output)]
                 bar.update()
             if pinned:
                 torch.cuda.synchronize(device)
@@ -336,20 +305,15 @@ def collect(
     windows_at_once: int | None = None,
     progress: bool = True,
 ) -> LayerStats:
-    """`statistics.collect` of an offloaded model: the same batches, the same sums.
-
-    `windows_at_once` as in `OffloadedModel.plan`. Raises as both.
-    """
+    """`statistics.collect` of an offloaded model: the same sums. `windows_at_once` as in its `plan`. Raises as both."""
     mask = checked_mask(windows, mask)
     check_vocabulary(offloaded.model, windows)
-    at_once, _ = offloaded.plan(*windows.shape, batch_size=batch_size, windows_at_once=windows_at_once, states=True)
-    setting = {"batch_size": min(batch_size, len(windows)), "windows_at_once": at_once, "states": True, "progress": progress}
-    total = None
-    for _, rows, states in _passes(offloaded, windows, mask, **setting):
-        stats = from_states(torch.stack(states).permute(1, 2, 0, 3), mask[rows], device=offloaded.device)
-        check_finite(stats, f"batch {rows.start // batch_size} (samples {rows.start} to {rows.stop - 1})")
-        total = stats if total is None else total + stats
-    return total
+    setting = {"batch_size": batch_size, "windows_at_once": windows_at_once, "progress": progress}
+    found = []
+    for _, rows, states in _passes(offloaded, windows, mask, states=True, **setting):
+        found.append(from_states(torch.stack(states).permute(1, 2, 0, 3), mask[rows], device=offloaded.device))
+        check_finite(found[-1], rows, batch_size)
+    return functools.reduce(operator.add, found)
 
 
 @torch.inference_mode()
@@ -361,16 +325,14 @@ def perplexity(
     windows_at_once: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
-    """`evaluation.perplexity` of an offloaded model; the head runs window by window.
-
-    `windows_at_once` as in `OffloadedModel.plan`. Raises as both.
-    """
+    """`evaluation.perplexity` of an offloaded model, whose head runs window by window; otherwise as `collect`."""
     check_windows(offloaded.model, windows, batch_size=batch_size)
-    at_once, _ = offloaded.plan(*windows.shape, batch_size=batch_size, windows_at_once=windows_at_once)
-    setting = {"batch_size": min(batch_size, len(windows)), "windows_at_once": at_once, "states": False, "progress": progress}
-    sums, device = NllAccumulator(windows), offloaded.device
-    for engine, rows, (hidden,) in _passes(offloaded, windows, torch.ones(windows.shape, dtype=torch.bool), **setting):
-        with offloaded.head_on_device():
+    setting = {"batch_size": batch_size, "windows_at_once": windows_at_once, "progress": progress}
+    sums, device, mask = NllAccumulator(windows), offloaded.device, torch.ones(windows.shape, dtype=torch.bool)
+    for engine, rows, (hidden,) in _passes(offloaded, windows, mask, states=False, **setting):
+        with contextlib.ExitStack() as on_device:  # a tied table then exists twice
+            for module in (final_norm(offloaded.model), offloaded.model.get_output_embeddings()):
+                on_device.enter_context(_replaced(module, lambda _, tensor: tensor.to(device)))
             for window, states in zip(range(rows.start, rows.stop), hidden, strict=True):
                 logits = engine.head(states[None].to(device), device)
                 sums.add(window, windows[window : window + 1].to(device), logits)
