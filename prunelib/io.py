@@ -15,6 +15,8 @@ import psutil
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on this disk")
 REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose another folder, or allow yourself to write there")
 
+CONVERTED = "build/models"  # folder of the models that were made from GGUF files
+
 
 def project_root() -> Path:
     """Folder of the clone that this package was imported from. Raises RuntimeError when it was installed away from it."""

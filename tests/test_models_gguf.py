@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunelib import models
+from prunelib import io, models
+from prunelib.lab.provenance import model_description
 from prunelib.models import gguf
 
 QUANTIZED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -95,7 +96,7 @@ def merges(vocabulary):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "FOLDER", str(tmp_path / "converted"))
+    monkeypatch.setattr(io, "CONVERTED", str(tmp_path / "converted"))
     monkeypatch.setattr(gguf, "PERPLEXITY_BOUND", float("inf"))
     return tmp_path
 
@@ -130,6 +131,7 @@ def test_a_pruned_model_says_where_its_weights_come_from(folder, original, vocab
     model = models.load(write(folder / "tiny.gguf", original, vocabulary))
     models.save(models.remove_layers(model, [1]), None, folder / "pruned")
     assert models.load(folder / "pruned").config.dequantized_from["file"] == "tiny.gguf"
+    assert model_description(str(folder / "pruned"))["dequantized_from"]["weights"] == "21 Q8_0 8 F32"
 
 
 def truncated(file):

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from prunelib.io import at_root, file_sha256, project_root
+from prunelib.io import CONVERTED, at_root, file_sha256, project_root
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "datasets")
 LIBRARIES += ("accelerate", "peft", "lm-eval", "papermill", "snakemake")
@@ -27,23 +27,32 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def model_source(name: str) -> str:
-    """What `from_pretrained` takes: the absolute folder when `name` is one (maybe below the root), else `name`."""
-    folder = at_root(name)
-    return str(folder) if folder.is_dir() else name
+    """What `models.load` takes: the absolute path when `name` is a folder or file (maybe below the root), else `name`."""
+    path = at_root(name)
+    return str(path) if path.exists() else name
 
 
 def model_fingerprint(name: str) -> str:
-    """Hash of the weights of a local model folder; a hub name stands for itself.
+    """Hash of the weights of a local folder or GGUF file; the name of a hub or packaged model stands for itself.
 
     A folder above `HASHED_BYTES` is told apart by the names and sizes of its files alone.
     """
     folder = at_root(name)
     if not folder.is_dir():
-        return name
+        return file_sha256(folder)[:12] if folder.is_file() else name
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     small = sum(path.stat().st_size for path in files) <= HASHED_BYTES
     lines = [f"{path.name} {file_sha256(path) if small else path.stat().st_size}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def model_description(name: str) -> dict:
+    """Name and fingerprint of a model; `dequantized_from` where its weights were those of a quantized GGUF file."""
+    described = {"name": name, "fingerprint": model_fingerprint(name)}
+    for config in (at_root(name) / "config.json", at_root(CONVERTED) / name / "config.json"):
+        if config.is_file() and (source := json.loads(config.read_text(encoding="utf-8")).get("dequantized_from")):
+            return described | {"dequantized_from": source}
+    return described
 
 
 def source_sha256(folder: Path = PACKAGE) -> str:

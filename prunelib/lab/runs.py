@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 
 from prunelib.io import at_root, from_root, replacing, write_json
-from prunelib.lab.provenance import model_fingerprint, peak_bytes, record
+from prunelib.lab.provenance import model_description, peak_bytes, record
 
 SCHEMA = 1
 VALUES = ("metric", "value", "n", "stderr")  # keys of a row that are not coordinates
@@ -65,7 +65,7 @@ class Recorder:
         """
         values = {name: value for name, value in self.parameters.items() if name != "output"}
         device, model = values.get("device", "cpu"), values.get("model")
-        described = {"name": model, "fingerprint": model_fingerprint(model)} if model is not None else None
+        described = model_description(model) if model is not None else None
         path = write_run(
             self.parameters["output"],
             experiment=self.experiment,

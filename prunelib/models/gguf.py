@@ -1,4 +1,4 @@
-"""Models in GGUF files: dequantized once to an ordinary safetensors folder, below `FOLDER`.
+"""Models in GGUF files: dequantized once to an ordinary safetensors folder, below `io.CONVERTED`.
 
 The weights are those of the quantized file, not of the original checkpoint: `config.dequantized_from` says so, and stays in
 every model that is made from it.
@@ -23,7 +23,6 @@ from prunelib import io
 from prunelib.models.loading import CheckpointError, from_files
 from prunelib.models.saving import save
 
-FOLDER = "build/models"
 WANTED = ("general.architecture", "split.count", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
 PERPLEXITY_BOUND = 200.0  # of other files: a wrong import gives thousands, a small model of English below 100
 PASSAGE = (
@@ -89,7 +88,7 @@ def safetensors_folder(name_or_path: str | os.PathLike) -> Path:
     name = os.fspath(name_or_path)
     packaged = PACKAGED.get(name)
     if packaged is not None:
-        folder = io.at_root(FOLDER) / name
+        folder = io.at_root(io.CONVERTED) / name
         if not folder.is_dir():
             with _packaged_file(name, packaged) as file:
                 _convert(file, folder, packaged.sha256, packaged.perplexity)
@@ -98,7 +97,7 @@ def safetensors_folder(name_or_path: str | os.PathLike) -> Path:
     if not file.is_file():
         raise CheckpointError(f"GGUF file {name!r} does not exist (working directory {str(Path.cwd())!r})")
     sha256 = io.file_sha256(file)
-    folder = io.at_root(FOLDER) / f"{file.stem}-{sha256[:12]}"
+    folder = io.at_root(io.CONVERTED) / f"{file.stem}-{sha256[:12]}"
     if not folder.is_dir():
         _convert(file, folder, sha256, PERPLEXITY_BOUND)
     return folder
