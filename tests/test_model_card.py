@@ -126,5 +126,5 @@ def test_the_license_is_that_of_the_base_models_own_card(tmp_path):
 
 
 def test_a_run_of_another_kind_has_no_card():
-    with pytest.raises(model_card.CardError, match="a run of 'selection' made no model that a card could describe"):
+    with pytest.raises(ValueError, match="a run of 'selection' made no model that a card could describe"):
         model_card.card({"experiment": "selection", "extra": {}})

@@ -8,8 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import ipywidgets
 import pandas as pd
+from IPython import get_ipython
+from IPython.display import display
 from jaxtyping import Float64
+from matplotlib import pyplot
 from numpy import ndarray
 from transformers import PreTrainedConfig
 
@@ -92,29 +96,27 @@ def choose_layers(
         {"what": "importance", "layer": layer, "removed": layer in removed, "value": float(value)}
         for layer, value in enumerate(importance_of(stats, criterion, alpha))
     ]
-    layers = " ".join(map(str, removed))
     rows.append({"what": "dense nats", "value": dense})
-    rows.append({"what": "measured nats", "removed_layers": layers, "value": measured})
-    rows.append({"what": "predicted nats", "removed_layers": layers, "value": losses.predicted(removed)})
-    for interval, nats in zip(path, on_path, strict=True):
-        place = {"alpha_low": interval.low, "alpha_high": interval.high}
-        place["removed_layers"] = " ".join(map(str, interval.removed))
-        rows.append({"what": "measured nats on the path", **place, "value": nats})
-        rows.append({"what": "predicted nats on the path", **place, "value": losses.predicted(interval.removed)})
+    ends = [{"alpha_low": interval.low, "alpha_high": interval.high} for interval in path]
+    sets = [removed, *(interval.removed for interval in path)]
+    for layers, nats, place in zip(sets, [measured, *on_path], [{}, *ends], strict=True):
+        on, place = " on the path" if place else "", {**place, "removed_layers": " ".join(map(str, layers))}
+        rows.append({"what": f"measured nats{on}", **place, "value": nats})
+        rows.append({"what": f"predicted nats{on}", **place, "value": losses.predicted(layers)})
     table = pd.DataFrame(rows).astype({"layer": "Int64", "removed": "boolean"})
     table = table.assign(criterion=criterion, title=title_of(criterion))
     return table.assign(alpha=alpha) if "alpha" in CRITERIA[criterion].options else table
 
 
 def choose_slices(
-    stats: LayerStats, config: PreTrainedConfig, slice_percentage: float | int, slice_base: float | int, *, multiple: int = 1
+    stats: LayerStats, config: PreTrainedConfig, slice_percentage: float | int, slice_base: float | int
 ) -> pd.DataFrame:
     """The slice and width of every layer, and what that removes beside a constant slice; nothing is sliced.
 
     Raises ValueError as `slicing.dynamic`, and UnsupportedModel for a family that cannot be sliced.
     """
-    plan = dynamic(layer_redundancy(stats), config.hidden_size, slice_percentage, slice_base, multiple=multiple)
-    even = constant(stats.n_layers, config.hidden_size, slice_percentage, multiple=multiple)
+    plan = dynamic(layer_redundancy(stats), config.hidden_size, slice_percentage, slice_base)
+    even = constant(stats.n_layers, config.hidden_size, slice_percentage)
     rows: list[dict[str, Any]] = [
         {"what": "slice", "layer": layer, "width": width, "value": loss}
         for layer, (width, loss) in enumerate(zip(plan.widths, plan.slices, strict=True))
@@ -136,33 +138,26 @@ def compare(
     """
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        at = {"layers_removed": size}
-        rows += [{"method": name, "title": title_of(name), **at, "set": chosen(stats, name, size)} for name in criteria]
+        rows += [{"method": name, "layers_removed": size, "set": chosen(stats, name, size)} for name in criteria]
         for seed in random_seeds:
             removed = lowest(CRITERIA["random"](stats, seed=seed), size)
-            rows.append({"method": "random", "title": title_of("random"), **at, "seed": seed, "set": removed})
-    dense, *nats = losses([(), *(row["set"] for row in rows)])
-    layers = [" ".join(map(str, row.pop("set"))) for row in rows]
-    table = pd.DataFrame(rows).assign(removed_layers=layers, value=[one - dense for one in nats])
-    return table.astype({"seed": "Int64"}) if "seed" in table else table
-
-
-# ------------------------------------------------------------------------------------------------------------- sliders
+            rows.append({"method": "random", "layers_removed": size, "seed": seed, "set": removed})
+    table = pd.DataFrame(rows, columns=["method", "layers_removed", "seed", "set"]).astype({"seed": "Int64"})
+    dense, *nats = losses([(), *table["set"]])
+    layers = [" ".join(map(str, removed)) for removed in table.pop("set")]
+    table.insert(1, "title", table["method"].map(title_of))
+    return table.assign(removed_layers=layers, value=[one - dense for one in nats])
 
 
 def attended() -> bool:
     """Whether somebody can move sliders: JupyterLab lets a cell ask for input; papermill and nbconvert do not."""
-    from IPython import get_ipython
-
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and bool(kernel.get_parent("shell").get("content", {}).get("allow_stdin", False))
 
 
-def layer_sliders(stats: LayerStats, losses: Losses, *, criteria: Sequence[str] | None = None) -> Any:
-    """A widget over `choose_layers`, with all criteria unless some are given. What was not measured yet is measured then."""
-    import ipywidgets
-
-    names = [(title_of(name), name) for name in (criteria or CRITERIA)]
+def layer_sliders(stats: LayerStats, losses: Losses) -> Any:
+    """A widget over `choose_layers`. What was not measured yet is measured then."""
+    names = [(title_of(name), name) for name in CRITERIA]
     return _sliders(
         lambda **setting: choose_layers(stats, losses, **setting),
         figures.layers_drawing,
@@ -174,8 +169,6 @@ def layer_sliders(stats: LayerStats, losses: Losses, *, criteria: Sequence[str] 
 
 def slice_sliders(stats: LayerStats, config: PreTrainedConfig) -> Any:
     """A widget over `choose_slices`."""
-    import ipywidgets
-
     return _sliders(
         lambda **setting: choose_slices(stats, config, **setting),
         figures.slices_drawing,
@@ -190,19 +183,16 @@ def _slider(kind: type, value: float | int, high: float | int, step: float | int
 
 def _sliders(choose: Callable[..., pd.DataFrame], draw: Callable[[pd.DataFrame], Drawing], **controls: Any) -> Any:
     """Controls above a sentence and a picture that follow them; a setting that cannot be is named in the sentence."""
-    import ipywidgets
-    from IPython.display import display
-    from matplotlib import pyplot
 
     def show(**setting: Any) -> str:
         try:
             drawing = draw(choose(**setting))
+            text = drawing.text
+            display(drawing.figure)
+            pyplot.close(drawing.figure)
         except ValueError as error:
-            print(error)
-            return str(error)
-        print(drawing.text)
-        display(drawing.figure)
-        pyplot.close(drawing.figure)
-        return drawing.text
+            text = str(error)
+        print(text)
+        return text
 
     return ipywidgets.interactive(show, **controls)

@@ -1,8 +1,4 @@
-"""The model card of a pruned model, from the run that made it: `python -m prunelib.apps.model_card RUN.json` prints it.
-
-`model_card.md` is the template. What the run does not hold is not in the card: a license is that of the base model's card or
-none.
-"""
+"""The model card of a pruned model, from the run that made it alone: `python -m prunelib.apps.model_card RUN.json` prints it."""
 
 import math
 import os
@@ -26,10 +22,6 @@ STATES = {"dense": "before", "pruned": "pruned", "repaired": "pruned and repaire
 PRIVATE = ("output", "push_to", "push_private")  # parameters that say nothing about the model
 
 
-class CardError(ValueError):
-    """A run that holds too little for a card."""
-
-
 def license_of(model: str, revision: str | None = None) -> dict[str, str]:
     """The license in the card of a model (a folder, or a name on the hub), as front matter; empty where there is none."""
     try:
@@ -42,15 +34,15 @@ def license_of(model: str, revision: str | None = None) -> dict[str, str]:
 
 
 def card(run: Mapping[str, Any]) -> str:
-    """The model card of a run of `notebooks/own_model.ipynb`. Raises CardError when the run holds no pruned model."""
+    """The model card of a run of `notebooks/own_model.ipynb`. Raises ValueError when the run holds no pruned model."""
     about = run.get("extra", {}).get("card")
     if not about:
-        raise CardError(f"a run of {run.get('experiment')!r} made no model that a card could describe; run {NOTEBOOK}")
+        raise ValueError(f"a run of {run.get('experiment')!r} made no model that a card could describe; run {NOTEBOOK}")
     values = {name: _portable(value) for name, value in run["parameters"].items()}
-    hub, healing = about["hub"], about["healing"]
+    healing = about["healing"]
     data = huggingface_hub.ModelCardData(
         **about["license"],
-        base_model=hub,
+        base_model=about["hub"],
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["prunelib", "pruned", "depth-pruning", *(["healed"] if healing else [])],
@@ -63,12 +55,13 @@ def card(run: Mapping[str, Any]) -> str:
             **about,
             run=values,
             name=values.get("push_to") or Path(values["folder"]).name,
-            base_name=f"[{hub}](https://huggingface.co/{hub})" if hub else f"The model `{Path(values['model']).name}`",
             recipe=healing["recipe"] if healing else {},
             losses=_losses(run["rows"]),
             tasks=_tasks(run["rows"]),
             texts=list(dict.fromkeys(row["text"] for row in run["rows"] if "text" in row)),
-            origin=_origin(run),
+            origin=run["provenance"],
+            seconds=run["seconds"],
+            peak_bytes=run.get("peak_bytes"),
             command=f"python -m prunelib.lab.run_notebook {NOTEBOOK} OUTPUT.json \\\n    {command}",
         )
     )
@@ -101,23 +94,6 @@ def _tasks(rows: list[dict]) -> str:
             ends = {"difference": _interval(gap) if gap else "–", "chance": f"{chance['value']:.3f}" if chance else "–"}
             lines.append({"task": task, "metric": metric, **line, **ends, "items": row["n"]})
     return markdown(pd.DataFrame(lines)) if lines else ""
-
-
-def _origin(run: Mapping[str, Any]) -> dict[str, str]:
-    """Code, libraries, device, time and data of a run, in words."""
-    origin = run["provenance"]
-    git, libraries = origin.get("git"), origin.get("libraries", {})
-    code = f"commit `{git['commit'][:12]}`{' with changes' if git['dirty'] else ''}" if git else "no commit known"
-    known = [f"{name} {libraries[name]}" for name in ("torch", "transformers", "peft") if libraries.get(name)]
-    lines = {
-        "code": f"prunelib, {code}, source sha256 `{(origin.get('source_sha256') or 'unknown')[:12]}…`",
-        "libraries": ", ".join(known),
-        "device": f"{origin.get('device')}; {origin.get('cpu')}",
-        "time": f"{run['seconds']:.0f} s",
-    }
-    if run.get("peak_bytes"):
-        lines["peak memory"] = f"{run['peak_bytes'] / 2**30:.1f} GiB"
-    return lines | {f"sha256 of {name}": f"`{value[:16]}…`" for name, value in origin.get("data", {}).items()}
 
 
 def _portable(value: Any) -> Any:

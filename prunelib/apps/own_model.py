@@ -14,7 +14,9 @@ from prunelib.criteria import ABLATIONS, BLOCK_CRITERIA, CRITERIA, collect
 from prunelib.depth import LayerSet, LayerSetLoss, greedy, lowest, lowest_block
 from prunelib.evaluation.intervals import paired_bootstrap
 from prunelib.evaluation.perplexity import Perplexity
+from prunelib.evaluation.tasks import TaskResults, compare
 
+LEVEL = 0.95  # of intervals
 SEARCHES = {
     "greedy": ("nll", "SLEB, arXiv 2402.09025: the layer without which the loss is lowest, one after the other"),
     "greedy_kl": ("kl", "the layer without which the predictions stay nearest to the dense model's, one after the other"),
@@ -49,12 +51,9 @@ def layers_to_remove(model: PreTrainedModel, keep: float | int, of: str = "layer
 def check_method(name: str) -> str:
     """What a method does and where it was published: a search, a criterion, or one defined a moment ago. Else ValueError."""
     rules = {**CRITERIA, **BLOCK_CRITERIA, **ABLATIONS}
-    known = {name: what for name, (_, what) in SEARCHES.items()} | {
-        name: f"{rule.title}; {rule.source}" for name, rule in rules.items()
-    }
-    if name not in known:
-        raise ValueError(f"unknown method {name!r}; there are: {', '.join(known)}")
-    return known[name]
+    if name not in SEARCHES | rules:
+        raise ValueError(f"unknown method {name!r}; there are: {', '.join(SEARCHES | rules)}")
+    return SEARCHES[name][1] if name in SEARCHES else f"{rules[name].title}; {rules[name].source}"
 
 
 def choose(
@@ -68,15 +67,14 @@ def choose(
     if name in SEARCHES:
         loss = LayerSetLoss(model, windows, SEARCHES[name][0], batch_size=batch_size)
         return greedy(loss.units, layers_removed, loss, progress=False).removed
+    rule = {**CRITERIA, **BLOCK_CRITERIA, **ABLATIONS}[name]
+    protected = rule.protect_first, rule.protect_last
     if name in ABLATIONS:
-        rule = ABLATIONS[name]
-        return lowest(rule(model, windows), layers_removed, rule.protect_first, rule.protect_last)
+        return lowest(rule(model, windows), layers_removed, *protected)
     stats = collect(model, windows, batch_size=batch_size, progress=False)
     if name in BLOCK_CRITERIA:
-        rule = BLOCK_CRITERIA[name]
-        return lowest_block(rule(stats, layers_removed), stats.n_layers, rule.protect_first, rule.protect_last)
-    rule = CRITERIA[name]
-    return lowest(rule(stats), layers_removed, rule.protect_first, rule.protect_last)
+        return lowest_block(rule(stats, layers_removed), stats.n_layers, *protected)
+    return lowest(rule(stats), layers_removed, *protected)
 
 
 def read_text(name: str, data_dir: Path | None = None, max_documents: int | None = None) -> text.Corpus:
@@ -105,9 +103,7 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds something other than a pruned model: give an empty or a new folder")
 
 
-def loss_rows(
-    states: Mapping[str, Mapping[str, Perplexity]], *, seed: int = 0, draws: int = 1000, level: float = 0.95
-) -> list[dict[str, Any]]:
+def loss_rows(states: Mapping[str, Mapping[str, Perplexity]], *, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of a run from state → text → `Perplexity`, the dense state first.
 
     `nll`, `ppl` and `accuracy`; of later states also `nats_over_dense` and `nats_over_<state before>`, with the ends `low` and
@@ -121,20 +117,18 @@ def loss_rows(
             rows += [{**at, "metric": metric, "value": value} for metric, value in values.items() if math.isfinite(value)]
             for other in dict.fromkeys([names[0], names[place - 1]] if place else []):
                 pair = found.window_nll, states[other][name].window_nll
-                gap = paired_bootstrap(*pair, seed, draws, sizes=found.window_tokens, level=level)
-                interval = {"value": gap.value, "low": gap.low, "high": gap.high, "level": level}
+                gap = paired_bootstrap(*pair, seed, sizes=found.window_tokens)
+                interval = {"value": gap.value, "low": gap.low, "high": gap.high, "level": LEVEL}
                 rows.append({**at, "metric": f"nats_over_{other}", **interval})
     return rows
 
 
-def task_rows(states: Mapping[str, Any], *, seed: int = 0, level: float = 0.95) -> list[dict[str, Any]]:
-    """Rows of state → `TaskResults`, the dense state first; of later states also paired differences, `<metric>_over_dense`."""
-    from prunelib.evaluation.tasks import compare
-
+def task_rows(states: Mapping[str, TaskResults], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of the tasks, the dense state first; of later states also paired differences, `<metric>_over_dense`."""
     rows = [{"state": state, **row} for state, found in states.items() for row in found.rows()]
     for state in list(states)[1:]:
-        for one in compare(states[state], states["dense"], seed=seed, level=level):
+        for one in compare(states[state], states["dense"], seed=seed, level=LEVEL):
             gap = one.difference
-            interval = {"value": gap.value, "low": gap.low, "high": gap.high, "level": level, "n": one.n}
+            interval = {"value": gap.value, "low": gap.low, "high": gap.high, "level": LEVEL, "n": one.n}
             rows.append({"state": state, "task": one.task, "metric": f"{one.metric}_over_dense", **interval})
     return rows
