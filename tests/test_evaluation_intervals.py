@@ -70,7 +70,5 @@ def test_what_cannot_be_paired_is_refused():
         paired_bootstrap([1.0, 1.0], [1.0, 1.0], sizes=[1, 1, 1])
     with pytest.raises(ValueError, match="1 independent items"):
         paired_bootstrap([1.0, 2.0], [0.0, 0.0], groups=["a", "a"])
-    with pytest.raises(ValueError, match="level=1"):
-        paired_bootstrap([1.0, 2.0], [0.0, 0.0], level=1.0)
     with pytest.raises(ValueError, match="paired_bootstrap"):
         mcnemar([0.5, 0.0], [1.0, 0.0])

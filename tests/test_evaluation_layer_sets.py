@@ -16,7 +16,6 @@ from prunelib.evaluation.layer_sets import (
 from prunelib.evaluation.perplexity import NotFinite, perplexity
 from prunelib.models import decoder_layers, remove_layers
 from prunelib.models.layerwise import shared_layer_forwards
-from prunelib.models.plans import SublayerPlan
 from prunelib.models.sublayers import remove_sublayers
 
 NLL = 1e-4  # nats, over about a hundred tokens in float32
@@ -148,7 +147,7 @@ def test_sublayers_can_be_removed_too():
     model, asked = build("gpt_neox"), questions()
     removed = ((1, "attn"), (1, "mlp"), (3, "mlp"))
     found = layer_set_likelihoods(model, asked, [removed], progress=False)[removed]
-    pruned = remove_sublayers(model, SublayerPlan.from_units(6, removed, "by hand"))
+    pruned = remove_sublayers(model, removed)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in one_by_one(pruned, asked)], abs=2e-5)
 
 

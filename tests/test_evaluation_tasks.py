@@ -83,13 +83,13 @@ def scripted(monkeypatch, small, tokenizer):
 
 def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(scripted):
     right = scripted(lambda request: 0.0 if request.idx == request.doc["label"] else -1e6, "embedded", limit=40)
-    assert [(result.task, result.n, result.acc) for result in right.tasks.values()] == [
+    assert [(result.task, result.n, result.value()) for result in right.tasks.values()] == [
         (name, 40, 1.0) for name in tasks.EMBEDDED
     ]
     assert right["pydocs_next_line"].value("acc_norm") == 1.0
     assert "acc_norm" not in right["pydocs_summary"].scores  # one text is scored for all choices: there is nothing to normalize
     wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=40)
-    assert [result.acc for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
+    assert [result.value() for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_random_scores_give_chance_and_every_item_is_asked(scripted):
     for result in results.tasks.values():
         assert result.n >= 500
         assert result.chance == 0.25
-        assert abs(result.acc - 0.25) < 3.5 * result.stderr()
+        assert abs(result.value() - 0.25) < 3.5 * result.stderr()
         assert result.constant_answer is None and result.best_constant is None
         assert len(set(result.items)) >= result.n // 2
 
@@ -118,7 +118,9 @@ def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
     assert any(dense[name].predicted != here[name].predicted for name in tasks.EMBEDDED)
     differences = tasks.compare(here, dense)
     assert [entry.task for entry in differences] == [*tasks.EMBEDDED, "average"]
-    assert differences[0].difference.value == pytest.approx(here["pydocs_next_line"].acc - dense["pydocs_next_line"].acc)
+    assert differences[0].difference.value == pytest.approx(
+        here["pydocs_next_line"].value() - dense["pydocs_next_line"].value()
+    )
 
 
 def test_bos_is_there_or_not_whatever_the_tokenizer_does(small, tokenizer, stories):
@@ -267,7 +269,7 @@ def test_fifty_items_of_piqa_equal_a_computation_by_hand(stories, shared_data, b
         answers.append(row["label"])
     assert result.predicted == tuple(predicted)
     assert result.answers == tuple(answers)
-    assert result.acc == np.mean([p == a for p, a in zip(predicted, answers, strict=True)])
+    assert result.value() == np.mean([p == a for p, a in zip(predicted, answers, strict=True)])
     assert result.value("acc_norm") == np.mean([p == a for p, a in zip(normed, answers, strict=True)])
     assert (result.n, result.chance) == (50, 0.5)
 
@@ -297,7 +299,7 @@ def test_equals_lm_evals_own_route(stories, shared_data):
         fewshot_random_seed=1234,
         log_samples=False,
     )["results"]["arc_easy"]
-    assert ours.acc == theirs["acc,none"] and ours.value("acc_norm") == theirs["acc_norm,none"]
+    assert ours.value() == theirs["acc,none"] and ours.value("acc_norm") == theirs["acc_norm,none"]
     assert ours.stderr() == pytest.approx(theirs["acc_stderr,none"], rel=1e-12)
 
 
@@ -326,10 +328,10 @@ def test_constant_yes_on_boolq_is_seen(scripted, shared_data):
     results = scripted(yes, "boolq", data_dir=shared_data / "benchmarks")
     boolq = results["boolq"]
     assert boolq.n == 3270
-    assert round(100 * boolq.acc, 2) == 62.17  # SimDiff, Table 2: SLEB 62.17
-    assert boolq.constant_answer == "yes" and boolq.best_constant == boolq.acc
+    assert round(100 * boolq.value(), 2) == 62.17  # SimDiff, Table 2: SLEB 62.17
+    assert boolq.constant_answer == "yes" and boolq.best_constant == boolq.value()
     rows = {row["metric"]: row["value"] for row in boolq.rows()}
-    assert rows["constant_share"] == 1.0 and rows["best_constant"] == boolq.acc
+    assert rows["constant_share"] == 1.0 and rows["best_constant"] == boolq.value()
     varied = scripted(
         lambda request: float(len(request.args[0]) % 2 == request.idx), "boolq", limit=50, data_dir=shared_data / "benchmarks"
     )

@@ -20,9 +20,6 @@ def logits(model, ids):
 IDS = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(7))
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
-
-
 def test_save_does_not_overwrite_unless_told(tiny_llama, tmp_path):
     save(tiny_llama, None, tmp_path / "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
@@ -81,9 +78,6 @@ def test_a_generation_config_that_only_sampling_would_use_is_saved(tiny_llama, t
     assert not tiny_llama.generation_config.do_sample
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
 @pytest.fixture
 def saved(tiny_llama, tmp_path) -> Path:
     save(tiny_llama, None, tmp_path / "model")
@@ -110,45 +104,36 @@ def test_load_gives_the_model_ready_to_evaluate(saved, tiny_llama):
     assert load(str(saved), dtype="bfloat16").dtype == load(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def break_truncate(folder):
+def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def break_header(folder):
-    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
-
-
-def break_pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def break_shard(folder):
+def lose_a_shard(folder):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def break_nan(folder):
-    edit_weights(folder, lambda weights: weights["model.layers.3.mlp.up_proj.weight"][2].fill_(float("nan")))
-
-
-def break_infinite(folder):
-    edit_weights(folder, lambda weights: weights["lm_head.weight"][0, 0].fill_(float("inf")))
+def spoil(name, value):
+    return lambda folder: edit_weights(folder, lambda weights: weights[name][2].fill_(float(value)))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (shutil.rmtree, "does not exist"),
-        (break_truncate, r"model\.safetensors' is truncated or damaged"),
-        (break_header, "truncated or damaged"),
-        (break_pickled, "pickled weights are not read"),
-        (break_shard, "'model-00002-of-00002.safetensors' is missing"),
-        (break_nan, r"'model\.layers\.3\.mlp\.up_proj\.weight' holds 32 NaN or infinite values of 2048"),
-        (break_infinite, r"'lm_head\.weight' holds 1 NaN"),
-        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (truncate, r"model\.safetensors' is truncated or damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "truncated or damaged"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled weights are not read"),
+        (lose_a_shard, r"model-00002-of-00002\.safetensors' is missing"),
+        (
+            spoil("model.layers.3.mlp.up_proj.weight", "nan"),
+            r"'model\.layers\.3\.mlp\.up_proj\.weight' holds 32 NaN or infinite",
+        ),
+        (spoil("lm_head.weight", "inf"), r"'lm_head\.weight' holds 32 NaN"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
         (lambda folder: edit_config(folder, model_type="llamma"), "llamma"),
         (lambda folder: edit_config(folder, num_hidden_layers=7), r"9 missing \(model\.layers\.6"),
         (lambda folder: edit_config(folder, num_hidden_layers=5), r"9 unexpected \(model\.layers\.5"),
@@ -174,9 +159,6 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved, damage, message):
 def test_bad_arguments_of_load(saved, arguments, message):
     with pytest.raises(ValueError, match=message):
         load(saved, **arguments)
-
-
-# -------------------------------------------------------------------------------------------------- trained weights
 
 
 @pytest.mark.parametrize("name", ["stories260k", "babyllama105"])

@@ -1,5 +1,6 @@
 """Properties: plans, schedules, parameters and results, on inputs that nobody would have thought of."""
 
+import itertools
 import json
 import math
 import shlex
@@ -16,7 +17,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from prunelib.lab import profile as grid
 from prunelib.lab import runs as results
 from prunelib.lab.run_notebook import Parameter, ParameterError
-from prunelib.models.plans import DropPlan, SublayerPlan
+from prunelib.models.plans import DropPlan
 from prunelib.slicing import schedules
 from prunelib.slicing.schedules import SlicePlan
 
@@ -39,16 +40,9 @@ json_objects = st.dictionaries(st.text(max_size=8), plain, max_size=4)
 @st.composite
 def drop_plans(draw):
     n_layers = draw(st.integers(1, 80))
-    removed = draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers - 1))
+    units = draw(st.sampled_from([tuple(range(n_layers)), tuple(itertools.product(range(n_layers), ("attn", "mlp")))]))
+    removed = draw(st.sets(st.sampled_from(units), max_size=len(units) - 1))
     return n_layers, tuple(sorted(removed)), draw(st.text()), draw(json_objects)
-
-
-@st.composite
-def sublayer_plans(draw):
-    n_layers = draw(st.integers(1, 40))
-    units = draw(st.sets(st.integers(0, 2 * n_layers - 1), max_size=2 * n_layers - 1))
-    parts = (tuple(unit // 2 for unit in sorted(units) if unit % 2 == part) for part in (0, 1))
-    return n_layers, *parts, draw(st.text()), draw(json_objects)
 
 
 @st.composite
@@ -58,7 +52,7 @@ def slice_plans(draw):
     return hidden_size, tuple(widths), draw(st.text()), draw(json_objects)
 
 
-KINDS = {DropPlan: drop_plans(), SublayerPlan: sublayer_plans(), SlicePlan: slice_plans()}
+KINDS = {DropPlan: drop_plans(), SlicePlan: slice_plans()}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -104,15 +98,6 @@ def test_what_is_no_plan_is_one_value_error(kind):
     any_field()
     refused_or_the_same("[" * 100_000)
     refused_or_the_same('{"n_layers": ' + "9" * 5000 + "}")
-
-
-@always
-@given(sublayer_plans())
-def test_sublayers_are_told_in_two_ways(about):
-    plan = SublayerPlan(*about)
-    assert SublayerPlan.from_units(plan.n_layers, plan.removed[::-1], plan.method, plan.settings) == plan
-    assert set(plan.layers) == set(plan.attention) & set(plan.mlp)
-    assert len(plan.removed) == len(plan.attention) + len(plan.mlp) < 2 * plan.n_layers
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules

@@ -10,6 +10,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -70,7 +71,7 @@ def test_json_forms_agree(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
-    pytest.importorskip("datasets").Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
     found = {path.name: load(path).documents for path in tmp_path.iterdir()}
     assert len(found) == 5
     assert set(found.values()) == {("one ä", "two\nlines")}
@@ -96,7 +97,7 @@ def test_instruction_records_take_the_alpaca_prompt(tmp_path):
     [
         ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2 of a.jsonl is not valid JSON"),
         ("a.json", b'[{"text": "good"}', "a.json is not valid JSON"),
-        ("a.jsonl", b'{"text": "good"}\n"bad"\n', "record 2 of a.jsonl is a str"),
+        ("a.jsonl", b'{"text": "good"}\n"bad"\n', "line 2 of a.jsonl holds a str"),
         ("a.jsonl", b'{"text": "good"}\n{"body": "bad"}\n', "record 2 of a.jsonl: needs the field 'text'.*it has body"),
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.txt", b" \n<|endoftext|>\n\n", "is empty"),
@@ -112,17 +113,19 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         load(tmp_path / name)
 
 
-def test_bad_requests_are_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown corpus 'wikitext'"):
-        load("wikitext")
-    with pytest.raises(ValueError, match="'alpaca' has no split 'test': choose one of train"):
-        load("alpaca", "test")
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
-        load(tmp_path / "absent.txt")
-    with pytest.raises(FileNotFoundError, match="is no folder"):
-        load("c4", data_dir=tmp_path / "absent")
-    with pytest.raises(ValueError, match="max_documents=0"):
-        load("c4", max_documents=0)
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "message"),
+    [
+        (("wikitext",), {}, ValueError, "unknown corpus 'wikitext'"),
+        (("alpaca", "test"), {}, ValueError, "'alpaca' has no split 'test': choose one of train"),
+        (("absent.txt",), {}, FileNotFoundError, r"absent\.txt"),
+        (("c4",), {"data_dir": "absent"}, FileNotFoundError, "is no folder"),
+        (("c4",), {"max_documents": 0}, ValueError, "max_documents=0"),
+    ],
+)
+def test_bad_requests_are_named(arguments, settings, error, message):
+    with pytest.raises(error, match=message):
+        load(*arguments, **settings)
 
 
 def test_hash_sees_document_borders():
@@ -136,45 +139,37 @@ def test_hash_sees_document_borders():
 
 @pytest.mark.parametrize(("name", "split"), [("wikitext2", "evaluation"), ("c4", "calibration"), ("alpaca", "train")])
 def test_without_network_and_copy_the_error_names_the_remedy(no_network, monkeypatch, name, split):
-    datasets = pytest.importorskip("datasets")
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(a))
+    # The client, which retries for long, must not be reached.
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: pytest.fail("asked"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(RuntimeError, match=rf"corpus '{name}' is on the hub.*cannot be reached.*load\('{name}'.*data_dir="):
+    with pytest.raises(RuntimeError, match=rf"corpus '{name}' .*is on the hub, which cannot be reached.*data_dir=FOLDER"):
         load(name, split)
-    assert not asked, "the client, which retries for long, must not be reached"
 
 
 def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     asked = {}
 
     def load_dataset(path, **options):
+        if path == "tatsu-lab/alpaca":
+            raise ConnectionError("Couldn't reach it\nand much more")
         asked[path] = options
         return [{"text": " = A = \n"}, {"text": ""}, {"text": " b \n"}]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(corpora, "require_hub", lambda *arguments: None)
     assert load("wikitext2", "evaluation").documents == (" = A = \n\n\n\n\n b \n",)
+    assert load("c4", "evaluation").documents == (" = A = \n", " b \n")
     assert load("c4", "evaluation", max_documents=1).documents == (" = A = \n",)
-    assert load("alpaca", "calibration").documents == (" = A = \n", " b \n")
     assert all(re.fullmatch("[0-9a-f]{40}", options["revision"]) and options["streaming"] for options in asked.values())
     assert asked["Salesforce/wikitext"]["data_files"] == {"test": "wikitext-2-raw-v1/test-*.parquet"}
     assert asked["allenai/c4"]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-
-    def refuse(*arguments, **options):
-        raise ConnectionError("Couldn't reach it\nand much more")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    remedy = r"could not be read from tatsu-lab/alpaca \(ConnectionError: Couldn't reach it\).*data_dir"
-    with pytest.raises(RuntimeError, match=remedy):
+    with pytest.raises(RuntimeError, match=r"alpaca could not be read \(ConnectionError: Couldn't reach it\).*data_dir"):
         load("alpaca")
 
 
 def test_an_offline_copy_is_read_as_the_hub_lays_it_out(tmp_path):
-    datasets = pytest.importorskip("datasets")
     (tmp_path / "wikitext-2-raw-v1").mkdir()
-    rows = datasets.Dataset.from_list([{"text": " = A = \n"}, {"text": ""}])
+    rows = Dataset.from_list([{"text": " = A = \n"}, {"text": ""}])
     rows.to_parquet(tmp_path / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")
     found = load("wikitext2", "evaluation", data_dir=tmp_path)
     assert (found.documents, found.split) == ((" = A = \n\n\n",), "test")
@@ -183,13 +178,21 @@ def test_an_offline_copy_is_read_as_the_hub_lays_it_out(tmp_path):
     shard.parent.mkdir()
     shard.write_bytes(gzip.compress(b"".join(b'{"text": "n%d"}\n' % number for number in range(30))))
     assert load("c4", data_dir=tmp_path, max_documents=3).documents == ("n0", "n1", "n2")
-    (tmp_path / "data").mkdir()
-    for number in range(2):
-        part = datasets.Dataset.from_list([{"instruction": str(number), "input": "", "output": "x"}])
-        part.to_parquet(tmp_path / "data" / f"train-0000{number}-of-00002.parquet")
-    assert len(load("alpaca", data_dir=tmp_path).documents) == 2
     with pytest.raises(FileNotFoundError, match=r"no offline copy of 'c4' \(validation\).*hf download.*validation"):
         load("c4", "evaluation", data_dir=tmp_path)
+
+
+def test_a_plain_copy_is_one_file_for_each_split(tmp_path):
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "wikitext" / "wiki.valid.raw").write_text(" = A = \n \n one \n")
+    (tmp_path / "wikitext" / "validation.jsonl").write_text('{"page": "as lm-eval reads it"}')
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "sample.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert load("wikitext2", "validation", data_dir=tmp_path).documents == (" = A = \n\n\n\n\n one \n",)
+    assert load("c4", "calibration", data_dir=tmp_path, max_documents=1).documents == ("a",)
+    assert load("c4", data_dir=tmp_path / "c4").documents == ("a", "b")
+    with pytest.raises(FileNotFoundError, match=r"no offline copy of 'c4' \(validation\).*validation\.jsonl"):
+        load("c4", "evaluation", data_dir=tmp_path)  # a sample of the training text is not the evaluation text
 
 
 def test_a_raw_file_is_the_rows_of_wikitext(tmp_path):
@@ -275,22 +278,20 @@ def test_short_corpus_gives_overlap_with_a_warning_and_too_short_an_error():
             sample_windows(counting(7), tokenizer, 1, 9, seed=0, bos=bos)
         with pytest.raises(ValueError, match=rf"has 7 tokens; a window needs {needed}"):
             consecutive_windows(counting(7), tokenizer, 9, bos=bos)
-    with pytest.raises(ValueError, match="has 0 tokens"):
-        consecutive_windows(corpus(), tokenizer, 9)
 
 
-def test_bad_window_settings_are_named():
-    tokenizer = word_tokenizer()
-    for settings, message in [
-        ({"n_samples": 0, "seq_len": 8, "seed": 0}, "0 rows"),
-        ({"n_samples": 1, "seq_len": 1, "seed": 0}, "rows of 1 tokens"),
-        ({"n_samples": 1, "seq_len": 8, "seed": -1}, "seed=-1"),
-        ({"n_samples": 1, "seq_len": 8, "seed": 0, "bos": True}, "tokenizer has no bos_token"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            sample_windows(counting(50), tokenizer, **settings)
-    with pytest.raises(ValueError, match="0 rows"):
-        consecutive_windows(counting(50), tokenizer, 8, limit=0)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_samples": 0}, "0 rows"),
+        ({"seq_len": 1}, "rows of 1 tokens"),
+        ({"seed": -1}, "seed=-1"),
+        ({"bos": True}, "tokenizer has no bos_token"),
+    ],
+)
+def test_bad_window_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample_windows(counting(50), word_tokenizer(), **{"n_samples": 1, "seq_len": 8, "seed": 0, **changes})
 
 
 # --- real text, real tokenizer
@@ -299,9 +300,6 @@ def test_bad_window_settings_are_named():
 def test_wikitext2_is_the_usual_perplexity_text(shared_data):
     path = shared_data / "benchmarks" / "wikitext" / "wiki.test.raw"
     (text,) = load(path).documents
-    raw = path.read_text(encoding="utf-8")
     assert len(corpora.wikitext_rows(path)) == 4358
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
-    # Every line of the file is a line of the text, its end apart.
-    lines = [line for line in text.split("\n") if line.strip()]
-    assert lines == [line for line in raw.split("\n") if line.strip()]
+    assert load("wikitext2", "evaluation", data_dir=shared_data / "benchmarks").documents == (text,)

@@ -36,7 +36,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_docstrings_are_read_without_importing_the_package(package):
-    found = {document.name: document.text for document in pydocs._docstrings(package)}
+    found = {document.name: document.text for document in pydocs._docstrings([package])}
     assert found == {
         "seaborn/__init__.py:": "Package docstring.",
         "seaborn/module.py:": "Module.",
@@ -46,7 +46,7 @@ def test_docstrings_are_read_without_importing_the_package(package):
 
 
 def test_comment_paragraphs_are_read_and_strings_are_not(package):
-    found = {document.name: document.text for document in pydocs._comments(package)}
+    found = {document.name: document.text for document in pydocs._comments([package])}
     assert found == {
         "seaborn/module.py:3": "First line of a paragraph,\nsecond line of it.",
         "seaborn/module.py:6": "A lone comment.",
@@ -54,8 +54,8 @@ def test_comment_paragraphs_are_read_and_strings_are_not(package):
 
 
 def test_a_package_that_is_not_installed_is_named():
-    with pytest.raises(RuntimeError, match="'no_such_package', which is not installed"):
-        list(pydocs._docstrings("no_such_package"))
+    with pytest.raises(RuntimeError, match="'no_such_package': not installed"):
+        list(pydocs._docstrings(["no_such_package"]))
 
 
 def test_near_duplicates_go_and_the_first_stays():

@@ -1,27 +1,23 @@
 """Many sets of removed layers of one model, evaluated in one walk: layers that several sets begin with run once per batch.
 
-Perplexity, divergence from the dense model, and the log-likelihoods of given continuations. Equal, to float tolerance, to
-evaluating ``remove_layers(model, removed)`` for each set; only models whose layers do something else after renumbering (GPT-2
-with ``scale_attn_by_inverse_layer_idx``) differ, and those `remove_layers` refuses.
-
-A set holds the removed layers, ascending, or sublayers such as ``((3, "attn"), (5, "mlp"))``; ``()`` is the dense model.
-Repeated sets are evaluated once. What cannot be removed raises the errors of `models.layerwise.SharedPrefixEvaluator`.
+Equal, to float tolerance, to evaluating ``remove_layers(model, removed)`` for each set. What cannot be removed
+raises the errors of `models.layerwise.SharedPrefixEvaluator`.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.evaluation.perplexity import NllAccumulator, NotFinite, Perplexity, check_windows, require_finite
+from prunelib.evaluation.perplexity import NllAccumulator, NotFinite, check_windows, require_finite
 from prunelib.models import memory
 from prunelib.models.layerwise import LayerSet, SharedPrefixEvaluator
 
@@ -32,20 +28,11 @@ Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is th
 
 
 class LayerSetResults(dict):
-    """Removed layers → result, and what it cost.
+    """Removed layers → result, and the cost: layer calls over all batches, and what every set by itself would have taken."""
 
-    ``layer_forwards`` counts the calls of decoder layers, over all batches; ``layer_forwards_alone`` is what evaluating every
-    set by itself would have taken.
-    """
-
-    layer_forwards: int = 0
-    layer_forwards_alone: int = 0
-
-    @classmethod
-    def of(cls, results: dict, runs: SharedPrefixEvaluator) -> "LayerSetResults":
-        found = cls(results)
-        found.layer_forwards, found.layer_forwards_alone = runs.layer_forwards, runs.layer_forwards_alone
-        return found
+    def __init__(self, results: dict, layer_forwards: int = 0, layer_forwards_alone: int = 0):
+        super().__init__(results)
+        self.layer_forwards, self.layer_forwards_alone = layer_forwards, layer_forwards_alone
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,6 @@ class Divergence:
 
 
 @memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
-@torch.inference_mode()
 def layer_set_perplexity(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
@@ -74,39 +60,22 @@ def layer_set_perplexity(
 ) -> LayerSetResults:
     """`perplexity` of the model without each of the given sets of layers, on the same windows: set → `Perplexity`.
 
-    Raises:
-        ValueError: a set that is not ascending, out of range, or everything; and as `perplexity`.
-        NotFinite: a likelihood that is not finite; names what was removed and the window.
-        UnsupportedModel: as `layerwise.SharedPrefixEvaluator`.
+    Raises the same errors as `perplexity` and `SharedPrefixEvaluator`; NotFinite names what was removed and the window.
     """
-    check_windows(model, windows, batch_size=batch_size)
-    runs = SharedPrefixEvaluator(model, layer_sets)
-    sums = {removed: NllAccumulator(windows) for removed in runs.sets}
-    for start, ids, removed, logits in runs.logits(windows, batch_size=batch_size, progress=progress):
-        try:
-            sums[removed].add(start, ids, logits)
-        except NotFinite as error:
-            raise NotFinite(f"without layers {removed}: {error}") from None
-        del logits  # before the next ones are made
-    results = LayerSetResults.of({removed: found.result() for removed, found in sums.items()}, runs)
-    if () in results:
-        _warn_of_chance(results[()], model)
+    results = _accumulated(
+        model, windows, layer_sets, lambda: NllAccumulator(windows), batch_size=batch_size, progress=progress
+    )
+    chance = math.log(model.get_input_embeddings().num_embeddings)
+    if () in results and results[()].nll > chance + BEYOND_CHANCE:
+        warnings.warn(
+            f"the whole model predicts worse than chance: {results[()].nll:.2f} nats per token where guessing gives "
+            f"{chance:.2f}: another model's tokenizer, or damaged weights?",
+            stacklevel=2,
+        )
     return results
 
 
-def _warn_of_chance(found: Perplexity, model: PreTrainedModel) -> None:
-    """Warn where a whole model predicts clearly worse than by guessing: its tokens are then those of another tokenizer."""
-    chance = math.log(model.get_input_embeddings().num_embeddings)
-    if found.nll > chance + BEYOND_CHANCE:
-        warnings.warn(
-            f"the whole model predicts worse than chance: {found.nll:.2f} nats per token where guessing gives {chance:.2f}: "
-            "another model's tokenizer, or damaged weights?",
-            stacklevel=3,
-        )
-
-
 @memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
-@torch.inference_mode()
 def layer_set_divergence(
     model: PreTrainedModel,
     windows: Int64[Tensor, "window position"],
@@ -115,39 +84,63 @@ def layer_set_divergence(
     batch_size: int = 8,
     progress: bool = True,
 ) -> LayerSetResults:
-    """KL(dense || pruned) for each of the given sets of layers: set → `Divergence`.
+    """KL(dense || pruned) for each of the given sets of layers, the fitness of EvoPress (arXiv 2410.14649): set → `Divergence`.
 
-    In nats per token, at the positions that `perplexity` scores: the fitness of EvoPress (arXiv 2410.14649). The dense model
-    runs along with the sets, so that one batch of its logits is all that is held. What rounding takes below 0 in a window
-    counts as 0.
-
-    Raises:
-        ValueError, NotFinite, UnsupportedModel: as `layer_set_perplexity`.
+    In nats per token, at the positions that `perplexity` scores. The dense model runs along with the sets, so that one batch of
+    its logits is all that is held. Raises the same errors as `layer_set_perplexity`.
     """
+    asked = list(dict.fromkeys(map(tuple, layer_sets)))
+    dense: dict[int, Tensor] = {}
+    sets = [(), *asked] if asked else []  # the dense model, given first, comes out first of each batch
+    results = _accumulated(model, windows, sets, lambda: _Kl(windows, dense), batch_size=batch_size, progress=progress)
+    cost = {"layer_forwards": results.layer_forwards, "layer_forwards_alone": results.layer_forwards_alone}
+    return LayerSetResults({removed: results[removed] for removed in asked}, **cost)
+
+
+class _Kl:
+    """KL from the logits that came first of each batch, those of the dense model, which all accumulators share."""
+
+    def __init__(self, windows: Int64[Tensor, "window position"], dense: dict[int, Tensor]):
+        self.tokens, self.dense = len(windows) * (windows.shape[1] - 1), dense
+        self.sums = np.zeros(len(windows))
+
+    def add(self, start: int, ids: Int64[Tensor, "batch position"], logits: Float[Tensor, "batch position vocabulary"]) -> None:
+        if start not in self.dense:
+            self.dense.clear()
+            self.dense[start] = logits
+        sums = []
+        for expected, found in zip(self.dense[start], logits, strict=True):
+            expected, found = expected[:-1].float().log_softmax(-1), found[:-1].float().log_softmax(-1)
+            sums.append(functional.kl_div(found, expected, reduction="none", log_target=True).double().sum())
+        values = torch.stack(sums).cpu().numpy()
+        require_finite(values, start, "the divergence")
+        self.sums[start : start + len(ids)] = values.clip(min=0)  # what rounding takes below 0
+
+    def result(self) -> Divergence:
+        return Divergence(math.fsum(self.sums), self.tokens, tuple(self.sums.tolist()))
+
+
+@torch.inference_mode()
+def _accumulated(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    layer_sets: Iterable[LayerSet],
+    accumulator: Callable[[], NllAccumulator | _Kl],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> LayerSetResults:
     check_windows(model, windows, batch_size=batch_size)
-    asked = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
-    # The dense model, given first, comes out first of each batch: its logits are there before they are needed.
-    runs = SharedPrefixEvaluator(model, [(), *asked] if asked else [])
-    sums = {removed: np.zeros(len(windows)) for removed in runs.sets}
-    dense = torch.empty(0)
+    runs = SharedPrefixEvaluator(model, layer_sets)
+    sums = {removed: accumulator() for removed in runs.sets}
     for start, ids, removed, logits in runs.logits(windows, batch_size=batch_size, progress=progress):
-        if removed == ():
-            dense = logits
-        values = torch.stack([_divergence(*pair) for pair in zip(dense, logits, strict=True)]).cpu().numpy()
-        require_finite(values, start, f"without layers {removed}: the divergence")
-        sums[removed][start : start + len(ids)] = values.clip(min=0)
-        del logits
-    tokens = len(windows) * (windows.shape[1] - 1)
-    results = {removed: Divergence(math.fsum(sums[removed]), tokens, tuple(sums[removed].tolist())) for removed in asked}
-    return LayerSetResults.of(results, runs)
-
-
-def _divergence(
-    dense: Float[Tensor, "position vocabulary"], pruned: Float[Tensor, "position vocabulary"]
-) -> Float64[Tensor, ""]:
-    """KL(dense || pruned) summed over the scored positions of one window."""
-    expected, found = dense[:-1].float().log_softmax(-1), pruned[:-1].float().log_softmax(-1)
-    return functional.kl_div(found, expected, reduction="none", log_target=True).double().sum()
+        try:
+            sums[removed].add(start, ids, logits)
+        except NotFinite as error:
+            raise NotFinite(f"without layers {removed}: {error}") from None
+        del logits  # before the next ones are made
+    results = {removed: found.result() for removed, found in sums.items()}
+    return LayerSetResults(results, runs.layer_forwards, runs.layer_forwards_alone)
 
 
 # --- likelihoods of continuations ----------------------------------------------------------------------------------------
@@ -176,16 +169,11 @@ def layer_set_likelihoods(
 ) -> LayerSetResults:
     """Log-likelihood of every continuation under the model without each of the given sets: set → one `Answer` each.
 
-    A text that several continuations read runs once, and the head runs at the scored positions only.
+    A text that several continuations read runs once, and the head runs at the scored positions only. Batches of `batch_size`
+    texts, longest first, are padded on the right. softmax_dtype: of the log-probabilities, None for that of the logits.
 
-    Args:
-        batch_size: texts in one batch; longest first, padded on the right, where nothing that is scored can see it.
-        softmax_dtype: in which log-probabilities are computed, None for that of the logits.
-
-    Raises:
-        ValueError: a continuation that is empty or longer than what is read, ``batch_size`` below 1, a model in training mode,
-            or a set that is not ascending, out of range, or everything.
-        UnsupportedModel: as `layerwise.SharedPrefixEvaluator`.
+    Raises ValueError for a continuation that is empty or longer than what is read, ``batch_size`` below 1, a model in training
+    mode, and the same errors as `SharedPrefixEvaluator`.
     """
     if batch_size < 1 or model.training:
         raise ValueError(f"batch_size={batch_size}, training={model.training}: batch_size from 1, and call model.eval() first")
@@ -209,15 +197,14 @@ def layer_set_likelihoods(
                     places += [(row, position) for position in range(len(text) - len(continuations[number].scored), len(text))]
             numbers = [number for text in batch for number in texts[text]]
             distinct, where = torch.tensor(places).unique(dim=0, return_inverse=True)
+            scored = [continuations[number].scored for number in numbers]
             for removed, hidden in runs.walk(runs.engine.embed(ids), bar):
                 rows, positions = distinct.T.to(hidden.device)
-                scored = runs.engine.head(hidden[rows, positions][:, None])[:, 0].log_softmax(-1, dtype=softmax_dtype)
-                for number, answer in zip(
-                    numbers, _answers(scored, where, [continuations[n].scored for n in numbers]), strict=True
-                ):
+                likelihoods = runs.engine.head(hidden[rows, positions][:, None])[:, 0].log_softmax(-1, dtype=softmax_dtype)
+                for number, answer in zip(numbers, _answers(likelihoods, where, scored), strict=True):
                     found[removed][number] = answer
-                del scored  # before the next ones are made
-    return LayerSetResults.of(found, runs)
+                del likelihoods  # before the next ones are made
+    return LayerSetResults(found, runs.layer_forwards, runs.layer_forwards_alone)
 
 
 def _answers(

@@ -1,7 +1,7 @@
 """Perplexity under a stated protocol.
 
-Protocols move a perplexity more than many a method does (Llama-2-7B on WikiText-2: 5.47 with windows of 2048 tokens, 5.12
-with 4096, 12.19 with 128), so `PerplexityProtocol` holds every part and `PerplexityProtocol.describe` goes into the results.
+Protocols move a perplexity more than many a method does: Llama-2-7B on WikiText-2 has 5.47 with windows of 2048 tokens,
+5.12 with 4096, 12.19 with 128.
 """
 
 import math
@@ -24,11 +24,8 @@ from prunelib.text.windows import consecutive_windows
 class PerplexityProtocol:
     """What a perplexity means: windows that do not overlap, of the documents joined by the end-of-text token.
 
-    Attributes:
-        window: tokens per window, bos included.
-        bos: the beginning-of-text token stands at position 0 of every window. It is never scored.
-        dtype: of the weights and activations; the log-likelihood is float32, its sums are float64 in any case.
-        limit: at most so many windows, evenly spaced over the whole text, None for all.
+    window: tokens of each. bos: the first one is the beginning-of-text token; it is never scored. dtype: of the weights and
+    activations. limit: at most so many windows, evenly spaced over the whole text, None for all.
     """
 
     window: int = 2048
@@ -43,28 +40,22 @@ class PerplexityProtocol:
             raise ValueError(f"dtype={self.dtype!r}: name a torch type, such as float32, bfloat16 or float16")
 
     def windows(self, corpus: Corpus, tokenizer, *, progress: bool = True) -> Int64[Tensor, "window position"]:
-        """The windows of a corpus. Raises as `windows.consecutive_windows`."""
+        """The windows of a corpus; raises as `windows.consecutive_windows`."""
         return consecutive_windows(corpus, tokenizer, self.window, self.limit, self.bos, progress=progress)
 
     def measure(
         self, model: PreTrainedModel, windows: Int64[Tensor, "window position"], *, batch_size: int = 8, progress: bool = False
     ) -> "Perplexity":
-        """`perplexity` of windows that this protocol cut, after a check that model and windows are what it states.
-
-        Raises:
-            ValueError: another dtype or another window length; and as `perplexity`.
-        """
+        """`perplexity` of windows that this protocol cut; ValueError where model and windows are not what it states."""
         if model.dtype != getattr(torch, self.dtype) or windows.shape[1] != self.window:
-            raise ValueError(
-                f"the protocol states {self.dtype} and windows of {self.window} tokens, these are {model.dtype} and "
-                f"{windows.shape[1]} tokens"
-            )
+            stated = f"the protocol states {self.dtype} and windows of {self.window} tokens"
+            raise ValueError(f"{stated}, these are {model.dtype} and {windows.shape[1]} tokens")
         if self.bos and not bool((windows[:, 0] == windows[0, 0]).all()):
             raise ValueError("the protocol states bos=True, but the windows do not begin with the same token")
         return perplexity(model, windows, batch_size=batch_size, progress=progress)
 
     def describe(self) -> dict:
-        """Every part of the protocol in words and numbers that JSON can hold."""
+        """Every part of the protocol, as JSON can hold it."""
         return asdict(self) | {
             "stride": self.window - int(self.bos),
             "join": "end-of-text token, else a blank line",
@@ -76,11 +67,7 @@ class PerplexityProtocol:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Negative log-likelihood, in nats, of the scored tokens.
-
-    ``nll_sum`` and ``tokens`` are sums; ``window_nll`` and ``window_tokens`` hold them by window, for paired tests. ``correct``
-    counts the scored tokens that were the model's first choice, ``accuracy`` is their fraction.
-    """
+    """Negative log-likelihood, in nats, of the scored tokens; ``correct`` of them were the model's first choice."""
 
     nll_sum: float
     tokens: int
@@ -107,9 +94,6 @@ class NotFinite(RuntimeError):
     """A likelihood is NaN or infinite."""
 
 
-# --- one model -----------------------------------------------------------------------------------------------------------
-
-
 @memory.says_what_fits("batch_size", "shorter windows or a smaller dtype")
 @torch.inference_mode()
 def perplexity(
@@ -119,14 +103,9 @@ def perplexity(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Perplexity:
-    """Token perplexity over windows, in nats.
+    """Token perplexity over windows; the first position of a window has no context and is not scored.
 
-    The first position of a window has no context and is not scored. No more than one batch of logits exists at a time.
-
-    Raises:
-        ValueError: no window, windows longer than the model's positions, ids outside its vocabulary, a model in training mode,
-            ``batch_size`` below 1.
-        NotFinite: the likelihood is not finite; names the window.
+    Raises ValueError as `check_windows`, and NotFinite, naming the window, where the likelihood is not finite.
     """
     check_windows(model, windows, batch_size=batch_size)
     sums = NllAccumulator(windows)
@@ -141,10 +120,8 @@ def check_windows(model: PreTrainedModel, windows: Int64[Tensor, "window positio
     """Raise ValueError, before any work, when a loss of this model on these windows would make no sense."""
     count, length = windows.shape
     if count < 1 or length < 2 or batch_size < 1:
-        raise ValueError(
-            f"windows of shape {tuple(windows.shape)}, batch_size={batch_size}: windows of 2 tokens or more are needed, "
-            "and batch_size from 1"
-        )
+        given = f"windows of shape {tuple(windows.shape)}, batch_size={batch_size}"
+        raise ValueError(f"{given}: windows of 2 tokens or more are needed, and batch_size from 1")
     if model.training:
         raise ValueError("the model is in training mode (dropout would blur the result): call model.eval() first")
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -184,11 +161,5 @@ class NllAccumulator:
         self.correct[start : start + len(ids)] = values[:, 1].astype(np.int64)
 
     def result(self) -> Perplexity:
-        scored = self.length - 1
-        return Perplexity(
-            nll_sum=math.fsum(self.nll),
-            tokens=self.count * scored,
-            correct=int(self.correct.sum()),
-            window_nll=tuple(self.nll.tolist()),
-            window_tokens=(scored,) * self.count,
-        )
+        tokens = (self.length - 1,) * self.count
+        return Perplexity(math.fsum(self.nll), sum(tokens), int(self.correct.sum()), tuple(self.nll.tolist()), tokens)

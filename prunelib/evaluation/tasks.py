@@ -2,7 +2,7 @@
 
 lm-eval's official tasks, the YAML tasks in ``data/tasks`` and the embedded ones (`prunelib.evaluation.embedded_tasks`) run with
 the prompts, metrics and item order of the ``lm_eval`` command. What the command leaves to the tokenizer or to chance is stated:
-BOS, few-shot examples, seeds. `evaluate_layer_sets` gives the results for many removals of layers of one model in one walk.
+BOS, few-shot examples, seeds.
 
 Two tasks decide averages by a constant answer (BoolQ 62.2 % "yes", WSC 63.5 % "no"): `TaskResult.constant_answer` says when
 that has happened, and `TaskResults.averages` gives every average with and without them.
@@ -35,31 +35,25 @@ from prunelib.models import decoder_layers, memory
 from prunelib.models.layerwise import LayerSet, check_layer_set
 from prunelib.text import corpora
 
-# Two embedded sets: in the first a text of the corpus is scored, in the second the name of an answer (a letter, yes or no).
-# Small models read texts long before they can answer in names, so an average over both would say nothing.
+# In the first set a text of the corpus is scored, in the second the name of an answer: small models read texts long before they
+# can answer in names, so an average over both would say nothing.
 EMBEDDED = ("pydocs_next_line", "pydocs_summary", "pydocs_parameter")
 EMBEDDED_PROMPTS = ("pydocs_letters", "pydocs_yes_no")
 # SimDiff, Tables 2, 3 and 5: plain acc, 0 shots.
 ZERO_SHOT = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mathqa")
 # SimDiff, Table 1 (there through OpenCompass); its "CoQA" is CommonsenseQA; lm-eval's `race` is the high-school part.
 NLU = ("cmnli", "hellaswag", "piqa", "wsc", "commonsense_qa", "boolq", "race_middle", "race", "xsum", "c3")
-TASK_SETS: dict[str, tuple[str, ...]] = {
-    "embedded": EMBEDDED,
-    "embedded_prompts": EMBEDDED_PROMPTS,
-    "simdiff_zero_shot": ZERO_SHOT,
-    "simdiff_nlu": NLU,
-}
+TASK_SETS = {"embedded": EMBEDDED, "embedded_prompts": EMBEDDED_PROMPTS, "simdiff_zero_shot": ZERO_SHOT, "simdiff_nlu": NLU}
 
 # Where lm-eval keeps the tasks above. An index of these folders takes a quarter of a second, of everything over ten.
 OFFICIAL_FOLDERS = ("arc", "commonsense_qa", "gsm8k", "hellaswag", "lambada", "mathqa", "mmlu/default", "openbookqa", "piqa")
 OFFICIAL_FOLDERS += ("race", "super_glue/boolq", "super_glue/wsc", "winogrande", "wsc273")
+PROMPT_KEYS = ("doc_to_text", "doc_to_choice", "doc_to_target")  # of an absent column lm-eval would score the name
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 WITHOUT = {"average": (), "average_without_wsc": ("wsc", "wsc273"), "average_without_boolq": ("boolq",)}
 WITHOUT["average_without_wsc_boolq"] = ("wsc", "wsc273", "boolq")
 CONSTANT = 0.95  # share of one answer from which a model counts as giving a constant answer
 COLUMNS = "an offline copy needs the columns of the official data set"
-
-# --- results -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,8 +64,7 @@ class TaskResult:
         scores: metric → one number per item: ``acc`` and ``acc_norm`` are 0 or 1, ``rouge1`` lies between, ``log_likelihood``
             (LAMBADA) is in nats. A filter of lm-eval stands behind a comma: ``exact_match,strict-match``.
         items: names of the items; those of the embedded tasks name the docstring, which two items may share.
-        chance: expected ``acc`` of a uniform guess, None where there are no choices.
-        predicted, answers: index of the choice, empty where there are no choices.
+        chance: expected ``acc`` of a uniform guess; None, and `predicted` and `answers` (indices) empty, without choices.
         choices: the choice texts where every item has the same, else empty. Only there can an answer be constant.
         items_sha256: over every prompt, continuation and answer: two results with the same hash can be paired.
         settings: dataset, split, shots and version, without any machine path.
@@ -89,7 +82,6 @@ class TaskResult:
 
     @property
     def n(self) -> int:
-        """Number of items."""
         return len(self.items)
 
     @property
@@ -98,17 +90,12 @@ class TaskResult:
         return "acc" if "acc" in self.scores else next(iter(self.scores))
 
     def value(self, metric: str | None = None) -> float:
-        """Mean over the items. Raises KeyError for a metric that this task does not have."""
+        """Mean over the items."""
         return float(np.mean(self.scores[metric or self.metric]))
 
     def stderr(self, metric: str | None = None) -> float | None:
         """Standard error of the mean over items (ddof 1, as lm-eval's); None for one item."""
         return float(np.std(self.scores[metric or self.metric], ddof=1) / np.sqrt(self.n)) if self.n > 1 else None
-
-    @property
-    def acc(self) -> float:
-        """Accuracy by log-likelihood."""
-        return self.value("acc")
 
     @property
     def constant_share(self) -> float | None:
@@ -117,13 +104,13 @@ class TaskResult:
 
     @property
     def constant_answer(self) -> str | None:
-        """The answer to (nearly) every question, None when there is none; see `CONSTANT`. The score then says nothing else."""
+        """The answer to (nearly) every question, None when there is none: the score then says nothing else."""
         constant = self.choices and self.constant_share >= CONSTANT
         return self.choices[Counter(self.predicted).most_common(1)[0][0]] if constant else None
 
     @property
     def best_constant(self) -> float | None:
-        """The accuracy of the best constant answer; None where the choices differ from item to item."""
+        """The accuracy of the best constant answer."""
         return max(Counter(self.answers).values()) / self.n if self.choices else None
 
     def rows(self) -> list[dict]:
@@ -176,9 +163,6 @@ def _draws(values: Sequence[float] | np.ndarray, items: Sequence[str], seed: int
     return bootstrap_draws(values, groups=items, seed=seed, n=n) if len(set(items)) > 1 else np.full(n, np.mean(values))
 
 
-# --- two models on the same items ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Two models on one task (``task`` "average": all of them); McNemar's test only for metrics that are right or wrong."""
@@ -193,23 +177,17 @@ class Comparison:
 def compare(a: TaskResults, b: TaskResults, *, seed: int = 0, n: int = 10_000, level: float = 0.95) -> tuple[Comparison, ...]:
     """a − b, by its main metric, on every task that both have, then on their average (each task resampled by itself).
 
-    Raises:
-        ValueError: no task in common, or different items or prompts (another limit, corpus, data_dir, BOS or number of shots).
+    Raises ValueError without a task in common, or for different items or prompts (another limit, corpus, BOS, number of shots).
     """
     shared = [name for name in a.tasks if name in b.tasks]
     if not shared or a.settings.get("bos") != b.settings.get("bos"):
-        raise ValueError(
-            f"tasks {', '.join(a.tasks)} (bos={a.settings.get('bos')}) and {', '.join(b.tasks)} (bos={b.settings.get('bos')}): "
-            "a paired test needs a task in common and the same prompts"
-        )
+        named = (f"tasks {', '.join(one.tasks)} (bos={one.settings.get('bos')})" for one in (a, b))
+        raise ValueError(f"{' and '.join(named)}: a paired test needs a task in common and the same prompts")
     found, drawn = [], []
     for i, name in enumerate(shared):
         left, right = a[name], b[name]
         if left.items_sha256 != right.items_sha256:
-            raise ValueError(
-                f"task {name!r}: the two results are not on the same items and prompts ({left.n} and {right.n} items, "
-                f"sha256 {left.items_sha256[:12]}… and {right.items_sha256[:12]}…); a paired test needs the same"
-            )
+            raise ValueError(f"task {name!r}: not on the same items and prompts ({left.n} and {right.n} items, other sha256)")
         x, y = np.array(left.scores[left.metric]), np.array(right.scores[left.metric])
         drawn.append(_draws(x - y, left.items, seed + i, n))
         difference = interval(float(np.mean(x - y)), drawn[-1], level, len(set(left.items)))
@@ -220,15 +198,8 @@ def compare(a: TaskResults, b: TaskResults, *, seed: int = 0, n: int = 10_000, l
     return (*found, Comparison("average", "main", sum(one.n for one in found), average, None))
 
 
-# --- running -------------------------------------------------------------------------------------------------------------
-
-
 def task_names(task_set: str | Sequence[str]) -> tuple[str, ...]:
-    """The tasks of a named set (`TASK_SETS`), or the given names as they are: any name of lm-eval's is allowed.
-
-    Raises:
-        ValueError: no task, or a task named twice.
-    """
+    """The tasks of a named set (`TASK_SETS`), or the given names as they are: any name of lm-eval's is allowed."""
     entries = [task_set] if isinstance(task_set, str) else task_set
     names = tuple(name for entry in entries for name in TASK_SETS.get(entry, (entry,)))
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -240,50 +211,17 @@ def task_names(task_set: str | Sequence[str]) -> tuple[str, ...]:
 def evaluate_tasks(model: PreTrainedModel, tokenizer, task_set: str | Sequence[str], **settings) -> TaskResults:
     """Run tasks through lm-eval on a model as it is in memory, pruned or not.
 
-    Arguments and errors are those of `evaluate_layer_sets`; here tasks that generate text (GSM8K, XSum) run too.
+    Settings and errors are those of `evaluate_layer_sets`; here tasks that generate text (GSM8K, XSum) run too.
     """
-    return _evaluate(model, tokenizer, task_set, None, **settings)[()]
-
-
-def evaluate_layer_sets(
-    model: PreTrainedModel, tokenizer, task_set: str | Sequence[str], layer_sets: Iterable[LayerSet], **settings
-) -> LayerSetResults:
-    """`evaluate_tasks` on the model without each of the given sets of layers: set → `TaskResults`.
-
-    What lm-eval asks is answered for all sets in one walk (`layer_sets.layer_set_likelihoods`). Log-likelihoods agree with
-    ``evaluate_tasks(remove_layers(model, removed), …)`` to float tolerance, so an item can differ only where two choices tie.
-
-    Args:
-        task_set: a key of `TASK_SETS` or names of tasks.
-        layer_sets: the removed layers, each ascending, or sublayers; ``()`` is the dense model.
-        settings: bos (required): whether the beginning-of-text token precedes every prompt, whatever the tokenizer does by
-            itself; an empty prompt is always scored after it. limit: the first so many items of every task (of every subject of
-            MMLU), None for all. num_fewshot: examples before every item (0), None for the task's own default. batch_size: texts
-            in one forward pass (16). seed: of the few-shot examples and of the global generators, which are left as they were
-            (1234). data_dir: folder with offline copies, ``<task>/<split>.jsonl`` with the columns of the official data set
-            (``mmlu/test.jsonl`` and ``dev.jsonl`` with a column ``subject``); None reads the hub, or its cache under
-            ``HF_HUB_OFFLINE=1``. progress (True).
-
-    Raises:
-        ValueError: unknown task, numbers out of range, no BOS token, a damaged file, few-shot examples that could only come
-            from the evaluated items themselves, a set that is not ascending, out of range, or everything, or a task that does
-            not compare likelihoods of given texts.
-        FileNotFoundError: no ``data_dir``, or no file for a task in it (the message names what was looked for).
-        RuntimeError: the hub cannot be reached and there is no copy, or a task gave nothing that can be compared by item.
-        UnsupportedModel: layers of this model cannot be skipped.
-    """
-    sets = list(dict.fromkeys(tuple(removed) for removed in layer_sets))
-    for removed in sets:
-        check_layer_set(len(decoder_layers(model)), removed)
-    return _evaluate(model, tokenizer, task_set, sets, **settings)
+    return evaluate_layer_sets(model, tokenizer, task_set, None, **settings)[()]
 
 
 @memory.says_what_fits("batch_size", "a smaller dtype")
-def _evaluate(
+def evaluate_layer_sets(
     model: PreTrainedModel,
     tokenizer,
     task_set: str | Sequence[str],
-    sets: Sequence[LayerSet] | None,
+    layer_sets: Iterable[LayerSet] | None,
     *,
     bos: bool,
     limit: int | None = None,
@@ -293,34 +231,40 @@ def _evaluate(
     data_dir: str | Path | None = None,
     progress: bool = True,
 ) -> LayerSetResults:
-    """`sets` None: the model as it is, and tasks that generate text too."""
-    names = task_names(task_set)
-    if (limit is not None and limit < 1) or batch_size < 1 or (num_fewshot is not None and num_fewshot < 0) or seed < 0:
-        raise ValueError(
-            f"limit={limit}, batch_size={batch_size}, num_fewshot={num_fewshot}, seed={seed}: limit and batch_size from 1, "
-            "num_fewshot and seed from 0"
-        )
+    """`evaluate_tasks` on the model without each of the given sets of layers: set → `TaskResults`.
+
+    What lm-eval asks is answered for all sets in one walk (`layer_sets.layer_set_likelihoods`). Log-likelihoods agree with
+    ``evaluate_tasks(remove_layers(model, removed), …)`` to float tolerance, so an item can differ only where two choices tie.
+
+    Args:
+        task_set: a key of `TASK_SETS` or names of tasks.
+        bos: whether the beginning-of-text token precedes every prompt, whatever the tokenizer does by itself; an empty prompt
+            is always scored after it.
+        limit: the first so many items of every task (of every subject of MMLU).
+        num_fewshot: examples before every item, None for the task's own default.
+        seed: of the few-shot examples and of the global generators, which are left as they were.
+        data_dir: folder of ``<task>/<split>.jsonl`` with the columns of the official data set (``mmlu/test.jsonl``
+            and ``dev.jsonl`` with a column ``subject``); None reads the hub, or its cache under ``HF_HUB_OFFLINE=1``.
+
+    Raises ValueError for a bad argument, a damaged copy, few-shot examples from the evaluated items themselves, and a task that
+    does not compare likelihoods of given texts; FileNotFoundError where a copy is absent; RuntimeError where the hub is.
+    """
+    names, sets = task_names(task_set), None if layer_sets is None else list(dict.fromkeys(map(tuple, layer_sets)))
+    for removed in sets or ():
+        check_layer_set(len(decoder_layers(model)), removed)
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: from {least}")
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder")
     with _seeded(seed):
-        from lm_eval import evaluator
-
-        tasks, leaves, sources = _loaded(names, None if data_dir is None else Path(data_dir), num_fewshot)
-        for name, task in tasks["tasks"].items():
+        loaded, leaves, sources = _loaded(names, None if data_dir is None else Path(data_dir), num_fewshot)
+        for name, task in loaded["tasks"].items():
             if sets is not None and task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-                raise ValueError(
-                    f"task {name!r} asks for {task.OUTPUT_TYPE}, and only likelihoods of given texts are shared between "
-                    "layer sets: take evaluate_tasks(remove_layers(model, removed), …) for this task"
-                )
+                remedy = "take evaluate_tasks(remove_layers(model, removed), …)"
+                raise ValueError(f"task {name!r} asks for {task.OUTPUT_TYPE}, layer sets share likelihoods only: {remedy}")
         lm = _language_model(model, tokenizer, [()] if sets is None else sets, bos, batch_size, progress)
-        results = {}
-        for removed in lm.sets:
-            lm.removed = removed
-            for task in tasks["tasks"].values():
-                task.set_fewshot_seed(seed=seed)  # the same examples for every set
-            output = evaluator.evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
-            parts = {leaf: _result(leaf, task, output["samples"][leaf], sources[leaf]) for leaf, task in tasks["tasks"].items()}
-            results[removed] = {name: _merged(name, [parts[leaf] for leaf in leaves[name]]) for name in names}
+        results = {removed: _run(lm, removed, loaded, leaves, sources, limit, seed) for removed in lm.sets}
     shared = {
         "lm_eval": importlib.metadata.version("lm_eval"),
         "bos": bos,
@@ -332,10 +276,20 @@ def _evaluate(
         "max_length": lm.max_length,
         "truncated_requests": lm.truncated,
     }
-    found = LayerSetResults({removed: TaskResults(result, shared) for removed, result in results.items()})
-    if lm.answers is not None:
-        found.layer_forwards, found.layer_forwards_alone = lm.answers.layer_forwards, lm.answers.layer_forwards_alone
-    return found
+    cost = (0, 0) if lm.answers is None else (lm.answers.layer_forwards, lm.answers.layer_forwards_alone)
+    return LayerSetResults({removed: TaskResults(result, shared) for removed, result in results.items()}, *cost)
+
+
+def _run(lm, removed: LayerSet, loaded: dict, leaves: Mapping, sources: Mapping, limit: int | None, seed: int) -> dict:
+    """Results by task of one set."""
+    from lm_eval import evaluator
+
+    lm.removed = removed
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=seed)  # the same examples for every set
+    output = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    parts = {leaf: _result(leaf, task, output["samples"][leaf], sources[leaf]) for leaf, task in loaded["tasks"].items()}
+    return {name: _merged(name, [parts[leaf] for leaf in members]) for name, members in leaves.items()}
 
 
 def _language_model(model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet], bos: bool, batch_size: int, progress: bool):
@@ -381,13 +335,11 @@ def _with_bos(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     first, copied = tokenizer.bos_token, copy.deepcopy(tokenizer)
-    if first is None:
-        raise ValueError("bos=True, but the tokenizer has no BOS token: take bos=False")
-    if getattr(copied, "backend_tokenizer", None) is not None:
+    if first is not None and getattr(copied, "backend_tokenizer", None) is not None:
         template = TemplateProcessing(single=[first, "$A"], special_tokens=[(first, tokenizer.bos_token_id)])
         copied.backend_tokenizer.post_processor = template
     if copied("a").input_ids != [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False).input_ids]:
-        raise ValueError(f"bos=True, but {type(tokenizer).__name__} does not put its BOS token before a text: take bos=False")
+        raise ValueError(f"bos=True, but {type(tokenizer).__name__} puts no BOS token before a text: take bos=False")
     return copied
 
 
@@ -403,9 +355,6 @@ def _seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(array)  # noqa: NPY002
-
-
-# --- which tasks, from where ---------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
@@ -440,28 +389,26 @@ def _loaded(
             raise ValueError(f"unknown task {name!r}: neither a set ({', '.join(TASK_SETS)}) nor a task of lm-eval's")
     leaves = {name: leaf_tasks(name, manager.task_index) for name in names}
     specs, sources = [], {}
-    for name, members in leaves.items():
-        for leaf in members:
-            config = manager.task_index[leaf].cfg
-            if leaf in embedded_tasks.BUILDERS:
-                override, sources[leaf] = _embedded(leaf, fewshot=bool(num_fewshot)), "pydocs/evaluation"
-            elif data_dir is not None:
-                override, sources[leaf] = _local(name, leaf, config, data_dir), "offline copy"
-            else:
-                place = (config.get("dataset_path"), config.get("dataset_name"))
-                override, sources[leaf] = {}, "/".join(filter(None, place))
-            specs.append({"task": leaf, **override})
-    what = f"the tasks {', '.join(names)}"
-    remedy = "Give data_dir, a folder with <task>/<split>.jsonl, or take the tasks 'embedded'."
+    for name, leaf in ((name, leaf) for name, members in leaves.items() for leaf in members):
+        config = manager.task_index[leaf].cfg
+        if leaf in embedded_tasks.BUILDERS:
+            override, sources[leaf] = _embedded(leaf, fewshot=bool(num_fewshot)), "pydocs/evaluation"
+        elif data_dir is not None:
+            override, sources[leaf] = _local(name, leaf, config, data_dir), "offline copy"
+        else:
+            override, sources[leaf] = {}, "/".join(filter(None, (config.get("dataset_path"), config.get("dataset_name"))))
+        specs.append({"task": leaf, **override})
+    what = f"the data of {', '.join(names)}"
+    remedy = "give data_dir, a folder with <task>/<split>.jsonl, or take the tasks 'embedded'."
     if any("custom_dataset" not in spec for spec in specs):
-        corpora.require_hub(f"{what} are read from the Hugging Face hub", remedy)
+        corpora.require_hub(what, remedy)
     try:
         # Only members of an inline group are merged with the official configuration.
         loaded = manager.load([{"group": "prunelib", "task": specs}])
     except KeyError as error:  # lm-eval tries its prompts on the first item
         raise ValueError(f"{what}: a record lacks {error}; {COLUMNS}") from error
     except OSError as error:
-        raise RuntimeError(f"{what} could not be read ({type(error).__name__}: {first_line(error)}). {remedy}") from error
+        raise RuntimeError(f"{what} could not be read ({type(error).__name__}: {first_line(error)}): {remedy}") from error
     for task in loaded["tasks"].values():
         if num_fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -483,6 +430,8 @@ def _embedded(task: str, *, fewshot: bool) -> dict:
 def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
     """Overrides that make an official task read ``<data_dir>/<task>/<split>.jsonl``."""
     import datasets
+    from jinja2 import meta
+    from lm_eval.utils import env
 
     folder = data_dir / (leaf if (data_dir / leaf).is_dir() else name)
     wanted = {key: config[key] for key in SPLIT_KEYS if config.get(key)}
@@ -490,40 +439,26 @@ def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
     evaluated = wanted.get("test_split") or wanted.get("validation_split")
     if evaluated is None or not files[evaluated].is_file():
         raise FileNotFoundError(f"task {leaf!r}: {folder.name}/{evaluated}.jsonl is not in data_dir={str(data_dir)!r}")
-    present = {split: path for split, path in files.items() if path.is_file()}
-    subject = config.get("dataset_name") if folder.name != leaf else None
-    read = {split: datasets.Dataset.from_list(_records(path, subject)) for split, path in present.items()}
-    _check_columns(leaf, config, read[evaluated].column_names)
+    subject, read = config.get("dataset_name") if folder.name != leaf else None, {}
+    for split, path in files.items():
+        if path.is_file():
+            rows = [row for row in _records(path, path.stat().st_mtime_ns) if subject in (None, row.get("subject"))]
+            if not rows:
+                raise ValueError(f"{path} holds no record" + (f" whose subject is {subject!r}" if subject else ""))
+            read[split] = datasets.Dataset.from_list(rows)
+    texts = [text for key in PROMPT_KEYS if isinstance(text := config.get(key), str)]
+    named = [{text} if text.isidentifier() else meta.find_undeclared_variables(env.parse(text)) for text in texts]
+    absent = sorted(set().union(*named) - set(read[evaluated].column_names))
+    if absent and not config.get("process_docs"):  # it makes columns of its own
+        raise ValueError(f"task {leaf!r} reads the column {absent[0]!r}, which the offline copy lacks: {COLUMNS}")
     # lm-eval reads the few-shot pool even for 0 shots: a split without a file must not be configured.
-    absent = {key: None for key, split in wanted.items() if split not in present}
-    return {"custom_dataset": lambda **_: read, "dataset_kwargs": None, **absent}
-
-
-def _check_columns(leaf: str, config: Mapping, columns: Sequence[str]) -> None:
-    """Refuse records without a column that the prompts name: lm-eval would score an empty text or the column's name instead."""
-    from jinja2 import Environment, TemplateError, meta
-
-    wanted: set[str] = set()
-    for value in (config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")):
-        if isinstance(value, str):
-            with contextlib.suppress(TemplateError):  # filters of lm-eval's own
-                wanted |= {value} if value.isidentifier() else meta.find_undeclared_variables(Environment().parse(value))
-    absent = sorted(wanted - set(columns))
-    if absent and not config.get("process_docs"):  # it makes columns of its own, and fails by itself
-        raise ValueError(f"task {leaf!r} reads the column {absent[0]!r}, the offline copy has {', '.join(columns)}: {COLUMNS}")
-
-
-def _records(path: Path, subject: str | None) -> list[dict]:
-    """The records of one file, or those of one subject of MMLU. Raises ValueError when there is none."""
-    found = [row for row in _file(path, path.stat().st_mtime_ns) if subject is None or row.get("subject") == subject]
-    if not found:
-        raise ValueError(f"{path} holds no record" + (f" whose subject is {subject!r}" if subject else ""))
-    return found
+    unread = {key: None for key, split in wanted.items() if split not in read}
+    return {"custom_dataset": lambda **_: read, "dataset_kwargs": None, **unread}
 
 
 @lru_cache(maxsize=4)
-def _file(path: Path, modified: int) -> list[dict]:
-    """`modified` makes the cache forget a file that changed."""
+def _records(path: Path, modified: int) -> list[dict]:
+    """The records of a file; `modified` makes the cache forget a file that changed."""
     return list(corpora.read_records(path))
 
 
@@ -535,13 +470,10 @@ def _check_fewshot(task) -> None:
     split = task.fewshot_cfg.split or task.get_config("training_split")
     evaluated = task.get_config("test_split") or task.get_config("validation_split")
     if (split or task.get_config("validation_split") or evaluated) == evaluated:
+        remedy = "take num_fewshot=0 or provide its train split"
         raise ValueError(
-            f"task {task.config.task!r}: its {shots} few-shot examples would be drawn from the evaluated items themselves; "
-            "take num_fewshot=0 or provide its train split"
+            f"task {task.config.task!r}: {shots} examples would come from the evaluated items themselves; {remedy}"
         )
-
-
-# --- from lm-eval's samples to results -----------------------------------------------------------------------------------
 
 
 def _result(leaf: str, task, samples: Sequence[Mapping], source: str) -> TaskResult:

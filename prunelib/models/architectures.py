@@ -15,8 +15,6 @@ class UnsupportedModel(ValueError):
     """The request cannot be met for this kind of model; the message names the model type and the reason."""
 
 
-# ------------------------------------------------------------------------------------------------- any model: layers
-
 # Where the decoder layers are; the first path that leads to a ModuleList is taken.
 PATHS = (
     "model.layers",
@@ -30,17 +28,8 @@ PATHS = (
 )
 
 # What the norm behind the layers is called, beside them; the first name that leads to a module is taken.
-FINAL_NORMS = (
-    "norm",
-    "final_layernorm",
-    "final_norm",
-    "embedding_norm",
-    "norm_f",
-    "final_layer_norm",
-    "ln_f",
-    "layernorm",
-    "layer_norm",
-)
+FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "embedding_norm", "norm_f", "final_layer_norm", "ln_f")
+FINAL_NORMS += ("layernorm", "layer_norm")
 
 # Where a decoder layer keeps its two sublayers; the first name that leads to a module is taken.
 SUBLAYER_NAMES = {
@@ -55,22 +44,10 @@ OUTPUT_NAMES = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_
 LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_index")
 
 # Configuration fields with one entry per layer. By name only: another list may have L entries by coincidence.
-PER_LAYER_LISTS = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "no_rope_layers",
-    "attention_layers",  # GPT-Neo
-    "layer_rope_theta",
-    "num_attention_heads_per_layer",
-    "num_key_value_heads_per_layer",
-    "indexer_types",
-    "swiglu_limits",
-    "swiglu_limits_shared",
-    "num_experts",  # Hunyuan: one number, or one per layer; likewise the next two
-    "moe_topk",
-    "num_shared_expert",
-)
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "attention_layers")
+PER_LAYER_LISTS += ("layer_rope_theta", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "indexer_types")
+PER_LAYER_LISTS += ("swiglu_limits", "swiglu_limits_shared")
+PER_LAYER_LISTS += ("num_experts", "moe_topk", "num_shared_expert")  # Hunyuan: one number, or one per layer
 
 # Configuration fields that list the indices of certain layers.
 LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
@@ -90,9 +67,6 @@ INEXPRESSIBLE = {
     "zamba": _SHARED_BLOCKS,
     "zamba2": _SHARED_BLOCKS,
 }
-
-
-# ----------------------------------------------------------------------- families whose residual stream can be rewritten
 
 
 @dataclass(frozen=True)
@@ -177,6 +151,6 @@ ARCHITECTURES |= {
         dropout="dropout",
     ),
 }
-"""Families by model type. One more takes an entry, if its norms stand before its branches and nothing but the head reads the
-stream in between: norms behind a branch (Gemma 2 and 3, OLMo 2) need their input at full width, and routers of mixtures of
-experts are not in the table."""
+"""Families whose residual stream can be rewritten, by model type. One more takes an entry, if its norms stand before its
+branches and nothing but the head reads the stream in between: norms behind a branch (Gemma 2 and 3, OLMo 2) need their input at
+full width, and routers of mixtures of experts are not in the table."""

@@ -1,7 +1,6 @@
-"""Find the decoder layers of a model and remove some of them.
+"""Find the decoder layers of a model and remove some of them, by the tables of `prunelib.models.architectures`.
 
-Layers are found, and what a configuration says about single layers is renumbered, by the tables of
-`prunelib.models.architectures`. What the tables do not know is caught, not guessed: see `keep_layers`.
+What the tables do not know is caught, not guessed: see `keep_layers`.
 """
 
 import contextlib
@@ -20,21 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelib.io import first_line
-from prunelib.models.architectures import (
-    DENSE_PREFIX_COUNTS,
-    FINAL_NORMS,
-    INEXPRESSIBLE,
-    LAYER_INDEX_ATTRIBUTES,
-    LAYER_INDEX_LISTS,
-    PATHS,
-    PER_LAYER_LISTS,
-    SHARED_KV,
-    SUBLAYER_NAMES,
-    UnsupportedModel,
-)
+from prunelib.models import architectures
+from prunelib.models.architectures import UnsupportedModel
 from prunelib.models.onednn import use_onednn_like
-
-# ---------------------------------------------------------------------------------------------------- finding layers
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -45,43 +32,40 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output head. Raises UnsupportedModel when there is none (OPT-350m)."""
     body = model.get_submodule(layers_path(model).rpartition(".")[0])
-    for name in FINAL_NORMS:
+    for name in architectures.FINAL_NORMS:
         if isinstance(getattr(body, name, None), nn.Module):
             return getattr(body, name)
-    raise UnsupportedModel(f"model type {model.config.model_type!r}: no final norm called {', '.join(FINAL_NORMS)}")
+    raise UnsupportedModel(
+        f"model type {model.config.model_type!r}: no final norm called {', '.join(architectures.FINAL_NORMS)}"
+    )
 
 
 def layers_path(model: nn.Module) -> str:
-    """The name of the decoder layers within `model`. Raises UnsupportedModel as `decoder_layers`."""
+    """The name of the decoder layers within `model`."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
             f"{type(model).__name__} is not a plain transformers model; merge an adapter first (merge_and_unload)"
         )
-    for path in PATHS:
+    for path in architectures.PATHS:
         found = functools.reduce(lambda module, name: getattr(module, name, None), path.split("."), model)
         if isinstance(found, nn.ModuleList) and not model.config.is_encoder_decoder:
             return path
     raise UnsupportedModel(
-        f"model type {model.config.model_type!r}: no decoder layers at {', '.join(PATHS)}; "
+        f"model type {model.config.model_type!r}: no decoder layers at {', '.join(architectures.PATHS)}; "
         "for a decoder-only model, add its path to prunelib.models.architectures.PATHS"
     )
 
 
-def sublayer_names(model: PreTrainedModel, index: int) -> dict[str, str]:
-    """What a decoder layer calls its sublayers, by "attn" and "mlp". Raises UnsupportedModel for a name that is not known."""
-    layer, found = decoder_layers(model)[index], {}
-    for part, names in SUBLAYER_NAMES.items():
-        found[part] = next((name for name in names if isinstance(getattr(layer, name, None), nn.Module)), None)
-        if found[part] is None:
-            raise UnsupportedModel(
-                f"{describe_layer(model, index)}: no sublayer {' or '.join(names)}; look at whole layers instead"
-            )
-    return found
-
-
 def sublayers_of(model: PreTrainedModel, index: int) -> dict[str, nn.Module]:
-    """The sublayers of a decoder layer, by "attn" and "mlp". Raises as `sublayer_names`."""
-    return {part: getattr(decoder_layers(model)[index], name) for part, name in sublayer_names(model, index).items()}
+    """The sublayers of a decoder layer, by "attn" and "mlp". Raises UnsupportedModel where their names are not known."""
+    layer, found = decoder_layers(model)[index], {}
+    for part, names in architectures.SUBLAYER_NAMES.items():
+        known = [getattr(layer, name) for name in names if isinstance(getattr(layer, name, None), nn.Module)]
+        if not known:
+            where = describe_layer(model, index)
+            raise UnsupportedModel(f"{where}: no sublayer {' or '.join(names)}; look at whole layers instead")
+        found[part] = known[0]
+    return found
 
 
 def describe_layer(model: PreTrainedModel, index: int) -> str:
@@ -105,16 +89,13 @@ def removed_fraction(dense: nn.Module, pruned: nn.Module) -> float:
 
 
 def parameter_fraction(model: nn.Module, removed: Collection[int]) -> float:
-    """`removed_fraction` of these decoder layers, without making a pruned model. Raises ValueError for a layer not there."""
+    """`removed_fraction` of these decoder layers, without making a pruned model."""
     layers, count = decoder_layers(model), parameter_count(model)
-    wrong = [index for index in removed if not 0 <= index < len(layers)]
-    if wrong:
-        raise ValueError(f"layers {wrong} do not exist in a model of {len(layers)} layers (0 to {len(layers) - 1})")
     return 1.0 - (count - parameter_count(nn.ModuleList(layers[index] for index in removed))) / count
 
 
 def probe_tokens(model: PreTrainedModel) -> Int64[Tensor, "sample token"]:
-    """A fixed batch of token ids, 2 x 16 or as long as the model allows, spread over the vocabulary, on the model's device."""
+    """A fixed batch of token ids, 2 x 16 or as long as the model allows, spread over the vocabulary."""
     config = model.config.get_text_config(decoder=True)
     length = min(16, getattr(config, "max_position_embeddings", None) or 16)
     return (torch.arange(2 * length).reshape(2, length) * 7919 + 3).remainder(config.vocab_size).to(model.device)
@@ -132,15 +113,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-# --------------------------------------------------------------------------------------------------- removing layers
-
-
 def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTrainedModel:
     """A model of the decoder layers `keep` (0-based, ascending) of `model`, ready to run, generate and save.
 
-    The result has its own modules and configuration and SHARES the weight tensors: no memory is spent on a copy, training one
-    trains both. `model` itself is left as it was. Layer indices, the layer count and everything the configuration says
-    about single layers are renumbered; index rules of mixture-of-experts models become explicit lists or new counts.
+    The result has its own modules and configuration and SHARES the weight tensors: training one trains both. `model` itself is
+    left as it was. Whatever the configuration says about single layers is renumbered.
 
     Raises ValueError for an impossible `keep`, and UnsupportedModel where an ordinary checkpoint cannot say what is left: the
     configuration of the result, written and read back, must build the very same modules.
@@ -163,7 +140,7 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[SupportsIndex]) -> PreTra
 
     for new, index in enumerate(kept):
         for module in layers[new].modules():
-            for attribute in LAYER_INDEX_ATTRIBUTES:
+            for attribute in architectures.LAYER_INDEX_ATTRIBUTES:
                 if getattr(module, attribute, None) == index:
                     setattr(module, attribute, new)
     _renumber(pruned.config.get_text_config(decoder=True), kept, len(old))
@@ -184,36 +161,34 @@ def _check_prunable(model: PreTrainedModel, n_layers: int, kept: Sequence[int]) 
     """Refuse, before any work, what is known not to survive."""
     model_type, config = model.config.model_type, model.config.get_text_config(decoder=True)
     remedy = "prune it unquantized on one device (load(..., device='cpu')), save it, and load the saved folder as you like"
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"this {model_type} model is quantized; {remedy}")
-    if is_spread(model):
-        raise UnsupportedModel(f"this {model_type} model is spread over several devices; {remedy}")
-    if n_layers != config.num_hidden_layers:
-        raise UnsupportedModel(
-            f"this {model_type} model has {n_layers} layers but its configuration says {config.num_hidden_layers}: "
-            "it was changed without its configuration; load it again"
-        )
-    if len(kept) == n_layers:
-        return
-    reason = INEXPRESSIBLE.get(config.model_type) or INEXPRESSIBLE.get(model_type)
-    if getattr(config, "num_kv_shared_layers", 0):
-        reason = reason or f"num_kv_shared_layers={config.num_kv_shared_layers}: {SHARED_KV}"
-    if getattr(config, "is_heterogeneous", False):
-        reason = reason or "its configuration overrides single layers by index (per_layer_config)"
+    shared, said = getattr(config, "num_kv_shared_layers", 0), config.num_hidden_layers
     # A hybrid mixes layers that attend with convolutions and recurrences.
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     attend = [i for i, kind in kinds if "hybrid" in kind or ("attention" in kind and kind != "linear_attention")]
-    if attend and not set(attend) & set(kept):
-        reason = reason or f"its key-value cache needs an attention layer; keep one of {attend}"
-    if reason is not None:
-        raise UnsupportedModel(f"cannot remove these layers of a {model_type} model: {reason}")
+    quantized = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
+    reasons = {
+        f"it is quantized; {remedy}": quantized is not None,
+        f"it is spread over several devices; {remedy}": is_spread(model),
+        f"it has {n_layers} layers but its configuration says {said}: load it again": n_layers != said,
+    }
+    if len(kept) < n_layers:
+        known = architectures.INEXPRESSIBLE.get(config.model_type) or architectures.INEXPRESSIBLE.get(model_type)
+        reasons |= {
+            str(known): known is not None,
+            f"num_kv_shared_layers={shared}: {architectures.SHARED_KV}": shared,
+            "its configuration overrides single layers by index": getattr(config, "is_heterogeneous", False),
+            f"its key-value cache needs an attention layer; keep one of {attend}": attend and not set(attend) & set(kept),
+        }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedModel(f"cannot remove these layers of a {model_type} model: {reason}")
 
 
 def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_layers: int) -> None:
     """Rewrite, in place, everything `config` says about single layers. Lists keep their identity: modules may hold them."""
     _renumber_experts(config, kept, n_layers)
     done = set()
-    for name in (*LAYER_INDEX_LISTS, *PER_LAYER_LISTS):
+    for name in (*architectures.LAYER_INDEX_LISTS, *architectures.PER_LAYER_LISTS):
         entries = getattr(config, name, None)
         if isinstance(entries, tuple):
             entries = list(entries)
@@ -221,7 +196,7 @@ def _renumber(config: transformers.PretrainedConfig, kept: Sequence[int], n_laye
         # A property computes its list again each time: changing that copy changes nothing, which is right.
         if not isinstance(entries, list) or id(entries) in done:
             continue
-        if name in LAYER_INDEX_LISTS:
+        if name in architectures.LAYER_INDEX_LISTS:
             entries[:] = [kept.index(index) for index in entries if index in kept]
         elif len(entries) == n_layers:
             entries[:] = [entries[index] for index in kept]
@@ -249,17 +224,14 @@ def _renumber_experts(config: transformers.PretrainedConfig, kept: Sequence[int]
         config.moe_layer_end_index = max(sum(index <= end for index in kept) - 1, 0)
         if not any(index <= end for index in kept):
             config.moe_layer_start_index = len(kept)
-    for name in DENSE_PREFIX_COUNTS:
+    for name in architectures.DENSE_PREFIX_COUNTS:
         count = getattr(config, name, None)
         if isinstance(count, int) and not isinstance(count, bool):
             setattr(config, name, sum(index < count for index in kept))
 
 
 def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
-    """Raise UnsupportedModel unless the configuration, as a file would hold it, builds the modules of `pruned`.
-
-    Built on the meta device, so no memory is needed.
-    """
+    """Raise UnsupportedModel unless the configuration, as a file would hold it, builds the modules of `pruned`."""
     config, refusal = pruned.config, f"cannot remove these layers of a {pruned.config.model_type} model"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -270,12 +242,14 @@ def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
             rebuilt = use_onednn_like(pruned, type(pruned)(as_saved))
     except Exception as error:
         raise UnsupportedModel(f"{refusal}: its configuration does not allow it ({first_line(error)})") from error
-    here, there = _description(pruned, path), _description(rebuilt, path)
+    here, there = ({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} for model in (pruned, rebuilt))
+    mine, theirs = _attributes(pruned, path), _attributes(rebuilt, path)
+    shared = mine.keys() & theirs.keys()  # one of them has run, which leaves attributes behind
+    here, there = here | {name: mine[name] for name in shared}, there | {name: theirs[name] for name in shared}
     differences = [
         f"{name} is {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
         for name in sorted(here.keys() | there.keys())
-        # Only one of them may have run, which leaves attributes behind; a weight must be in both.
-        if here.get(name) != there.get(name) and (name.startswith("weight ") or (name in here and name in there))
+        if here.get(name) != there.get(name)
     ]
     if differences:
         raise UnsupportedModel(
@@ -284,14 +258,13 @@ def _check_expressible(pruned: PreTrainedModel, path: str) -> None:
         )
 
 
-def _description(model: nn.Module, path: str) -> dict[str, object]:
-    """Shapes of all weights and, in the decoder layers, classes and plain attributes: indices, window sizes, scales."""
-    found: dict[str, object] = {f"weight {name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if name.startswith(path + "."):
-            found[name] = f"a {type(module).__name__}"
-            for attribute, value in vars(module).items():
-                plain = isinstance(value, (bool, int, float, str, type(None), tuple, list)) and not attribute.startswith("_")
-                if plain and attribute not in ("training", "gradient_checkpointing"):
-                    found[f"{name}.{attribute}"] = list(value) if isinstance(value, tuple) else value
+def _attributes(model: nn.Module, path: str) -> dict[str, object]:
+    """Classes and plain attributes of the modules below `path`: indices, window sizes, scales."""
+    found: dict[str, object] = {}
+    for name, module in model.get_submodule(path).named_modules(prefix=path):
+        found[f"class of {name}"] = type(module).__name__
+        for attribute, value in vars(module).items():
+            plain = isinstance(value, (bool, int, float, str, type(None), tuple, list)) and not attribute.startswith("_")
+            if plain and attribute not in ("training", "gradient_checkpointing"):
+                found[f"{name}.{attribute}"] = list(value) if isinstance(value, tuple) else value
     return found

@@ -1,12 +1,12 @@
 """Run a model layer by layer, and many removals of layers with the layers they have in common run once.
 
-`LayerwiseModel` takes a model apart at its decoder layers. With it `SharedPrefixEvaluator` runs a model without each of many
-layer sets: two removals that keep the same first layers have the same hidden states behind them, so the sets are walked as a
-trie of the layers they keep, depth first.
+Two removals that keep the same first layers have the same hidden states behind them, so `SharedPrefixEvaluator` walks the sets
+as a trie of the layers they keep, depth first.
 """
 
 import inspect
 import operator
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -24,9 +24,6 @@ LayerSet = tuple[int | tuple[int, str], ...]
 """What is removed, ascending: layers ``(3, 7)``, or sublayers ``((3, "attn"), (7, "mlp"))``. ``()`` is the dense model."""
 
 
-# --- one model, layer by layer -------------------------------------------------------------------------------------------
-
-
 class LayerwiseModel:
     """A causal language model taken apart at its decoder layers, whatever its family.
 
@@ -39,13 +36,10 @@ class LayerwiseModel:
                 hidden = engine.run_layer(index, hidden)
             logits = engine.head(hidden)  # final norm and output head
 
-    `embed` and `head` run the model with its layers skipped. `embed` notes in `calls` what the model hands to each layer for
-    these ids (masks by kind of layer, rotary embeddings, ...), and `run_layer` uses these arguments until the next `embed`.
-
-    Hidden states may come from anywhere: after `embed`, ``run_layer(5, states)`` continues from stored inputs of layer 5, and a
-    layer that is not run is left out. `head` needs no `embed`. With several batches in turn, keep `calls` of each (one
-    ``(args, kwargs)`` per layer, without the hidden states) and set it again before `run_layer`. ready: for layers without
-    weights in memory, gives a context in which a layer has them; only the constructor uses it. Gradients: the caller's choice.
+    `embed` notes in `calls` what the model hands to each layer for these ids (masks, rotary embeddings, ...): one
+    ``(args, kwargs)`` per layer, without the hidden states. `run_layer` uses these until the next `embed`; with several batches
+    in turn, keep `calls` of each and set it again. Hidden states may come from anywhere. ready: for layers without weights in
+    memory, gives a context in which a layer has them, for the constructor.
 
     Raises UnsupportedModel when no decoder layers are found or a layer hands more than hidden states to the next one.
     """
@@ -55,8 +49,8 @@ class LayerwiseModel:
         self.n_layers = len(self.layers)
         self.calls: list[tuple[tuple, dict]] = []
         self._sublayers: dict[int, dict[str, nn.Module]] = {}
-        self._skipped = _Skipped(ready)
-        self._slots = nn.ModuleList(_Slot(layer, index, self._skipped) for index, layer in enumerate(self.layers))
+        self.ready, self.forms = ready, {}  # forms: by class of layer: tensor, tuple or list, and its length
+        self._slots = nn.ModuleList(_Slot(layer, index, weakref.proxy(self)) for index, layer in enumerate(self.layers))
         body = model.base_model
         self._body = body if any(module is self.layers for module in body.modules()) else model
         with torch.no_grad():  # a skipped layer runs its layer once, to see what it returns: two tokens are enough
@@ -70,31 +64,23 @@ class LayerwiseModel:
     def embed(
         self, ids: Int64[Tensor, "batch position"], mask: Bool[Tensor, "batch position"] | None = None, **inputs: Any
     ) -> Float[Tensor, "batch position width"]:
-        """The input of the first layer.
-
-        mask: true on real tokens, false on padding, which does not shift the positions of the real ones. inputs: what else the
-        model is called with, such as a mask and positions of its own form (attention_mask, position_ids).
-        """
-        ids, skipped = ids.to(self.device), self._skipped
+        """The input of the first layer; padding (mask false) shifts no positions. inputs: whatever else the model takes."""
+        ids = ids.to(self.device)
         if mask is not None and not bool(mask.all()):
             inputs["attention_mask"] = mask.to(ids.device, torch.int64)
             if "position_ids" in inspect.signature(self._body.forward).parameters:
                 inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        skipped.calls = self.calls = [((), {})] * self.n_layers
-        try:
-            with self._layers_skipped():
-                self._body(input_ids=ids, use_cache=False, **inputs)
-            return skipped.embedded
-        finally:
-            skipped.embedded = None
+        self.calls = [((), {})] * self.n_layers
+        with self._layers_skipped():
+            self._body(input_ids=ids, use_cache=False, **inputs)
+            return self.embedded
 
     def run_layer(
         self, index: int, hidden: Float[Tensor, "batch position width"], without: Collection[str] = ()
     ) -> Float[Tensor, "batch position out"]:
         """The output of a layer, the sublayers `without` ("attn", "mlp") silent; on the device of that layer.
 
-        Raises UnsupportedModel where sublayers cannot be told apart or do not simply add to the input of the layer; this is
-        checked when the layer first runs without one.
+        Raises UnsupportedModel where sublayers cannot be told apart or do not simply add to the input of the layer.
         """
         if without and index not in self._sublayers:
             sublayers = sublayers_of(self.model, index)
@@ -119,70 +105,57 @@ class LayerwiseModel:
     def head(
         self, hidden: Float[Tensor, "batch position width"], device: torch.device | None = None
     ) -> Float[Tensor, "batch position vocabulary"]:
-        """Final norm, output head and whatever else follows the layers; on `device`, that of the token ids unless given."""
+        """Logits: final norm, output head and whatever else follows the layers; on `device`, else that of the token ids."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)  # nothing behind the layers reads them
-        self._skipped.given = hidden
-        try:
-            with self._layers_skipped():
-                return self.model(input_ids=ids, use_cache=False).logits.to(device or self.device)
-        finally:
-            self._skipped.given = None
+        with self._layers_skipped(given=hidden):
+            return self.model(input_ids=ids, use_cache=False).logits.to(device or self.device)
 
     @contextmanager
-    def _layers_skipped(self) -> Iterator[None]:
-        """While this lasts the model has slots in the place of its layers."""
+    def _layers_skipped(self, given: Tensor | None = None) -> Iterator[None]:
+        """The model with slots in the place of its layers; they return `given`, or what they get, the first in `embedded`."""
         parent, _, name = layers_path(self.model).rpartition(".")
         owner = self.model.get_submodule(parent)
         setattr(owner, name, self._slots)
+        self.given = given
         try:
             yield
         finally:
             setattr(owner, name, self.layers)
-
-
-class _Skipped:
-    """What the slots of a model have in common."""
-
-    def __init__(self, ready: Callable[[int], AbstractContextManager]):
-        self.ready = ready
-        self.forms: dict[type, tuple[type, int]] = {}  # by class of layer: tensor, tuple or list, and its length
-        self.calls: list[tuple[tuple, dict]] = []
-        self.embedded: Tensor | None = None  # what the first slot was given
-        self.given: Tensor | None = None  # what the slots return instead
+            self.given = self.embedded = None
 
 
 class _Slot(nn.Module):
     """A skipped layer: notes its arguments and returns the hidden states in the form in which the layer returns its output.
 
-    Layers do not declare their form: the first one of each class runs once to show it, but for sliced layers (`returns`), which
-    cannot run on hidden states of another width. Attributes are those of the layer (models read its `attention_type`, say).
+    The first layer of each class runs once to show its form, but for sliced layers (`returns`), which cannot run on hidden
+    states of another width. Attributes are those of the layer (models read its `attention_type`, say).
     """
 
-    def __init__(self, layer: nn.Module, index: int, skipped: _Skipped):
+    def __init__(self, layer: nn.Module, index: int, engine: LayerwiseModel):
         super().__init__()
-        self.__dict__ |= {"layer": layer, "index": index, "skipped": skipped}
+        self.__dict__ |= {"layer": layer, "index": index, "engine": engine}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, skipped = args[0] if args else kwargs["hidden_states"], self.skipped
-        if skipped.given is not None:
-            hidden = skipped.given
+        hidden, engine = args[0] if args else kwargs["hidden_states"], self.engine
+        if engine.given is not None:
+            hidden = engine.given
         else:
             if self.index == 0:
-                skipped.embedded = hidden
-            skipped.calls[self.index] = (args[1:], kwargs) if args else ((), {**kwargs, "hidden_states": None})
-        if type(self.layer) not in skipped.forms:
-            skipped.forms[type(self.layer)] = self._form(*args, **kwargs)
-        kind, length = skipped.forms[type(self.layer)]
+                engine.embedded = hidden
+            engine.calls[self.index] = (args[1:], kwargs) if args else ((), {**kwargs, "hidden_states": None})
+        if type(self.layer) not in engine.forms:
+            engine.forms[type(self.layer)] = self._form(*args, **kwargs)
+        kind, length = engine.forms[type(self.layer)]
         return hidden if kind is Tensor else kind([hidden, *[None] * (length - 1)])
 
     @torch.no_grad()
     def _form(self, *args: Any, **kwargs: Any) -> tuple[type, int]:
         if hasattr(self.layer, "returns"):
             return self.layer.returns, 1
-        with self.skipped.ready(self.index):
+        with self.engine.ready(self.index):
             output = self.layer.forward(*args, **kwargs)
         if not isinstance(output, (tuple, list)):
             return Tensor, 1
@@ -207,14 +180,10 @@ def silent(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-# --- many removals -------------------------------------------------------------------------------------------------------
-
-
 def check_layer_set(n_layers: int, removed: LayerSet) -> tuple[tuple[int, str], ...]:
     """All sublayers that go with `removed`: both of every layer in it.
 
-    Raises ValueError unless `removed` is ascending, unique, within a model of `n_layers`, and leaves something. Every layer
-    may lose one sublayer, but not all of them both.
+    Raises ValueError unless `removed` is ascending, unique, within a model of `n_layers`, and leaves something.
     """
     gone = []
     for unit in removed:
@@ -230,13 +199,12 @@ def check_layer_set(n_layers: int, removed: LayerSet) -> tuple[tuple[int, str], 
     return tuple(gone)
 
 
-# A layer that runs, and which of its sublayers are silent meanwhile.
-_Step = tuple[int, tuple[str, ...]]
+_Step = tuple[int, tuple[str, ...]]  # a layer that runs, and which of its sublayers are silent meanwhile
 
 
 def _steps(n_layers: int, removed: LayerSet) -> list[_Step]:
     """What still runs without `removed`, in order."""
-    gone = set(check_layer_set(n_layers, removed))
+    gone = check_layer_set(n_layers, removed)
     missing = [tuple(part for part in SUBLAYERS if (layer, part) in gone) for layer in range(n_layers)]
     return [(layer, parts) for layer, parts in enumerate(missing) if len(parts) < len(SUBLAYERS)]
 
@@ -254,16 +222,12 @@ def _trie(n_layers: int, layer_sets: Iterable[LayerSet]) -> tuple[dict, int]:
 
 
 def shared_layer_forwards(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
-    """Layer calls per batch that `SharedPrefixEvaluator` makes: the distinct beginnings of the sequences of kept layers.
-
-    A layer that runs with a silent sublayer counts as one call, and is not shared with the whole layer. Raises ValueError as
-    `check_layer_set`.
-    """
+    """Layer calls per batch of `SharedPrefixEvaluator`; a layer with a silent sublayer is not shared with the whole layer."""
     return _trie(n_layers, layer_sets)[1]
 
 
 def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
-    """Layer calls per batch when every set is evaluated by itself. Raises ValueError as `check_layer_set`."""
+    """Layer calls per batch when every set is evaluated by itself."""
     return sum(len(_steps(n_layers, removed)) for removed in layer_sets)
 
 
@@ -271,13 +235,10 @@ class SharedPrefixEvaluator:
     """One model without each of several layer sets; layers that several sets have in common run once per batch.
 
     Only models whose layers do something else after renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ from
-    `remove_layers`, and those it refuses.
+    `remove_layers`, and those it refuses. sets: the distinct ones, in the order given. layer_forwards: layer calls so far.
+    layer_forwards_alone: what every set by itself would have taken.
 
-    sets: the distinct layer sets, in the order given. engine: the `LayerwiseModel` that runs. layers_per_batch: layer calls for
-    one batch. layer_forwards: layer calls so far. layer_forwards_alone: what every set by itself would have taken.
-
-    Raises ValueError as `check_layer_set`, and UnsupportedModel as `LayerwiseModel`, as its `run_layer` where sublayers are
-    removed, or where the model is sliced and something is to be removed.
+    Raises ValueError as `check_layer_set`, and UnsupportedModel, before any work, for a sliced model and as `LayerwiseModel`.
     """
 
     def __init__(self, model: PreTrainedModel, layer_sets: Iterable[LayerSet]):
@@ -299,10 +260,7 @@ class SharedPrefixEvaluator:
     def logits(
         self, windows: Int64[Tensor, "window position"], *, batch_size: int, progress: bool = False
     ) -> Iterator[tuple[int, Int64[Tensor, "batch position"], LayerSet, Float[Tensor, "batch position vocabulary"]]]:
-        """Yield (first window of the batch, its ids, removed, logits) for all sets of each batch of windows.
-
-        The dense model comes first in each batch if it is the first of the sets.
-        """
+        """Yield (first window of a batch, its ids, removed, logits) for all sets of each batch; dense first if given first."""
         starts = range(0, len(windows), batch_size) if self.sets else range(0)
         with tqdm(total=len(starts) * self.layers_per_batch, desc="layer sets", unit="layer", disable=not progress) as bar:
             for start in starts:
@@ -313,10 +271,7 @@ class SharedPrefixEvaluator:
     def walk(
         self, embedded: Float[Tensor, "batch position width"], bar: tqdm | None = None
     ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position width"]]]:
-        """Yield (removed, output of the last layer) of each set for the batch that `engine.embed` saw last.
-
-        Depth first: hidden states live as long as a branch that starts from them waits. `bar` counts layers.
-        """
+        """Yield (removed, output of the last layer) of each set for the batch that `engine.embed` saw last, depth first."""
         self.layer_forwards_alone += self._alone
 
         def waiting(node: dict, hidden: Tensor) -> list[tuple[_Step | None, Any, Tensor]]:

@@ -35,9 +35,8 @@ def load(
     """A causal language model in evaluation mode, checked: every weight present, none left over, all finite.
 
     `name_or_path` is a local folder (then nothing is asked of the network) or a name on the Hugging Face hub, fixed by
-    `revision`. `dtype` is the type of the weights in memory: from_pretrained's own default is the type in the file, which
-    would silently calibrate in bfloat16. `device` "auto" spreads the model over all accelerators; such a model can be
-    evaluated but not pruned. `trust_remote_code` runs code that comes with the model.
+    `revision`. `dtype` is that of the weights in memory, whatever the file holds. `device` "auto" spreads the model over all
+    accelerators; such a model can be evaluated but not pruned. `trust_remote_code` runs code that comes with the model.
 
     Raises ValueError for a bad argument, CheckpointError for a missing, damaged, incomplete or non-finite checkpoint.
     """
@@ -46,7 +45,13 @@ def load(
     model = from_files(source, dtype=torch_dtype, device_map="auto" if target is None else None, **options)
     if target is not None:
         model = model.to(target)
-    _check_finite(model)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
+                "the checkpoint is damaged, or its values overflow this dtype (try dtype='float32')"
+            )
     return use_onednn(model).eval()
 
 
@@ -62,10 +67,7 @@ def load_tokenizer(
 
 
 def from_files(source: str | os.PathLike, **options: object) -> PreTrainedModel:
-    """from_pretrained of safetensors files that hold exactly the weights which the configuration asks for.
-
-    Raises CheckpointError where they do not.
-    """
+    """from_pretrained of safetensors files that hold exactly the weights of the configuration, else CheckpointError."""
     options |= {"use_safetensors": True, "output_loading_info": True}
     try:  # weights of another shape are reported by name, below
         model, info = AutoModelForCausalLM.from_pretrained(source, ignore_mismatched_sizes=True, **options)
@@ -87,16 +89,6 @@ def from_files(source: str | os.PathLike, **options: object) -> PreTrainedModel:
     return model
 
 
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}; "
-                "the checkpoint is damaged, or its values overflow this dtype (try dtype='float32')"
-            )
-
-
 def check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
     """Raise ValueError when token ids are not in the vocabulary of `model`: on a GPU they would end the process."""
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -106,7 +98,7 @@ def check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
 
 
 def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name. Raises ValueError for one that is not in `DTYPES`."""
+    """The torch dtype of a name of `DTYPES`."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -115,7 +107,7 @@ def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def checked_device(device: str | torch.device) -> torch.device | None:
-    """The device to move to, None for "auto" (then from_pretrained places the weights). Raises ValueError for a bad one."""
+    """The device to move to, None for "auto" (then from_pretrained places the weights)."""
     if device == "auto":
         return None
     try:
@@ -127,9 +119,6 @@ def checked_device(device: str | torch.device) -> torch.device | None:
     return target
 
 
-# --- where a model comes from --------------------------------------------------------------------------------------------
-
-
 def checked_source(
     name_or_path: str | os.PathLike, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[str, dict]:
@@ -138,42 +127,43 @@ def checked_source(
     Raises the same errors as `load`, and UnsupportedModel for an encoder-decoder model.
     """
     source, options, remedy = _source(name_or_path, revision, trust_remote_code)
-    if not remedy:
-        _check_files(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except OSError as error:
-        raise CheckpointError(f"cannot find model {source!r}{remedy} ({io.first_line(error)})") from error
     except ERRORS as error:
-        version = f"transformers {transformers.__version__}"
-        raise CheckpointError(f"cannot read the configuration of {source!r} with {version}: {io.first_line(error)}") from error
+        # Of a local folder: an absent or damaged file, or a model type that this version of transformers does not know.
+        what = f"cannot read the configuration of {source!r}{remedy} (transformers {transformers.__version__})"
+        raise CheckpointError(f"{what}: {io.first_line(error)}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{source!r} ({config.model_type}) is an encoder-decoder model, not a causal language model")
+    if not remedy:
+        _check_files(Path(source))
     return source, options
 
 
 def _source(name_or_path: str | os.PathLike, revision: str | None, trust_remote_code: bool) -> tuple[str, dict, str]:
     """Source and options of from_pretrained, and what to do where the hub gives no files; "" for a local folder."""
-    text = os.fspath(name_or_path)
-    path = Path(text).expanduser()
+    from prunelib.models import gguf  # it needs this module
+
+    if gguf.is_gguf(name_or_path):
+        name_or_path = gguf.safetensors_folder(name_or_path)
+    text, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    options = {"revision": revision or "main", "local_files_only": True, "trust_remote_code": trust_remote_code}
     recover(path)
-    local, unreachable = path.is_dir(), None
-    if local and revision:
-        raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
-    if path.exists() and not local:
+    if path.is_dir():
+        if revision:
+            raise ValueError(f"revision {revision!r} was given with the local folder {text!r}: a folder has no revisions")
+        return str(path), options, ""
+    if path.exists():
         raise ValueError(f"{text!r} is a file; give the folder that holds config.json and model.safetensors")
-    if not local:
-        if not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text:
-            raise CheckpointError(f"model folder {text!r} does not exist (working directory {str(Path.cwd())!r})")
-        unreachable = io.hub_unreachable()
+    if not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text:
+        raise CheckpointError(f"model folder {text!r} does not exist (working directory {str(Path.cwd())!r})")
+    unreachable = io.hub_unreachable()
     why = f"the hub cannot be reached ({unreachable}) and its client has no copy" if unreachable else "the hub did not give it"
     remedy = (
         f": it is no local folder, and {why}; check the name, or download it where there is a network "
         f"(hf download {text} --local-dir FOLDER) and give that folder"
     )
-    options = {"revision": revision or "main", "local_files_only": local or unreachable is not None}
-    options["trust_remote_code"] = trust_remote_code
-    return str(path) if local else text, options, "" if local else remedy
+    return text, options | {"local_files_only": unreachable is not None}, remedy
 
 
 def recover(target: Path) -> None:
@@ -185,21 +175,16 @@ def recover(target: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Every file a safetensors checkpoint needs is there and complete, seen without reading the weights."""
-    config, index, names = folder / "config.json", folder / "model.safetensors.index.json", {"model.safetensors"}
-    if not config.is_file():
-        raise CheckpointError(f"no config.json in {str(folder)!r}: this is not a saved model")
+    """Every weight file of a safetensors checkpoint is there and complete, seen without reading the weights."""
+    index = file = folder / "model.safetensors.index.json"
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        parts = ["model.safetensors"]
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{config.name} or {index.name} in {str(folder)!r} is not valid JSON: {error}") from error
-    for file in (folder / name for name in sorted(names)):
-        if not file.is_file():
-            raise CheckpointError(f"weight file {file.name!r} is missing from {str(folder)!r}; pickled weights are not read")
-        try:
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        for file in (folder / name for name in sorted(set(parts))):
             with safe_open(file, framework="pt"):
                 pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{str(file)!r} is truncated or damaged ({io.first_line(error)}); copy it again") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"weight file {str(file)!r} is missing; pickled weights are not read") from error
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{str(file)!r} is truncated or damaged ({io.first_line(error)}); copy it again") from error

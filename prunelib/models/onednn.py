@@ -1,7 +1,6 @@
-"""Linear layers of float32 models on a CPU, multiplied by oneDNN instead of MKL.
+"""Linear layers of float32 models on a CPU, multiplied by oneDNN instead of MKL: half of the time on AMD's processors.
 
-MKL leaves the wide vector units of AMD's processors idle: there oneDNN takes half of the time or less for most shapes of small
-models (`benchmarks/linear_cost.py`), forwards and backwards. Results agree to float32 rounding.
+See `benchmarks/linear_cost.py`. Results agree to float32 rounding.
 """
 
 import torch
@@ -9,15 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-# With fewer rows, as in generation token by token, the call costs more than the faster product saves.
-ROWS = 16
+ROWS = 16  # with fewer, as in generation token by token, the call costs more than the faster product saves
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """`model`, in which every plain linear layer multiplies through oneDNN where possible (`OneDnnLinear`).
-
-    Weights, names and `isinstance(layer, nn.Linear)` stay as they are; subclasses are left alone.
-    """
+    """`model`, in which every plain linear layer becomes an `OneDnnLinear`; weights, names and subclasses stay as they are."""
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -49,7 +44,6 @@ class OneDnnLinear(nn.Linear):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows @ weight.T + bias."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 

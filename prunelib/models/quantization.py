@@ -1,11 +1,10 @@
 """Weights in fewer bits, multiplied in the precision of the activations: the formats that pruning is combined with.
 
-Weights are rounded to the nearest value, without calibration, so pruning and quantizing can be done in either order. Only the
-linear maps of the decoder layers change; embeddings, norms and head stay as they are, as in bitsandbytes.
+Weights are rounded without calibration, so pruning and quantizing can be done in either order. Only the linear maps of the
+decoder layers change, as in bitsandbytes.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int8
@@ -15,6 +14,8 @@ from transformers import PreTrainedModel
 
 from prunelib.models.architectures import UnsupportedModel
 from prunelib.models.layers import decoder_layers
+
+BLOCK = 64  # weights of NF4 with one scale
 
 
 class Int8Linear(nn.Module):
@@ -47,18 +48,15 @@ def absmax_int8(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"]
 class NF4Linear(nn.Linear):
     """A frozen linear map with 4-bit normal-float weights in blocks of 64 (QLoRA), dequantized whenever it is applied.
 
-    Quantized by bitsandbytes; its own layer changes its weights to a layout without derivatives when it is evaluated on some
-    CPUs, so that measuring in the middle would spoil training.
+    Quantized by bitsandbytes, whose own layer cannot be differentiated on some CPUs once it has been evaluated.
     """
-
-    BLOCK: ClassVar[int] = 64
 
     def __init__(self, linear: nn.Linear):
         from bitsandbytes.functional import quantize_4bit
 
         nn.Module.__init__(self)  # the weights are those of `linear`, not new ones
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed, state = quantize_4bit(linear.weight.detach().flatten(), blocksize=self.BLOCK, quant_type="nf4")
+        packed, state = quantize_4bit(linear.weight.detach().flatten(), blocksize=BLOCK, quant_type="nf4")
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", state.absmax)
         self.register_parameter("bias", linear.bias)
@@ -67,10 +65,9 @@ class NF4Linear(nn.Linear):
         """The weights as they are applied."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        # As one long row: for a matrix whose rows are no whole number of blocks, bitsandbytes 0.50 takes the wrong scales on a
-        # CPU, without an error.
+        # As one long row: where a row is no whole number of blocks, bitsandbytes 0.50 takes the wrong scales on a CPU.
         shape = torch.Size((self.out_features * self.in_features,))
-        state = QuantState(self.absmax, shape=shape, blocksize=self.BLOCK, quant_type="nf4", dtype=dtype)
+        state = QuantState(self.absmax, shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         return dequantize_4bit(self.weight, state).view(self.out_features, self.in_features)
 
     def forward(self, states: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:

@@ -8,8 +8,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelib.io import first_line, flush, leftovers, temporary_prefix
@@ -34,11 +32,9 @@ def save(
     """
     target = Path(folder).expanduser()
     recover(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"cannot save to {str(target)!r}: it is a file")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{str(target)!r} is not empty; choose another folder or pass overwrite=True")
-    layers_path(model)
+    if target.exists() and not (target.is_dir() and (overwrite or not any(target.iterdir()))):
+        raise ValueError(f"{str(target)!r} is a file or a folder that is not empty: choose another, or pass overwrite=True")
+    layers_path(model)  # only models that can be taken apart
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in leftovers(target):
         shutil.rmtree(left, ignore_errors=True)
@@ -78,16 +74,15 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
 
 @torch.no_grad()
 def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    attention = model.config._attn_implementation
-    again = from_files(folder, dtype=model.dtype, attn_implementation=attention, local_files_only=True)
+    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation, "local_files_only": True}
+    again = from_files(folder, **options)
     again = use_onednn_like(model, again.to(model.device).eval())
     weights = again.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in weights or not torch.equal(tensor, weights[name].to(tensor)):
             raise CheckpointError(f"tensor {name!r} of the saved model is not the one in memory (or is not finite)")
-
-    probe = probe_tokens(model)
-    expected, actual = _logits(model, probe), _logits(again, probe)
+    with evaluating(model):
+        expected, actual = (one(input_ids=probe_tokens(model), use_cache=False).logits.float() for one in (model, again))
     if not bool(torch.isfinite(expected).all()):
         raise CheckpointError("the model gives logits that are not finite; it is not worth saving")
     difference, scale = float((expected - actual).abs().max()), float(expected.abs().max())
@@ -98,8 +93,3 @@ def _check_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
         text = "One clone, two commands: 3.14 (naïve)\n"
         if load_tokenizer(folder)(text)["input_ids"] != tokenizer(text)["input_ids"]:
             raise CheckpointError("the saved tokenizer does not load as the one in memory")
-
-
-def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "sample token"]) -> Float[Tensor, "sample token vocabulary"]:
-    with evaluating(model):
-        return model(input_ids=tokens, use_cache=False).logits.float()

@@ -6,9 +6,10 @@ but the weights stay in the file and are multiplied as before. `idle_fraction` s
 and EvoPress's own code mask sublayers in memory and write no smaller model).
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from prunelib.models.architectures import OUTPUT_NAMES, SUBLAYERS, UnsupportedModel
@@ -20,11 +21,9 @@ from prunelib.models.layers import (
     parameter_count,
     probe_tokens,
     remove_layers,
-    sublayer_names,
     sublayers_of,
 )
-from prunelib.models.layerwise import LayerwiseModel, silent
-from prunelib.models.plans import SublayerPlan
+from prunelib.models.layerwise import LayerSet, LayerwiseModel, check_layer_set
 
 
 def all_sublayers(n_layers: int) -> tuple[tuple[int, str], ...]:
@@ -32,72 +31,64 @@ def all_sublayers(n_layers: int) -> tuple[tuple[int, str], ...]:
     return tuple((layer, part) for layer in range(n_layers) for part in SUBLAYERS)
 
 
-def remove_sublayers(model: PreTrainedModel, plan: SublayerPlan) -> PreTrainedModel:
-    """A model without the sublayers of `plan` that saves and reloads as an ordinary checkpoint of its family.
+def whole_layers(removed: Collection[tuple[int, str]]) -> tuple[int, ...]:
+    """The layers of which both sublayers are among `removed`."""
+    return tuple(layer for layer, part in removed if part == "attn" and (layer, "mlp") in removed)
 
-    Layers that lose both sublayers are gone, as by `remove_layers`; a layer that loses one stays, with zeros for the output
-    projection and its bias. The result shares every other weight tensor with `model`, which is left as it was.
 
-    Raises ValueError for a plan of another number of layers, UnsupportedModel where the sublayers of a layer to be cut cannot
-    be told apart, do not simply add to its input, or are not silenced by zeros, and the same errors as `remove_layers`.
+def remove_sublayers(model: PreTrainedModel, removed: LayerSet) -> PreTrainedModel:
+    """A model without the sublayers `removed`, ((layer, "attn" | "mlp"), ...), that saves and reloads as one of its family.
+
+    Layers that lose both sublayers are gone; one that loses one stays, with zeros for the output projection and its bias. The
+    result shares every other weight tensor with `model`, which is left as it was.
+
+    Raises ValueError as `check_layer_set`, UnsupportedModel where the sublayers of a layer cannot be told apart, do not simply
+    add to its input, or are not silenced by zeros, and the same errors as `remove_layers`.
     """
-    lost = _lost(model, plan)
-    pruned = keep_layers(model, range(plan.n_layers))
+    n_layers = len(decoder_layers(model))
+    removed = check_layer_set(n_layers, removed)
+    whole, pruned = whole_layers(removed), keep_layers(model, range(n_layers))
     with torch.no_grad(), evaluating(pruned):
         engine = LayerwiseModel(pruned)
         hidden = engine.embed(probe_tokens(pruned))
-        for index, part in lost.items():
+        for index, part in removed:
+            if index in whole:
+                continue
             silenced = engine.run_layer(index, hidden, (part,))
-            names = ", ".join(_zero_output(pruned, index, part))
-            if not torch.equal(silenced, engine.run_layer(index, hidden)):
-                raise UnsupportedModel(f"{describe_layer(model, index)}: zeros for {names} do not silence its sublayer")
-    return remove_layers(pruned, plan.layers)
+            names = _zero_output(engine.layers[index], sublayers_of(pruned, index)[part])
+            if not names or not torch.equal(silenced, engine.run_layer(index, hidden)):
+                zeros = ", ".join(names) or f"an output projection ({', '.join(OUTPUT_NAMES)})"
+                raise UnsupportedModel(f"{describe_layer(model, index)}: zeros for {zeros} do not silence its {part}")
+    return remove_layers(pruned, whole)
 
 
-def idle_fraction(model: PreTrainedModel, plan: SublayerPlan) -> float:
-    """Fraction of the parameters that `remove_sublayers` leaves in the checkpoint without effect.
-
-    These are the weights of sublayers lost alone and of the norms that serve nothing else, found by their gradients: a norm
-    that feeds both sublayers (Phi, GPT-J) still works for the other one. BlockPruner's first twelve sublayers of Llama-2-7B
-    are no whole layer: nothing is removed, 14.0 % of the model is idle. Raises the same errors as `remove_sublayers`.
-    """
-    lost = _lost(model, plan)
-    with evaluating(model):
-        engine = LayerwiseModel(model)
-        with torch.no_grad():
-            hidden = engine.embed(probe_tokens(model))
-            for index, part in lost.items():
-                engine.run_layer(index, hidden, (part,))  # refuses layers that do more than add
-        return sum(_idle(engine, index, part, hidden) for index, part in lost.items()) / parameter_count(model)
-
-
-def _lost(model: PreTrainedModel, plan: SublayerPlan) -> dict[int, str]:
-    """The layers that lose one sublayer, and which one; checked against the model."""
-    n_layers = len(decoder_layers(model))
-    if plan.n_layers != n_layers:
-        raise ValueError(f"the plan is for {plan.n_layers} layers, this {model.config.model_type} model has {n_layers}")
-    lost = {index: part for index, part in plan.removed if index not in plan.layers}
-    for index in lost:
-        sublayer_names(model, index)
-    return lost
-
-
-def _zero_output(model: PreTrainedModel, index: int, part: str) -> list[str]:
+def _zero_output(layer: nn.Module, sublayer: nn.Module) -> list[str]:
     """Put zeros in the place of the output projections of a sublayer; their names within the layer."""
-    layer, prefix = decoder_layers(model)[index], sublayer_names(model, index)[part] + "."
+    own = set(sublayer.parameters())
     names = [
         name
-        for name, _ in layer.named_parameters()
-        if name.startswith(prefix) and any(word.removesuffix("_bias") in OUTPUT_NAMES for word in name.split("."))
+        for name, parameter in layer.named_parameters()
+        if parameter in own and any(word.removesuffix("_bias") in OUTPUT_NAMES for word in name.split("."))
     ]
-    if not names:
-        known = ", ".join(OUTPUT_NAMES)
-        raise UnsupportedModel(f"{describe_layer(model, index)}: no output projection {known} in {prefix[:-1]}")
     for name in names:
         parent, _, attribute = name.rpartition(".")
         old = layer.get_parameter(name)
         setattr(layer.get_submodule(parent), attribute, nn.Parameter(torch.zeros_like(old), old.requires_grad))
     return names
+
+
+def idle_fraction(model: PreTrainedModel, removed: LayerSet) -> float:
+    """Fraction of the parameters that `remove_sublayers` leaves in the checkpoint without effect; raises as it does.
+
+    These are the weights of sublayers lost alone and of the norms that serve nothing else, found by their gradients: a norm
+    that feeds both sublayers (Phi, GPT-J) still works for the other one.
+    """
+    removed = check_layer_set(len(decoder_layers(model)), removed)
+    halves = [unit for unit in removed if unit[0] not in whole_layers(removed)]
+    with evaluating(model), torch.no_grad():
+        engine = LayerwiseModel(model)
+        hidden = engine.embed(probe_tokens(model))
+        return sum(_idle(engine, *unit, hidden) for unit in halves) / parameter_count(model)
 
 
 def _idle(engine: LayerwiseModel, index: int, part: str, hidden: torch.Tensor) -> int:
@@ -106,17 +97,10 @@ def _idle(engine: LayerwiseModel, index: int, part: str, hidden: torch.Tensor) -
     Those of the other sublayer all count as working, whatever their gradient: the bias of keys has none by nature, nor has an
     expert that no token reached.
     """
-    layer, sublayers = engine.layers[index], sublayers_of(engine.model, index)
-    silenced = sublayers.pop(part)
-    working = {id(parameter) for other in sublayers.values() for parameter in other.parameters()}
-    weights = {name: parameter.detach().requires_grad_() for name, parameter in layer.named_parameters()}
-    args, kwargs = engine.calls[index]
-    with torch.enable_grad(), silent(silenced):
-        output = functional_call(layer, weights, (hidden, *args), kwargs)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        gradients = torch.autograd.grad(output.float().square().sum(), list(weights.values()), allow_unused=True)
-    return sum(
-        parameter.numel()
-        for parameter, gradient in zip(layer.parameters(), gradients, strict=True)
-        if id(parameter) not in working and (gradient is None or not gradient.any())
-    )
+    parameters = list(engine.layers[index].parameters())
+    (other,) = (module for name, module in sublayers_of(engine.model, index).items() if name != part)
+    with torch.enable_grad():
+        output = engine.run_layer(index, hidden, (part,))
+        gradients = torch.autograd.grad(output.float().square().sum(), parameters, allow_unused=True)
+    working = set(other.parameters()) | {p for p, g in zip(parameters, gradients, strict=True) if g is not None and g.any()}
+    return sum(parameter.numel() for parameter in parameters if parameter not in working)

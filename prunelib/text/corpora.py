@@ -1,7 +1,7 @@
 """Corpora: the documents of one split of a named data set or of a local file.
 
-The embedded corpora come from `prunelib.text.embedded`. The papers' data sets come from the hub at a fixed revision, or from an
-offline copy (``data_dir``). Text and JSON files are read with the standard library alone.
+The embedded corpora come from `prunelib.text.embedded`, the papers' data sets from the hub at a fixed revision or from an
+offline copy (``data_dir``).
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TextIO
 
@@ -51,20 +51,18 @@ def load(
     """Load one split of a corpus.
 
     Args:
-        name: an embedded corpus, a key of `HUB`, or the path of a local file. A file holds one split, whatever ``split`` is
-            called. ``.txt`` holds documents that end with a line ``<|endoftext|>``, or one document; ``.jsonl``/``.json`` hold
-            records with the field ``text`` or Alpaca's ``instruction``, ``input``, ``output``.
+        name: an embedded corpus, a key of `HUB`, or the path of a local file, which holds one split. ``.txt`` holds documents
+            that end with a line ``<|endoftext|>``; ``.jsonl``, ``.json`` and ``.parquet`` hold records with the field ``text``
+            or Alpaca's ``instruction``, ``input``, ``output``; ``wiki.*.raw`` is WikiText.
         split: ``train``, ``calibration``, ``evaluation`` or a split of the source (``validation``, ``test``). For WikiText-2
             and C4, calibration is train, and evaluation is test (WikiText-2) or validation (C4). `Corpus.split` holds the
             source's word.
-        data_dir: folder with an offline copy of the named data set, as ``hf download --local-dir`` lays it out. Of other copies
-            give the file itself; ``wiki.*.raw`` is read as WikiText.
+        data_dir: folder with an offline copy of the named data set: as ``hf download --local-dir`` lays it out, or a file named
+            after the split (``test.jsonl``; ``sample.jsonl`` is train), there or in a folder ``wikitext``, ``c4``, ``alpaca``.
         max_documents: keep the first so many documents.
 
-    Raises:
-        ValueError: unknown corpus or split, unreadable or malformed file, no text, ``max_documents`` below 1.
-        FileNotFoundError: the file, or nothing usable in ``data_dir`` (the message lists what was looked for).
-        RuntimeError: the hub cannot be reached and no ``data_dir`` was given.
+    Raises ValueError for an unknown corpus or split, a malformed file or no text, FileNotFoundError for an absent file or copy,
+    RuntimeError when the hub cannot be reached and no ``data_dir`` was given.
     """
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents={max_documents}: keep at least 1 document, or None for all")
@@ -81,7 +79,7 @@ def load(
         if split not in dataset.splits:
             raise ValueError(f"corpus {name!r} has no split {split!r}: choose one of {', '.join(dataset.splits)}")
         split, licence = dataset.splits[split], dataset.licence
-        texts, source = dataset.read(split, data_dir, max_documents)
+        texts, source = dataset.read(name, split, None if data_dir is None else Path(data_dir), max_documents)
     else:
         if _suffix(path) not in SUFFIXES:
             known = ", ".join((*embedded.EMBEDDED, *HUB))
@@ -115,8 +113,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 def read_records(path: Path) -> Iterator[dict]:
     """The records of a ``.jsonl``, ``.json`` (a list, or one record a line) or ``.parquet`` file, in order.
 
-    Raises:
-        ValueError: malformed JSON or a record that is no object, naming the file and the line or record.
+    Raises ValueError, naming the file and the line or record, for malformed JSON or a record that is no object.
     """
     if path.suffix == ".parquet":
         from datasets import load_dataset
@@ -131,62 +128,50 @@ def read_records(path: Path) -> Iterator[dict]:
         file.seek(0)
         # Lines one by one: the first C4 documents must not cost reading a whole shard.
         for number, part in enumerate([file.read()] if whole else file, 1):
-            if not part.strip():
-                continue
+            where = path.name if whole else f"line {number} of {path.name}"
             try:
-                parsed = json.loads(part)
+                parsed = json.loads(part) if part.strip() else []
             except json.JSONDecodeError as error:
-                raise ValueError(f"{'' if whole else f'line {number} of '}{path.name} is not valid JSON: {error}") from None
-            for place, record in enumerate(parsed, 1) if whole else [(number, parsed)]:
+                raise ValueError(f"{where} is not valid JSON: {error}") from None
+            for record in parsed if isinstance(parsed, list) else [parsed]:
                 if not isinstance(record, dict):
-                    raise ValueError(f"record {place} of {path.name} is a {type(record).__name__}, not an object with fields")
+                    raise ValueError(f"{where} holds a {type(record).__name__}, not an object with fields")
                 yield record
 
 
 def record_text(record: Mapping) -> str:
     """The text of a record: its field ``text``, else Alpaca's prompt (Taori et al. 2023) followed by the answer.
 
-    Raises:
-        ValueError: neither ``text`` nor ``instruction`` and ``output``.
+    Raises ValueError where there is neither ``text`` nor ``instruction`` and ``output``.
     """
     # The hub's Alpaca has both: its `text` is this very prompt and answer, made once by its authors.
     if isinstance(record.get("text"), str):
         return record["text"]
     if not (isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str)):
-        has = ", ".join(record) or "none"
-        raise ValueError(f"needs the field 'text', or 'instruction' and 'output', as strings; it has {has}")
-    context = record.get("input") or ""
-    more = ", paired with an input that provides further context" if context else ""
-    parts = [
-        f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.",
-        f"### Instruction:\n{record['instruction']}",
-        *([f"### Input:\n{context}"] if context else []),
-        f"### Response:\n{record['output']}",
-    ]
-    return BLANK_LINE.join(parts)
+        raise ValueError(f"needs the field 'text', or 'instruction' and 'output', as strings; it has {', '.join(record)}")
+    more, context = "", ""
+    if record.get("input"):
+        more, context = ", paired with an input that provides further context", f"### Input:\n{record['input']}\n\n"
+    return (
+        f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{record['instruction']}\n\n{context}### Response:\n{record['output']}"
+    )
 
 
 def read_file(path: Path) -> Iterator[str]:
     """The documents of one local file, see `load`."""
     if _suffix(path) == ".raw":
         yield BLANK_LINE.join(wikitext_rows(path))
-        return
-    if _suffix(path) == ".txt":
+    elif _suffix(path) == ".txt":
         with _opened(path) as file:
             lines = file.read().split("\n")
-        documents: list[list[str]] = [[]]  # without a line that ends a document the text is one
-        for line in lines:
-            if line == DOCUMENT_END:
-                documents.append([])
-            else:
-                documents[-1].append(line)
-        yield from map("\n".join, documents)
-        return
-    for number, record in enumerate(read_records(path), 1):
-        try:
-            yield record_text(record)
-        except ValueError as error:
-            raise ValueError(f"record {number} of {path.name}: {error}") from None
+        yield from ("\n".join(document) for end, document in groupby(lines, DOCUMENT_END.__eq__) if not end)
+    else:
+        for number, record in enumerate(read_records(path), 1):
+            try:
+                yield record_text(record)
+            except ValueError as error:
+                raise ValueError(f"record {number} of {path.name}: {error}") from None
 
 
 # --- data sets of the hub ------------------------------------------------------------------------------------------------
@@ -200,7 +185,6 @@ class HubDataset:
     ``first`` (split → count) how many documents by default. The rows of ``one_document`` are joined by blank lines.
     """
 
-    name: str
     repository: str
     revision: str
     licence: str
@@ -209,49 +193,53 @@ class HubDataset:
     first: Mapping[str, int] = field(default_factory=dict)
     one_document: bool = False
 
-    def read(self, split: str, data_dir: str | Path | None, max_documents: int | None) -> tuple[Iterable[str], str]:
+    def read(self, name: str, split: str, data_dir: Path | None, max_documents: int | None) -> tuple[Iterable[str], str]:
         """The documents of one of the source's splits, and where they came from. Raises as `load`."""
-        if data_dir is not None and not any(Path(data_dir).glob(self.files[split])):
-            raise FileNotFoundError(
-                f"no offline copy of {self.name!r} ({split}): data_dir={str(data_dir)!r} has no {self.files[split]}; "
-                f"{self._download(split)}, or give one text or JSON file by its path as the corpus"
-            )
-        copy = "offline copy" if data_dir is not None else f"{self.repository}@{self.revision[:12]}"
-        texts, source = map(record_text, self._rows(split, data_dir)), f"{copy} {self.files[split]}"
+        pattern, source = self.files[split], f"{self.repository}@{self.revision[:12]} {self.files[split]}"
+        remedy = (
+            f"give an offline copy by data_dir=FOLDER: hf download --repo-type dataset {self.repository} "
+            f"--revision {self.revision} --include '{pattern}' --local-dir FOLDER"
+        )
+        if data_dir is None:
+            require_hub(f"corpus {name!r} ({self.repository})", f"{remedy}.")
+            texts = self._rows(split, remedy, path=self.repository, revision=self.revision)
+        elif any(data_dir.glob(pattern)):
+            texts, source = self._rows(split, remedy, path=str(data_dir)), f"offline copy {pattern}"
+        else:
+            file = self._plain_copy(split, data_dir)
+            if file is None:
+                said = f"{str(data_dir)!r} has neither {pattern} nor {split}.jsonl"
+                raise FileNotFoundError(f"no offline copy of {name!r} ({split}): {said}; {remedy}")
+            texts, source = read_file(file), f"offline copy {file.name}"
         if self.one_document:
             return [BLANK_LINE.join(texts)], source
         count = max_documents or self.first.get(split)
         return islice(texts, count), f"{source}, at most the first {count} documents" if count else source
 
-    def _download(self, split: str) -> str:
-        return (
-            f"hf download --repo-type dataset {self.repository} --revision {self.revision} "
-            f"--include '{self.files[split]}' --local-dir FOLDER makes one"
-        )
+    def _plain_copy(self, split: str, data_dir: Path) -> Path | None:
+        places = (data_dir, data_dir / self.repository.split("/")[1])
+        patterns = (f"wiki.{split.removesuffix('ation')}.raw", f"{split}.*", *(("sample.*",) if split == "train" else ()))
+        found = (path for place in places for name in patterns for path in sorted(place.glob(name)))
+        return next((path for path in found if _suffix(path) in SUFFIXES), None)
 
-    def _rows(self, split: str, data_dir: str | Path | None) -> Iterator[dict]:
+    def _rows(self, split: str, remedy: str, **place: str) -> Iterator[str]:
         import datasets
 
-        remedy = f"Give an offline copy: load({self.name!r}, {split!r}, data_dir=FOLDER); {self._download(split)}."
-        if data_dir is None:
-            require_hub(f"corpus {self.name!r} is on the hub ({self.repository})", remedy)
-        place = {"path": self.repository, "revision": self.revision} if data_dir is None else {"path": str(data_dir)}
         try:
             # Streamed: the first C4 documents must not cost a whole shard.
-            yield from datasets.load_dataset(**place, data_files={split: self.files[split]}, split=split, streaming=True)
+            rows = datasets.load_dataset(**place, data_files={split: self.files[split]}, split=split, streaming=True)
+            yield from map(record_text, rows)
         except Exception as error:  # the client's own errors have many unrelated types
             reason = f"{type(error).__name__}: {io.first_line(error)}"
-            raise RuntimeError(f"corpus {self.name!r} could not be read from {place['path']} ({reason}). {remedy}") from error
+            raise RuntimeError(f"{place['path']} could not be read ({reason}): {remedy}") from error
 
 
 def require_hub(what: str, remedy: str) -> None:
     """Raise RuntimeError with `what` and `remedy` when the hub does not answer."""
     silent = io.hub_unreachable()
     if silent is not None:
-        raise RuntimeError(
-            f"{what}, which cannot be reached ({silent}). {remedy} "
-            "If it was downloaded here before, HF_HUB_OFFLINE=1 reads the hub client's cache."
-        )
+        cached = "If it was downloaded here before, HF_HUB_OFFLINE=1 reads the hub client's cache."
+        raise RuntimeError(f"{what} is on the hub, which cannot be reached ({silent}): {remedy} {cached}")
 
 
 def wikitext_rows(path: Path) -> list[str]:
@@ -263,7 +251,6 @@ def wikitext_rows(path: Path) -> list[str]:
 HUB: Mapping[str, HubDataset] = {
     # The <unk> version of WikiText (wiki.*.tokens) is left out on purpose: its perplexity is not comparable.
     "wikitext2": HubDataset(
-        name="wikitext2",
         repository="Salesforce/wikitext",
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
         licence="CC BY-SA 3.0, GFDL",
@@ -271,20 +258,17 @@ HUB: Mapping[str, HubDataset] = {
         files={split: f"wikitext-2-raw-v1/{split}-*.parquet" for split in ("train", "validation", "test")},
         one_document=True,  # as the perplexity tables use it
     ),
-    # One shard of C4, as the papers that calibrate on it or report it do (revision as pinned by SLEB and EvoPress).
+    # One shard, as in the papers that calibrate on C4 or report it (revision as pinned by SLEB and EvoPress).
     "c4": HubDataset(
-        name="c4",
         repository="allenai/c4",
         revision="607bd4c8450a42878aa9ddc051a65a055450ef87",
         licence="ODC-BY",
         splits={"train": "train", "validation": "validation", "calibration": "train", "evaluation": "validation"},
         files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
-        # The first 1,100 validation documents are the usual excerpt (peers' C4 perplexity); 10,000 training documents hold
-        # about five million tokens, ten times the largest calibration set of the papers.
+        # 1,100 is the usual excerpt; 10,000 hold about five million tokens, ten times the papers' largest calibration set.
         first={"train": 10_000, "validation": 1_100},
     ),
     "alpaca": HubDataset(
-        name="alpaca",
         repository="tatsu-lab/alpaca",
         revision="dce01c9b08f87459cf36a430d809084718273017",
         licence="CC BY-NC 4.0",

@@ -4,12 +4,12 @@ They are read from the installed packages (never imported, only parsed): ``pydoc
 ``pycomments``, comment paragraphs of their source; ``pyreadmes``, the descriptions of the installed distributions. Short texts
 and near-duplicates are left out. ``pyraw`` keeps both: all docstrings and comment paragraphs, generated ones included.
 
-The same lock gives the same bytes. ``data/corpora/manifest.json`` holds the package versions and one sha256 per split; `check`
-compares. Extraction costs about a minute, so `build` writes each corpus once, below ``data/corpora/``.
+The same lock gives the same bytes: `check` compares with ``data/corpora/manifest.json``. `build` takes about a minute, once.
 """
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import inspect
 import io
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 from datasketch import MinHash, MinHashLSH
@@ -34,7 +34,8 @@ SKIPPED_FOLDERS = {"tests", "testing", "_vendor", "vendored", "externals", "_ext
 SHORTEST = 200  # characters; shorter texts ("Return self+value.") are mostly boilerplate
 SHINGLE = 5  # words
 SIMILAR = 0.7  # share of common shingles from which two texts are near-duplicates
-_IMPORT_NAMES = {"scikit-learn": "sklearn"}
+IMPORT_NAMES = {"scikit-learn": "sklearn"}
+NOT_INSTALLED = "not installed; pip install -r requirements.lock"
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,11 @@ class ManifestMismatch(RuntimeWarning):
     """The text on this machine differs from the text behind the committed results."""
 
 
-# --- reading the packages ------------------------------------------------------------------------------------------------
-
-
-def _not_installed(package: str) -> RuntimeError:
-    return RuntimeError(f"the embedded corpora read {package!r}, which is not installed: pip install -r requirements.lock")
-
-
 def _sources(package: str) -> Iterator[tuple[str, str]]:
     """(name, text) of every module of an installed package, tests and vendored code left out."""
-    spec = find_spec(_IMPORT_NAMES.get(package, package))
+    spec = find_spec(IMPORT_NAMES.get(package, package))
     if spec is None or not spec.submodule_search_locations:
-        raise _not_installed(package)
+        raise RuntimeError(f"the embedded corpora read {package!r}: {NOT_INSTALLED}")
     folder = Path(spec.submodule_search_locations[0])
     for path in sorted(folder.rglob("*.py")):
         inside = path.relative_to(folder)
@@ -68,70 +62,53 @@ def _sources(package: str) -> Iterator[tuple[str, str]]:
             yield f"{package}/{inside.as_posix()}", path.read_text(encoding="utf-8", errors="replace")
 
 
-def _docstrings(package: str) -> Iterator[Document]:
-    def walk(node: ast.AST, qualified: str) -> Iterator[tuple[str, str]]:
+def _docstrings(packages: Iterable[str] = PACKAGES) -> Iterator[Document]:
+    def walk(node: ast.AST, qualified: str) -> Iterator[tuple[str, str | None]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{qualified}.{child.name}".lstrip(".")
-                text = ast.get_docstring(child)
-                if text:
-                    yield name, text
+                yield name, ast.get_docstring(child)
                 yield from walk(child, name)
             elif isinstance(child, ast.If | ast.Try | ast.With):
                 yield from walk(child, qualified)
 
-    for name, source in _sources(package):
+    for name, source in chain.from_iterable(map(_sources, packages)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old docstrings
             try:
                 tree = ast.parse(source)
             except SyntaxError:  # templates that only look like modules
                 continue
-        module = ast.get_docstring(tree)
-        if module:
-            yield Document(f"{name}:", module)
-        for qualified, text in walk(tree, ""):
-            yield Document(f"{name}:{qualified}", text)
+        for qualified, text in [("", ast.get_docstring(tree)), *walk(tree, "")]:
+            if text:
+                yield Document(f"{name}:{qualified}", text)
 
 
-def _comments(package: str) -> Iterator[Document]:
+def _comments(packages: Iterable[str] = PACKAGES) -> Iterator[Document]:
     candidate = re.compile(r"^\s*# .*\n\s*# ", re.MULTILINE)
-    for name, source in _sources(package):
+    for name, source in chain.from_iterable(map(_sources, packages)):
         if not candidate.search(source):
             continue
-        block: list[tuple[int, str]] = []
-        try:
+        comments: list[tuple[int, str]] = []  # those on lines of their own
+        with contextlib.suppress(tokenize.TokenError, SyntaxError):
             for token in tokenize.generate_tokens(io.StringIO(source).readline):
                 if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
-                    if block and token.start[0] != block[-1][0] + 1:
-                        yield _paragraph(name, block)
-                        block = []
-                    block.append((token.start[0], token.string))
-        except (tokenize.TokenError, SyntaxError):
-            continue
-        if block:
-            yield _paragraph(name, block)
-
-
-def _paragraph(name: str, block: list[tuple[int, str]]) -> Document:
-    text = inspect.cleandoc("\n" + "\n".join(line.lstrip("#:") for _, line in block))
-    return Document(f"{name}:{block[0][0]}", text)
+                    comments.append((token.start[0], token.string.lstrip("#:")))
+        for _, block in groupby(enumerate(comments), lambda place: place[1][0] - place[0]):  # consecutive lines
+            numbers, lines = zip(*(comment for _, comment in block), strict=True)
+            yield Document(f"{name}:{numbers[0]}", inspect.cleandoc("\n" + "\n".join(lines)))
 
 
 def _readmes() -> Iterator[Document]:
     # Those of the manifest, so that a package which the lock gains later changes no text.
     for name in sorted(_manifest("pyreadmes")["packages"]):
-        if installed_version(name) is None:
-            raise _not_installed(name)
+        if _installed_version(name) is None:
+            raise RuntimeError(f"the embedded corpora read {name!r}: {NOT_INSTALLED}")
         message = metadata.metadata(name)
         payload = message.get_payload()
         # An old METADATA file carries the text as a header with continuation lines.
         text = payload if isinstance(payload, str) and payload.strip() else message["Description"] or ""
         yield Document(name, text.replace("\r\n", "\n").strip())
-
-
-def _each(reader: Callable[[str], Iterator[Document]]) -> Iterator[Document]:
-    return chain.from_iterable(map(reader, PACKAGES))
 
 
 @dataclass(frozen=True)
@@ -146,11 +123,11 @@ class Recipe:
 
 RECIPES = {
     # Reference models are trained on the train split of pydocs alone, so the other two need none.
-    "pydocs": Recipe(lambda: _each(_docstrings), 800, 900),
-    "pycomments": Recipe(lambda: _each(_comments), 0, 500),
+    "pydocs": Recipe(_docstrings, 800, 900),
+    "pycomments": Recipe(_comments, 0, 500),
     "pyreadmes": Recipe(_readmes, 0, 500),
     # Its train split holds nothing that is in the evaluation split of pydocs or of pycomments, near-duplicates apart.
-    "pyraw": Recipe(lambda: chain(_each(_docstrings), _each(_comments)), 500, 900, raw=True),
+    "pyraw": Recipe(lambda: chain(_docstrings(), _comments()), 500, 900, raw=True),
 }
 EMBEDDED = tuple(RECIPES)
 
@@ -165,10 +142,7 @@ def split_of(corpus: str, name: str) -> str:
 
 
 def without_near_duplicates(documents: list[Document]) -> list[Document]:
-    """Keep the first document of every group whose word 5-grams overlap by about 70 % or more (MinHash, banding).
-
-    Runs over all splits together, so that no near-copy of an evaluation text is left in the training text.
-    """
+    """Keep the first document of every group whose word 5-grams overlap by about 70 % or more (MinHash, banding)."""
     index, kept = MinHashLSH(threshold=SIMILAR, num_perm=128), []
     signatures = MinHash.generator((_word_shingles(document.text) for document in documents), num_perm=128, seed=1)
     for document, signature in zip(documents, signatures, strict=True):
@@ -184,15 +158,15 @@ def _word_shingles(text: str) -> set[bytes]:
 
 
 def extract(corpus: str) -> list[Document]:
-    """Read one embedded corpus from the installed packages: long enough, distinct (unless raw), in the order of names."""
+    """Read one embedded corpus from the installed packages: long enough, distinct (unless raw), in the order of names.
+
+    All splits together, so that no near-copy of an evaluation text is left in the training text.
+    """
     recipe = RECIPES[corpus]
     shortest = 1 if recipe.raw else SHORTEST
     found = {document.name: document for document in recipe.read() if len(document.text) >= shortest}
     documents = [found[name] for name in sorted(found)]
     return documents if recipe.raw else without_near_duplicates(documents)
-
-
-# --- the corpora on disk -------------------------------------------------------------------------------------------------
 
 
 def manifest_path() -> Path:
@@ -219,24 +193,18 @@ def build(corpus: str, *, force: bool = False) -> Path:
 
 
 def records(corpus: str, split: str) -> tuple[Document, ...]:
-    """The documents of one split with their names; builds the corpus on first use.
-
-    Raises:
-        ValueError: unknown corpus or split, or a split that this corpus does not have.
-    """
+    """The documents of one split with their names; builds the corpus on first use. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {corpus}: choose one of {', '.join(SPLITS)}")
     found = []
-    for number, line in enumerate(build(corpus).read_bytes().splitlines(), 1):
+    path = build(corpus)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-            document, belongs = Document(record["name"], record["text"]), record["split"] == split
+            if record["split"] == split:
+                found.append(Document(record["name"], record["text"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{corpus_path(corpus)}, line {number}: damaged ({error!r}); delete the file, it is rebuilt"
-            ) from None
-        if belongs:
-            found.append(document)
+            raise ValueError(f"{path}, line {number}: damaged ({error!r}); delete the file, it is rebuilt") from None
     if not found:
         raise ValueError(f"{corpus} has no {split} split: only pydocs and pyraw have a train split, take another one")
     return tuple(found)
@@ -261,7 +229,7 @@ def digest(found: Iterable[Document]) -> str:
     return texts_sha256(part for document in found for part in (document.name, document.text))
 
 
-def installed_version(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return metadata.version(name).split("+")[0]  # "2.13.0+cpu" and "2.13.0" are the same sources
     except metadata.PackageNotFoundError:
@@ -275,7 +243,7 @@ def describe(corpus: str) -> dict:
         found = records(corpus, split)
         characters = sum(len(document.text) for document in found)
         splits[split] = {"documents": len(found), "characters": characters, "sha256": digest(found)}
-    return {"packages": {name: installed_version(name) for name in _manifest(corpus)["packages"]}, "splits": splits}
+    return {"packages": {name: _installed_version(name) for name in _manifest(corpus)["packages"]}, "splits": splits}
 
 
 def check(corpus: str, split: str) -> bool:
@@ -283,9 +251,7 @@ def check(corpus: str, split: str) -> bool:
     actual, entry = digest(records(corpus, split)), _manifest(corpus)
     expected = entry["splits"][split]["sha256"]
     if actual != expected:
-        moved = [
-            f"{name} is not {version}" for name, version in entry["packages"].items() if installed_version(name) != version
-        ]
+        moved = [f"{name} is not {it}" for name, it in entry["packages"].items() if _installed_version(name) != it]
         warnings.warn(
             f"corpus {corpus}/{split} has sha256 {actual[:12]}…, the manifest says {expected[:12]}…: "
             f"{', '.join(moved) or f'{corpus_path(corpus)} was altered'}. Numbers will differ from the committed ones; "

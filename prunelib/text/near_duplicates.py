@@ -2,7 +2,7 @@
 
 Documents are compared as sets of character n-grams. MinHash (Broder 1997; the datasketch library) with banding proposes pairs,
 exact Jaccard similarity decides about them, connected components are the clusters: the steps of Lee et al. 2021
-(arXiv 2107.06499), who compare words. Everything is deterministic, and a cluster is named after its first document.
+(arXiv 2107.06499), who compare words. Everything is deterministic.
 """
 
 import re
@@ -24,13 +24,9 @@ THOROUGH = (0.1, 0.9)  # weights for which few near-duplicates are missed, at ma
 class Settings:
     """What a near-duplicate is.
 
-    Attributes:
-        ngram: characters of a shingle. A document that is shorter is one shingle by itself.
-        permutations: length of a MinHash signature.
-        threshold: Jaccard similarity of shingle sets from which two documents are near-duplicates.
-        weights: of false positives and false negatives of the banding, which minimizes their areas around ``threshold``
-            (datasketch). The exact comparison removes the former, nothing brings back the latter.
-        seed: of the permutations.
+    ngram: characters of a shingle. permutations: length of a MinHash signature. threshold: Jaccard similarity from which two
+    documents are near-duplicates. weights: of the false positives and false negatives that datasketch's choice of bands
+    minimizes; the exact comparison removes the former, nothing brings back the latter. seed: of the permutations.
     """
 
     ngram: int = 25
@@ -47,7 +43,7 @@ class Settings:
             )
 
     def index(self) -> MinHashLSH:
-        """An empty index: two documents are compared when all rows of at least one band of their signatures agree."""
+        """An empty index: it proposes documents of which all rows of at least one band of the signatures agree."""
         return MinHashLSH(threshold=self.threshold, num_perm=self.permutations, weights=self.weights)
 
     @cached_property
@@ -69,14 +65,9 @@ class Settings:
 
 DEFAULT = Settings()
 
-# --- shingles and signatures ---------------------------------------------------------------------------------------------
-
 
 def shingles(text: str, ngram: int = 25) -> UInt64[np.ndarray, " shingle"]:
-    """The distinct character n-grams of a text, as sorted 64-bit hashes; case and layout do not count.
-
-    Two different n-grams share a hash with a probability of about 2⁻⁶⁴: set operations are exact for every practical purpose.
-    """
+    """The distinct character n-grams of a text, as sorted 64-bit hashes; case and layout do not count."""
     plain = " ".join(text.lower().split())
     codes = np.frombuffer(plain.encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.uint64)
     width = max(1, min(ngram, len(codes)))
@@ -116,17 +107,7 @@ def signatures(documents: Sequence[str], settings: Settings = DEFAULT) -> list[M
 def clusters(
     documents: Sequence[str], settings: Settings = DEFAULT, *, signed: Sequence[MinHash] | None = None
 ) -> Int64[np.ndarray, " document"]:
-    """For every document the index of the first document of its cluster: one without near-duplicates is its own.
-
-    Clusters are the connected components of the pairs that the bands propose and whose exact Jaccard similarity reaches the
-    threshold.
-
-    Args:
-        signed: `signatures` of the same documents, for several clusterings of one corpus.
-
-    Raises:
-        ValueError: no document.
-    """
+    """For every document the index of the first one of its cluster; `signed`: their `signatures`, for several clusterings."""
     signed = signatures(documents, settings) if signed is None else signed
     shingles_of = cache(lambda index: shingles(documents[index], settings.ngram))
     index, joined = settings.index(), DisjointSet(range(len(documents)))
@@ -145,10 +126,7 @@ def clusters(
 
 
 def deduplicate(corpus, settings: Settings = DEFAULT):
-    """A `corpora.Corpus` with one document of every near-duplicate cluster, the first one, in the old order.
-
-    Its name says so, and its hash is that of the documents that are left. Raises as `clusters`.
-    """
+    """A `corpora.Corpus` with the first document of every near-duplicate cluster, in the old order; its name says so."""
     kept = np.unique(clusters(corpus.documents, settings)).tolist()
     bands, rows = settings.banding
     said = (
@@ -166,9 +144,6 @@ def overlap(
 
     The share is that of its distinct character n-grams that occur anywhere in the corpus. It finds a short text inside a long
     document, which Jaccard similarity cannot, and also counts common phrases: a text which nobody copied is not at 0.
-
-    Raises:
-        ValueError: no text, or no document.
     """
     index = settings.index()
     for place, signature in enumerate(signatures(corpus, settings)):
@@ -183,17 +158,11 @@ def overlap(
     return np.array(contained, dtype=np.float64), np.array(near)
 
 
-# --- quality -------------------------------------------------------------------------------------------------------------
-
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))  # as Rae et al. list them
 
 
 def gopher_rules_passed(document: str) -> float:
-    """Share of Gopher's rules of quality that a document passes (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
-
-    Raises:
-        ValueError: a document without a word.
-    """
+    """Share of Gopher's rules of quality that a document passes (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1)."""
     words = document.split()
     lines = [line.strip() for line in document.splitlines() if line.strip()]
     if not words:

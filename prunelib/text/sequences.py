@@ -17,13 +17,8 @@ IGNORED = -100  # label of a position that is not trained on
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Rows of tokens to train on, in their order.
-
-    Attributes:
-        labels: the token at each position, or `IGNORED` where it is not to be predicted.
-        mask: False at padding; None where nothing is padded.
-        source: what the rows were made from.
-    """
+    """Rows of tokens to train on, in their order; ``labels`` are `IGNORED` where nothing is to be predicted, ``mask`` is False
+    at padding and None where nothing is padded."""
 
     input_ids: Int64[Tensor, "row position"] = field(repr=False)
     labels: Int64[Tensor, "row position"] = field(repr=False)
@@ -51,16 +46,11 @@ class TrainingRows:
 def packed_rows(
     corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
 ) -> TrainingRows:
-    """`count` rows of exactly `seq_len` tokens, nothing padded, every position trained.
+    """`count` rows of exactly `seq_len` tokens (with `bos` the first of each is that token), nothing padded, all trained.
 
     Documents in random order are joined by the end-of-text token (by a blank line where the tokenizer has none), cut into rows,
     and the rows are shuffled. No more text is tokenized than is needed; where it is used up, another pass begins in another
-    order. The same seed gives the same rows.
-
-    Args:
-        bos: put the beginning-of-text token at position 0 of every row (`seq_len` counts it).
-
-    Raises ValueError: less text than one row, no bos token, `count` or `seq_len` too small, a negative seed.
+    order. Raises ValueError for less text than one row, and as `check_draw`.
     """
     check_draw(tokenizer, seq_len, bos, count, seed)
     end = tokenizer.eos_token_id
@@ -90,9 +80,7 @@ def document_rows(corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int
 
     Documents begin with the special tokens that the tokenizer gives them and get no end-of-text token, and every token of the
     text is trained: SimDiff's setting for Alpaca (train_on_inputs true, add_eos false; Table 6). The order is random; where
-    the documents are used up, another pass begins. Documents of fewer than two tokens are left out.
-
-    Raises ValueError: no document with two tokens, `count` or `seq_len` too small, a negative seed.
+    the documents are used up, another pass begins. Documents of fewer than two tokens are left out; ValueError where all are.
     """
     check_draw(tokenizer, seq_len, False, count, seed)
     generator = np.random.default_rng(seed)
