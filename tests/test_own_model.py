@@ -90,10 +90,11 @@ def test_rows_hold_every_state_and_paired_intervals(tiny_llama, windows):
 def test_a_reported_text_that_was_seen_and_a_folder_in_use_are_refused(tmp_path):
     for name, words in {"a": "one two three", "b": "one two three", "c": "something else"}.items():
         (tmp_path / f"{name}.txt").write_text(words)
-    a, b, c = (own_model.read_text(str(tmp_path / f"{name}.txt")) for name in "abc")
-    own_model.check_held_out({"a.txt": a}, {"healing": c})
+    a, b, c = (str(tmp_path / f"{name}.txt") for name in "abc")
+    report, used = own_model.read_texts([a], {"healing": c})
+    assert (list(report), list(used)) == (["a.txt"], ["healing"])
     with pytest.raises(ValueError, match=r"the reported text a\.txt is the text of healing"):
-        own_model.check_held_out({"a.txt": a}, {"calibration": c, "healing": b})
+        own_model.read_texts([a], {"calibration": c, "healing": b})
     own_model.check_folder(tmp_path / "new")
     with pytest.raises(ValueError, match="holds something other than a pruned model"):
         own_model.check_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""The model card of a pruned model, from the run that made it alone: `python -m prunelib.apps.model_card RUN.json` prints it."""
+"""The model card of a pruned model, from its run alone: `python -m prunelib.apps.model_card RUN.json` prints it."""
 
 import math
 import os

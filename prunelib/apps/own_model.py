@@ -1,7 +1,8 @@
 """Prune a model of your own: how many layers go, which ones, and what that costs (`notebooks/own_model.ipynb`)."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,24 +78,23 @@ def choose(
     return lowest(rule(stats), layers_removed, *protected)
 
 
-def read_text(name: str, data_dir: Path | None = None, max_documents: int | None = None) -> text.Corpus:
-    """The text that `NAME:SPLIT` means, or a local file by its path. Raises as `text.load`."""
-    corpus, colon, split = name.rpartition(":")
-    where = (corpus, split) if colon else (name, "train")
-    return text.load(*where, data_dir=data_dir, max_documents=max_documents)
+def read_texts(
+    report: Sequence[str], used: Mapping[str, str], data_dir: Path | None = None, max_documents: int | None = None
+) -> tuple[dict[str, text.Corpus], dict[str, text.Corpus]]:
+    """The texts to report, by their names without the folder of one machine, and those that are used, by their roles.
 
+    A text is NAME:SPLIT or a local file. Raises as `text.load`, and ValueError when a reported text is one that is used.
+    """
 
-def text_name(name: str) -> str:
-    """How a text of `read_text` is called in results: without the folder of one machine."""
-    return Path(name).name
+    def read(name: str) -> text.Corpus:
+        corpus, colon, split = name.rpartition(":")
+        return text.load(*(corpus, split) if colon else (name, "train"), data_dir=data_dir, max_documents=max_documents)
 
-
-def check_held_out(report: Mapping[str, text.Corpus], seen: Mapping[str, text.Corpus]) -> None:
-    """Raise ValueError when a reported text holds the documents of one that was used, whatever their names (the keys) are."""
-    for name, one in report.items():
-        for role, other in seen.items():
-            if one.sha256 == other.sha256:
-                raise ValueError(f"the reported text {name} is the text of {role}: report another text or split")
+    reported, seen = {Path(name).name: read(name) for name in report}, {role: read(name) for role, name in used.items()}
+    for (name, one), (role, other) in itertools.product(reported.items(), seen.items()):
+        if one.sha256 == other.sha256:
+            raise ValueError(f"the reported text {name} is the text of {role}: report another text or split")
+    return reported, seen
 
 
 def check_folder(folder: Path) -> None:
