@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model
     assert main(arguments(project, tmp_path / "one")) == 0
     found = {name: json.loads((tmp_path / name / "healing.json").read_text()) for name in ("one", "two")}
     requests = {name: json.loads((tmp_path / name / "training" / "request.json").read_text()) for name in found}
-    assert [requests[name]["processes"] for name in ("one", "two")] == [1, 2]
+    assert [requests[name]["world_size"] for name in ("one", "two")] == [1, 2]
     losses = {name: [entry["loss"] for entry in result["log"]] for name, result in found.items()}
     assert len(losses["one"]) == SETTINGS["steps"]
     np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-5)
@@ -122,7 +122,7 @@ def test_a_training_killed_without_warning_loses_and_repeats_no_step(project, tm
     command = [sys.executable, "-c", KILLED, str(project), str(tmp_path / "killed")]
     killed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert killed.returncode == -9, killed.stderr[-3000:]
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
     whole, resumed = (train(project, tmp_path / name, lambda model: {"one": 1.0}) for name in ("whole", "killed"))
     assert [entry["step"] for entry in resumed.log] == [1, 2, 3, 4, 5, 6, 6, 7, 8]
     assert resumed.losses == whole.losses
@@ -134,7 +134,7 @@ def test_a_training_killed_without_warning_loses_and_repeats_no_step(project, tm
     ("more", "message"),
     [
         (["--recipe", "qlora"], "unknown recipe 'qlora'; there are"),
-        (["--gromov", "Llama-3"], "the paper healed no model 'Llama-3'"),
+        (["--recipe", "gromov:Llama-3"], "the paper healed no model 'Llama-3'"),
         (["--set", "stepz=4"], "--set stepz=4: give NAME=VALUE"),
         (["--corpus", "nowhere.txt"], "'nowhere.txt' does not exist"),
     ],

@@ -7,7 +7,7 @@ import torch
 from architectures import build
 
 from prunelib.models import remove_layers
-from prunelib.speed.speculative import acceptance, best_drafted, decode, expected_speedup, expected_tokens
+from prunelib.speed.speculative import acceptance, best_drafted, decode, expected_speedup
 
 
 def random_windows(count: int = 5, length: int = 16) -> torch.Tensor:
@@ -20,10 +20,8 @@ def random_windows(count: int = 5, length: int = 16) -> torch.Tensor:
 def test_a_model_accepts_itself():
     model = build("llama")
     found = acceptance(model, {"itself": model}, random_windows(), batch_size=2)["itself"]
-    assert found.greedy == 1
-    assert found.sampled == pytest.approx(1, abs=1e-6)
-    assert found.stderr("greedy") == 0
-    assert (len(found.agreed), found.positions) == (5, 15)
+    assert found["greedy"].tolist() == [1] * 5
+    assert found["sampled"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -35,13 +33,11 @@ def test_acceptance_against_its_definition(family):
         p = model(windows, use_cache=False).logits[:, :-1].double().softmax(-1)
         for name, draft in drafts.items():
             q = draft(windows, use_cache=False).logits[:, :-1].double().softmax(-1)
-            assert found[name].greedy == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+            assert found[name]["greedy"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean(-1).numpy())
             distance = (p - q).abs().sum(-1) / 2
-            assert found[name].sampled == pytest.approx(1 - distance.mean().item(), abs=1e-6)
-            rates = (p.argmax(-1) == q.argmax(-1)).double().mean(-1)
-            assert found[name].stderr("greedy") == pytest.approx(rates.std().item() / math.sqrt(5))
-    assert found["shorter"].sampled < found["short"].sampled < 1
-    assert acceptance(model, drafts, windows, batch_size=5)["short"].agreed == found["short"].agreed
+            assert found[name]["sampled"] == pytest.approx(1 - distance.mean(-1).numpy(), abs=1e-6)
+    assert found["shorter"]["sampled"].mean() < found["short"]["sampled"].mean() < 1
+    assert (acceptance(model, drafts, windows, batch_size=5)["short"]["greedy"] == found["short"]["greedy"]).all()
 
 
 def test_drafts_that_do_not_fit_are_refused():
@@ -61,12 +57,12 @@ def test_published_formulas():
     """Speed-ups of Table 1 of Leviathan et al.: drafts of no cost, their rates and numbers of proposals."""
     table = {(0.6, 2): 1.96, (0.7, 3): 2.53, (0.8, 2): 2.44, (0.8, 5): 3.69, (0.9, 2): 2.71, (0.9, 10): 6.86}
     assert {key: round(expected_speedup(*key, 0.0), 2) for key in table} == table
-    assert expected_tokens(0.9, 10) == pytest.approx((1 - 0.9**11) / 0.1)
+    assert expected_speedup(0.9, 10, 0.2) == pytest.approx((1 - 0.9**11) / 0.1 / 3)
 
 
 def test_limits_of_the_formulas():
-    assert expected_tokens(1.0, 7) == 8
-    assert expected_tokens(0.0, 7) == expected_tokens(0.5, 0) == expected_speedup(0.5, 0, 0.3) == 1
+    assert expected_speedup(1.0, 7, 0.0) == 8
+    assert expected_speedup(0.0, 7, 0.0) == expected_speedup(0.5, 0, 0.3) == 1
     assert expected_speedup(1.0, 1000, 0.25) == pytest.approx(4, rel=0.01)
     assert expected_speedup(1.0, 3, 1.0) == 1  # the model as its own draft
     for rate, cost in ((0.5, 0.5), (0.3, 0.75), (0.0, 0.0)):
@@ -75,7 +71,6 @@ def test_limits_of_the_formulas():
         drafted = best_drafted(rate, cost)
         assert drafted >= 1
         assert expected_speedup(rate, drafted, cost) == max(expected_speedup(rate, g, cost) for g in range(33)) > 1
-    assert best_drafted(1.0, 0.25, limit=6) == 6
     for wrong in ((-0.1, 1, 0.5), (1.1, 1, 0.5), (0.5, -1, 0.5), (0.5, 1, -0.5)):
         with pytest.raises(ValueError, match="from 0"):
             expected_speedup(*wrong)
@@ -90,9 +85,8 @@ def test_drafted_text_is_the_greedy_text(family, drafted):
     model, prompt = build(family), random_windows(1, 7)[0]
     alone = decode(model, prompt, 20)
     assert len(alone.tokens) == len(alone.accepted) == 20 and set(alone.proposed) == {0}
-    assert alone.tokens_per_run == 1
     text = model.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert text[0, 7:].tolist() == list(alone.tokens)
+    assert text[0, 7:].tolist() == alone.tokens
     for removed in ((), (2,), (0, 1, 2, 3)):
         found = decode(model, prompt, 20, draft=remove_layers(model, removed), drafted=drafted)
         assert found.tokens == alone.tokens
@@ -117,7 +111,7 @@ def test_assisted_generation_of_transformers_agrees(family):
     text = model.generate(prompt[None], attention_mask=torch.ones(1, 7, dtype=int), assistant_model=draft, **settings)
     handle.remove()
     found = decode(model, prompt, 20, draft=draft, drafted=3)
-    assert text[0, 7:].tolist() == list(found.tokens)
+    assert text[0, 7:].tolist() == found.tokens
     assert runs[0] == len(found.accepted)
 
 
@@ -130,9 +124,8 @@ def test_a_draft_whose_layers_do_nothing_is_always_believed():
             model.model.layers[index].mlp.down_proj.weight.zero_()
     draft, prompt = remove_layers(model, (1, 3, 5)), random_windows(1, 5)[0]
     found = decode(model, prompt, 21, draft=draft, drafted=6)
-    assert found.accepted == (6, 6, 6)
-    assert found.tokens_per_run == 7
-    assert acceptance(model, {"draft": draft}, random_windows())["draft"].greedy == 1
+    assert found.accepted == [6, 6, 6]
+    assert (acceptance(model, {"draft": draft}, random_windows())["draft"]["greedy"] == 1).all()
 
 
 def test_decoding_refuses_empty_work():

@@ -9,26 +9,29 @@ is what the best implementation gains by removing layers; another one may gain m
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import nn
 from transformers import PreTrainedModel
 
 from prunelib.models import UnsupportedModel, decoder_layers
 from prunelib.slicing.modeling import Diagonal
-from prunelib.speed.timing import Quartiles, interleaved
+from prunelib.speed.timing import interleaved
 
 
 @dataclass(frozen=True)
 class Roofline:
     """What a device reaches on the best of loads: bytes per second, and FLOPs per second in the dtype of the model."""
 
-    bandwidth: float | int
-    rate: float | int
+    bandwidth: float
+    rate: float
 
     @staticmethod
-    def of(measured: Mapping[str, Quartiles]) -> "Roofline":
-        """From `measured_roofline`: the faster of reading and copying, and the matrix product."""
-        return Roofline(max(measured["read"].median, measured["copy"].median), measured["matmul"].median)
+    def of(rates: Mapping[str, Float64[np.ndarray, " round"]]) -> "Roofline":
+        """From `measured_rates`: the faster of reading and copying, and the matrix product, in the median."""
+        read, copy, matmul = (float(np.median(rates[name])) for name in ("read", "copy", "matmul"))
+        return Roofline(max(read, copy), matmul)
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,17 @@ def step_ops(model: PreTrainedModel, batch: int, length: float | int, *, read: i
 
     read: tokens of a row's cache that an implementation reads, where it reads more (a static cache: all of it).
     """
-    flops = batch * (_linear_flops(model) + length * _attention_flops(model))
-    cached = batch * _cache_bytes(model) * ((read if read is not None else length - 1) + 1)
-    return OpCount(flops, read_bytes(model, batch) + cached)
+    attention, cached = _attention(model)
+    flops = batch * (_linear_flops(model) + length * attention)
+    return OpCount(flops, read_bytes(model, batch) + batch * cached * ((read if read is not None else length - 1) + 1))
 
 
 def prefill_ops(model: PreTrainedModel, batch: int, prompt: int) -> OpCount:
     """Reading prompts into an empty cache, causally, with logits for the last token of each alone."""
-    head = _flops_of(model.get_output_embeddings())
-    attention = prompt * (prompt + 1) / 2 * _attention_flops(model)
-    flops = batch * (prompt * (_linear_flops(model) - head) + head + attention)
-    return OpCount(flops, read_bytes(model, batch * prompt) + batch * prompt * _cache_bytes(model))
+    attention, cached = _attention(model)
+    head = 2 * model.get_output_embeddings().weight.numel()
+    flops = batch * (prompt * (_linear_flops(model) - head) + head + prompt * (prompt + 1) / 2 * attention)
+    return OpCount(flops, read_bytes(model, batch * prompt) + batch * prompt * cached)
 
 
 def read_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -74,66 +77,40 @@ def read_bytes(model: PreTrainedModel, tokens: int) -> int:
     return weights + sum(tokens * table.shape[1] * table.element_size() for table in tables.values())
 
 
-def parameter_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 def _matrices(model: nn.Module) -> list[nn.Module]:
-    return [
-        module
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    ]
-
-
-def _flops_of(module: nn.Module) -> int:
-    # Packed weights have fewer numbers than features.
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return 2 * (features[0] * features[1] if None not in features else module.weight.numel())
+    other = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    return [module for module in other if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
 
 
 def _linear_flops(model: PreTrainedModel) -> int:
     """FLOPs of one token in all linear maps, the head included."""
     diagonal = sum(module.weight.numel() for module in model.modules() if isinstance(module, Diagonal))
-    return diagonal + sum(_flops_of(module) for module in _matrices(model))
+    return diagonal + sum(2 * module.weight.numel() for module in _matrices(model))
 
 
-def _attention_flops(model: PreTrainedModel) -> int:
-    """FLOPs of one token for every token that it attends to, in all layers."""
-    config = model.config.get_text_config(decoder=True)
-    return 4 * config.num_attention_heads * _head_size(config) * len(decoder_layers(model))
-
-
-def _cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values of one token of one row, in all layers.
+def _attention(model: PreTrainedModel) -> tuple[int, int]:
+    """In all layers: FLOPs of one token for every token that it attends to, and bytes of keys and values of one token of a row.
 
     Raises UnsupportedModel where the cache is not made of keys and values of all tokens.
     """
-    config = model.config.get_text_config(decoder=True)
+    config, layers = model.config.get_text_config(decoder=True), len(decoder_layers(model))
     if "kv_lora_rank" in vars(config) or not hasattr(config, "num_attention_heads"):
         kind = model.config.model_type
         raise UnsupportedModel(f"the cache of a {kind} model is not made of keys and values: its bytes cannot be counted")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * heads * _head_size(config) * len(decoder_layers(model)) * model.dtype.itemsize
-
-
-def _head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return 4 * heads * size * layers, 2 * groups * size * layers * model.dtype.itemsize
 
 
 @torch.no_grad()
-def measured_roofline(
-    device: torch.device, dtype: torch.dtype, *, gib: float | None = None, size: int | None = None, rounds: int = 7
-) -> dict[str, Quartiles]:
+def measured_rates(device: torch.device, dtype: torch.dtype, *, rounds: int = 7) -> dict[str, Float64[np.ndarray, " round"]]:
     """Bytes per second of reading (`read`) and copying (`copy`, both directions counted), FLOPs per second of a matrix product.
 
-    On random numbers: zeros may be faster. gib: memory of the buffer, far above the caches: 4 on CUDA, 0.25 elsewhere, unless
-    given. size: of the square matrices, 8192 on CUDA, 1024 elsewhere, unless given.
+    On random numbers: zeros may be faster. The buffer is far above the caches: 4 GiB on CUDA, 0.25 elsewhere; the matrices are
+    square, of 8192 rows on CUDA, 1024 elsewhere.
     """
-    cuda = device.type == "cuda"
-    gib, size = gib or (4.0 if cuda else 0.25), size or (8192 if cuda else 1024)
-    numbers = int(gib * 2**30 / 4)
+    numbers, size = (2**30, 8192) if device.type == "cuda" else (2**26, 1024)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -144,5 +121,4 @@ def measured_roofline(
         "matmul": lambda: torch.matmul(left, right, out=product),
     }
     amounts = {"read": 4 * numbers, "copy": 8 * numbers, "matmul": 2 * size**3}
-    times = interleaved(calls, rounds, device, warmup=2)
-    return {name: Quartiles.of(amounts[name] / seconds for seconds in times[name]) for name in calls}
+    return {name: amounts[name] / np.array(times) for name, times in interleaved(calls, rounds, device, warmup=2).items()}

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prunelib.models import DTYPES, decoder_layers, remove_layers
+from prunelib.models import decoder_layers, remove_layers
+from prunelib.models.loading import checked_dtype
 from prunelib.models.onednn import use_onednn
 from prunelib.slicing.modeling import sliced_configuration
 from prunelib.slicing.schedules import SlicePlan
@@ -18,15 +19,12 @@ _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": Tru
 _REFERENCE = {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 2048}
 
 _FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-_TABLE: dict[str, tuple[dict[str, Any], tuple[int, int, int, int]]] = {
+_TABLE = {
     "ref-llama-32l": (_REFERENCE, (32, 160, 432, 5)),
     "tinyllama-1.1b": (_LLAMA2 | {"num_key_value_heads": 4, "max_position_embeddings": 2048}, (22, 2048, 5632, 32)),
     "llama-2-7b": (_LLAMA2, (32, 4096, 11008, 32)),
     "llama-2-13b": (_LLAMA2, (40, 5120, 13824, 40)),
-    "llama-2-70b": (_LLAMA2 | {"num_key_value_heads": 8}, (80, 8192, 28672, 64)),
     "llama-3.1-8b": (_LLAMA3, (32, 4096, 14336, 32)),
-    "llama-3.1-70b": (_LLAMA3, (80, 8192, 28672, 64)),
-    "llama-3.1-405b": (_LLAMA3, (126, 16384, 53248, 128)),
     "mistral-7b-v0.3": (_MISTRAL, (32, 4096, 14336, 32)),
     "qwen2.5-0.5b": (_QWEN | {"num_key_value_heads": 2}, (24, 896, 4864, 14)),
     "qwen2.5-1.5b": (_QWEN | {"num_key_value_heads": 2}, (28, 1536, 8960, 12)),
@@ -53,30 +51,18 @@ def random_model(
 
     Its outputs mean nothing. Raises ValueError for an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    device = torch.device(device)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        with device:
-            model = AutoModelForCausalLM.from_config(config).eval()
-    finally:
-        torch.set_default_dtype(usual)
-    model = model.to(device=device, dtype=DTYPES[dtype])
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=checked_dtype(dtype)).eval().requires_grad_(False)
     generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.02, generator=generator)
-    return use_onednn(model).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+    return use_onednn(model)
 
 
-def random_sliced(
-    config: PreTrainedConfig, plan: SlicePlan, *, dtype: str = "float32", device: str | torch.device = "cpu", seed: int = 0
-) -> PreTrainedModel:
-    """A sliced model of random weights, shaped as `slice_model` would make a dense one of this configuration."""
-    return random_model(sliced_configuration(config, plan), dtype=dtype, device=device, seed=seed)
+def random_sliced(config: PreTrainedConfig, plan: SlicePlan, **settings: Any) -> PreTrainedModel:
+    """`random_model` in the shape that `slice_model` would give a dense one of this configuration."""
+    return random_model(sliced_configuration(config, plan), **settings)
 
 
 def without_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from prunelib.models import decoder_layers
+from prunelib.models import decoder_layers, parameter_count
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Setting:
     prompt: int
     new_tokens: int
 
-    def __post_init__(self):
-        if self.batch < 1 or self.prompt < 1 or self.new_tokens < 0 or self.new_tokens == 1:
-            raise ValueError(f"{self}: give at least one row and one token, and no new tokens or at least 2")
-
     @staticmethod
     def parse(text: str) -> "Setting":
         """`16x4x2048`: batch, prompt, new tokens. Raises ValueError for other texts."""
-        if not re.fullmatch(r"\d+x\d+x\d+", text):
-            raise ValueError(f"setting {text!r} is not of the form batch x prompt x new tokens, such as 16x4x2048")
-        return Setting(*map(int, text.split("x")))
+        numbers = [int(number) for number in text.split("x")] if re.fullmatch(r"\d+x\d+x\d+", text) else [0, 0, 0]
+        if min(numbers[:2]) < 1 or numbers[2] == 1:
+            raise ValueError(
+                f"setting {text!r} is not batch x prompt x new tokens, such as 16x4x2048, with at least one row and one token, "
+                "and no new tokens or at least 2"
+            )
+        return Setting(*numbers)
 
     def __str__(self) -> str:
         return f"{self.batch}x{self.prompt}x{self.new_tokens}"
@@ -58,18 +58,17 @@ class Setting:
         The time of a step grows in proportion to the length of the cache, so that the mean over the middles is that over all
         steps. Raises ValueError when a segment has fewer steps than `chunk`.
         """
-        width = self.steps / segments if segments > 0 else 0
-        if segments < 1 or chunk < 1 or chunk > width:
+        if not 1 <= chunk * segments <= self.steps:
             raise ValueError(f"segments={segments}, steps={chunk}: {self.steps} steps of {self} have no such samples")
-        return [self.prompt + round((index + 0.5) * width - chunk / 2) for index in range(segments)]
+        return [self.prompt + round((index + 0.5) * self.steps / segments - chunk / 2) for index in range(segments)]
 
 
 class Decoder:
     """Greedy generation with one model, a prefill and then steps, as transformers' `generate` does without its bookkeeping.
 
-    compiled: a static cache of `setting.capacity` tokens, all of which every step reads, and steps through torch.compile, which
-    replays a CUDA graph on a GPU (`generate(cache_implementation="static")`). Else a dynamic cache, uncompiled. beside: another
-    decoder, of a model with at least as many layers, whose cache is used: only one of the two generates at a time.
+    compiled: a static cache, read whole in every step, and steps through torch.compile, which replays a CUDA graph on a GPU
+    (`generate(cache_implementation="static")`); else a dynamic cache. beside: a decoder of a model with at least as many
+    layers, whose cache is used: only one of the two generates at a time.
     """
 
     def __init__(self, model: PreTrainedModel, setting: Setting, *, compiled: bool = False, beside: "Decoder | None" = None):
@@ -125,37 +124,14 @@ class Decoder:
         self.tokens.random_(0, self.model.config.get_text_config(decoder=True).vocab_size, generator=generator)
 
 
-@dataclass(frozen=True)
-class Quartiles:
-    """Median and quartiles of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-
-    @staticmethod
-    def of(values: Iterable[float | int]) -> "Quartiles":
-        numbers = np.asarray(list(values), dtype=float)
-        if not numbers.size:
-            raise ValueError("no measurement: at least one round is needed")
-        low, median, high = np.quantile(numbers, [0.25, 0.5, 0.75])
-        return Quartiles(float(median), float(low), float(high), numbers.size)
-
-
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: of the device between two events in its stream, or of the processor."""
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        call()
-        return time.perf_counter() - begun
-    with torch.cuda.device(device):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-    return first.elapsed_time(last) / 1000
+    """Seconds of one call, until the device has done what it started."""
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    wait()
+    begun = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begun
 
 
 def interleaved(
@@ -168,15 +144,14 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call in `rounds` rounds after `warmup` untimed ones; each round begins with another call than the last.
 
-    `before` is called with the name of a call before it is timed. Raises ValueError without any round.
+    `before` is called, untimed, with the name of each call. Raises ValueError without any round.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one is needed")
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        first = number % len(names)
-        for name in (*names[first:], *names[:first]):
+        for name in np.roll(names, -number).tolist():
             before(name)
             seconds = seconds_of(calls[name], device)
             if number >= 0:
@@ -195,8 +170,9 @@ def prefill_seconds(decoders: Mapping[str, Decoder], rounds: int, *, seed: int =
     """Seconds in which each model reads random prompts and chooses the next tokens, round by round."""
     first = next(iter(decoders.values()))
     prompts = random_tokens(first.model, first.setting, seed)
-    calls = {name: lambda one=one: one.prefill(prompts) for name, one in decoders.items()}
-    return interleaved(calls, rounds, first.model.device)
+    return interleaved(
+        {name: lambda one=one: one.prefill(prompts) for name, one in decoders.items()}, rounds, first.model.device
+    )
 
 
 def step_seconds(
@@ -207,29 +183,28 @@ def step_seconds(
     The decoders use one cache; the first of them has the most layers.
     """
     first = next(iter(decoders.values()))
+    calls = {name: lambda one=one: one.steps(chunk) for name, one in decoders.items()}
+    warmup = 1 if not first.compiled else 3  # torch.compile runs once, and once more to capture a graph
     found: dict[str, list[list[float]]] = {name: [] for name in decoders}
     lengths = first.setting.sampled_lengths(segments, chunk)
     for length in tqdm(lengths, desc=f"decode {first.setting}", unit="segment", disable=not progress):
         first.fill(length, seed)
-        calls = {name: lambda one=one: one.steps(chunk) for name, one in decoders.items()}
-        warmup = 1 if not first.compiled else 3  # torch.compile runs once, and once more to capture a graph
         times = interleaved(calls, rounds, first.model.device, warmup=warmup, before=lambda name: decoders[name].seek(length))  # noqa: B023
         for name, seconds in times.items():
-            found[name].append([one / chunk for one in seconds])
-    return {name: np.array(times) for name, times in found.items()}
+            found[name].append(seconds)
+    return {name: np.array(times) / chunk for name, times in found.items()}
 
 
 def whole_seconds(decoder: Decoder, *, seed: int = 0) -> float:
     """Seconds of one generation, prefill and every step, as a check of what `step_seconds` puts together from samples."""
     prompts = random_tokens(decoder.model, decoder.setting, seed)
-    decoder.prefill(prompts)  # the cache is there, and steps are compiled, before the clock starts
-    decoder.steps(min(3, decoder.setting.steps))
 
-    def call() -> None:
+    def generate(steps: int) -> None:
         decoder.prefill(prompts)
-        decoder.steps(decoder.setting.steps)
+        decoder.steps(steps)
 
-    return seconds_of(call, decoder.model.device)
+    generate(min(3, decoder.setting.steps))  # the cache is there, and steps are compiled, before the clock starts
+    return seconds_of(lambda: generate(decoder.setting.steps), decoder.model.device)
 
 
 def peak_memory(model: PreTrainedModel, setting: Setting) -> int | None:
@@ -249,23 +224,4 @@ def peak_memory(model: PreTrainedModel, setting: Setting) -> int | None:
         decoder.fill(setting.capacity - 1)
         decoder.steps(1)
     torch.cuda.synchronize(device)
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return torch.cuda.max_memory_allocated(device) - before + parameters
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A line through points, by least squares: y = intercept + slope · x, and the share of the variance that it explains."""
-
-    slope: float
-    intercept: float
-    r2: float
-
-
-def linear_fit(x: Iterable[float | int], y: Iterable[float | int]) -> Fit | None:
-    """The line through at least three different x; None for fewer, and where all y are equal."""
-    x, y = (np.asarray(list(values), dtype=float) for values in (x, y))
-    if len(set(x.tolist())) < 3 or np.ptp(y) == 0:
-        return None
-    slope, intercept = np.polyfit(x, y, 1)
-    return Fit(float(slope), float(intercept), float(np.corrcoef(x, y)[0, 1] ** 2))
+    return torch.cuda.max_memory_allocated(device) - before + parameter_count(model) * model.dtype.itemsize
