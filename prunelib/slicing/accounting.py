@@ -15,10 +15,9 @@ HIGHEST = 0.85  # slice percentage that `plan_of_size` tries
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters and FLOPs of a model beside those of its dense one. FLOPs are per token; a multiply-add is two.
+    """Parameters and FLOPs of a model beside those of its dense one, with shortcuts and the untied head.
 
-    Shortcuts are included, and the head, which slicing unties from the embeddings. FLOPs are those of the linear maps and of
-    attention over `context` earlier tokens; norms, activations and the embedding look-up are not counted.
+    FLOPs are per token (a multiply-add is two): those of the linear maps and of attention over `context` earlier tokens.
     """
 
     dense_parameters: int
@@ -60,11 +59,7 @@ def count_parameters(
     )
 
 
-def plan_of_size(
-    config: PreTrainedConfig,
-    removed: float | int,
-    schedule: Callable[[float], SlicePlan],
-) -> SlicePlan:
+def plan_of_size(config: PreTrainedConfig, removed: float | int, schedule: Callable[[float], SlicePlan]) -> SlicePlan:
     """The plan of a schedule that removes this fraction of a dense model's parameters, folded shortcuts included, to 0.1 %.
 
     `schedule` makes a plan of a slice percentage: ``lambda s: constant(32, 4096, s)``. The smallest one that removes enough is

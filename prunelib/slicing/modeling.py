@@ -1,9 +1,8 @@
 """Models with a narrower residual stream, as ordinary transformers models: built, saved, loaded and generated with.
 
-`ARCHITECTURES` says for each family which modules read the residual stream and which write to it. A sliced model is the
-family's own model in which exactly these modules are replaced by narrower ones, its norms by norms without weights (these were
-folded into the modules behind them), and every residual connection by a shortcut between the bases on its two sides.
-Attention, MLP activations, rotary embeddings, masks, caches and generation are the family's own code.
+A sliced model is the family's own model in which the modules that read or write the residual stream (`ARCHITECTURES`) are
+replaced by narrower ones, its norms by norms without weights (these were folded into the modules behind them), and every
+residual connection by a shortcut between the bases on its two sides. Everything else is the family's own code.
 """
 
 import copy
@@ -31,9 +30,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     if config.model_type == SLICED_MODEL_TYPE:
         raise UnsupportedModel("this model is sliced already: slice the dense model with the widths wanted in the end")
     if config.model_type not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"model type {config.model_type!r} cannot be sliced; the families that can: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedModel(f"model type {config.model_type!r} cannot be sliced; the families that can: {known}")
     return ARCHITECTURES[config.model_type]
 
 
@@ -44,8 +42,9 @@ def positions(widths: Sequence[int], steps: int, hidden_size: int) -> list[int]:
 
 SHORTCUTS = ("folded", "full", "shared_basis")
 """Kinds of shortcut. "full": a basis of its own at every position, and a matrix between each two, as in SliceGPT. "folded": the
-same function, with matrices reduced to diagonals or the identity wherever that changes nothing. "shared_basis": one basis for
-the whole model, of which each position keeps the first directions; no shortcut has parameters."""
+same function with half of these parameters or less: diagonals or the identity wherever that changes nothing. "shared_basis":
+one basis for the whole model, the principal axes of the sum over positions of the dense stream's moments, each divided by its
+trace; each position keeps the first directions, and no shortcut has parameters."""
 
 
 def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "folded") -> list[str]:
@@ -57,13 +56,11 @@ def shortcut_kinds(widths: Sequence[int], hidden_size: int, shortcuts: str = "fo
         raise ValueError(f"unknown shortcuts {shortcuts!r}; there are: {', '.join(SHORTCUTS)}")
     if shortcuts != "folded":
         return ["dense" if shortcuts == "full" else "identity"] * (len(widths) - 1)
-    # A basis may be rotated within the space it spans: the matrices that read and write there absorb the rotation. Where
-    # nothing is cut, any basis of the whole space will do. So of two shortcuts in a row, one can be made diagonal (singular
-    # value decomposition, both bases rotated), and one into or out of an uncut position becomes the identity, with dimensions
-    # dropped or zeros added.
-    kinds = []
+    # A basis may be rotated within the space it spans: the matrices that read and write there absorb the rotation. So of two
+    # shortcuts in a row one can be made diagonal (by singular vectors), and one into or out of an uncut position, where any
+    # basis will do, becomes the identity, with dimensions dropped or zeros added.
+    kinds, sliced_before = [], False
     rotated = False  # the diagonal shortcut before this one has fixed the basis between them
-    sliced_before = False
     for width, following in itertools.pairwise(widths):
         sliced_before |= width < hidden_size
         if following == hidden_size or (width == hidden_size and not sliced_before):
@@ -104,10 +101,7 @@ SHORTCUT_MODULES = {"identity": Identity, "diagonal": Diagonal, "dense": functoo
 
 
 class Normalize(nn.Module):
-    """RMSNorm without weights of a stream that was `size` wide when dense: states / sqrt(sum of squares / size + eps).
-
-    In float32 at least, whatever the dtype of the states.
-    """
+    """RMSNorm without weights of a stream that was `size` wide when dense, in float32 at least."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -135,10 +129,9 @@ def sublayer_output(
 
 
 class SlicedLayer(GradientCheckpointingLayer):
-    """A decoder layer between bases of given widths; it takes over the modules of `layer`, under their names.
+    """A decoder layer between bases of the widths before each step and after the last, with the modules of `layer`.
 
-    `widths` has one element more than there are steps: before each step, and after the last. In a model, a layer is also an
-    instance of its family's own class (`_layer_class`), by which transformers finds the layers to record hidden states of.
+    In a model, it is also an instance of its family's own class, by which transformers finds layers to record hidden states of.
     """
 
     returns = torch.Tensor  # `models.layerwise` cannot find out: the layers differ in width
@@ -169,9 +162,8 @@ class SlicedLayer(GradientCheckpointingLayer):
                 _narrow(self, sublayer.output, outputs=widths[index + 1])
         for path, norm in norms.items():
             self.set_submodule(path, Normalize(hidden_size, norm_eps(norm)))
-        self.shortcuts = nn.ModuleList(
-            SHORTCUT_MODULES[kind](widths[index], widths[index + 1]) for index, kind in enumerate(shortcuts)
-        )
+        between = zip(shortcuts, itertools.pairwise(widths), strict=True)
+        self.shortcuts = nn.ModuleList(SHORTCUT_MODULES[kind](*ends) for kind, ends in between)
 
     def forward(self, hidden_states: Float[Tensor, "sample token before"], **arguments: Any) -> Tensor:
         for step, shortcut in zip(self.steps, self.shortcuts, strict=True):
@@ -198,16 +190,12 @@ def _narrow(module: nn.Module, path: str, *, inputs: int | None = None, outputs:
 
 def _narrow_model(model: PreTrainedModel, architecture: Architecture, config: PreTrainedConfig) -> None:
     """Replace the modules of a model of the dense family, in place, by those its `config.slicing` describes."""
-    size = config.hidden_size
-    steps = architecture.steps(config)
+    size, steps, shortcuts = config.hidden_size, architecture.steps(config), config.slicing["shortcuts"]
     n_steps = len(steps)
     widths = positions(config.slicing["widths"], n_steps, size)
-    shortcuts = config.slicing["shortcuts"]
     if len(widths) - 1 != config.num_hidden_layers * n_steps or len(shortcuts) != len(widths) - 1:
-        raise ValueError(
-            f"the slicing of this configuration is that of {len(config.slicing['widths'])} layers and {len(shortcuts)} "
-            f"shortcuts, the model has {config.num_hidden_layers} layers: remove layers first, then slice what is left"
-        )
+        what = f"the slicing of this configuration is that of {len(config.slicing['widths'])} layers"
+        raise ValueError(f"{what}, the model has {config.num_hidden_layers}: remove layers first, then slice what is left")
     for path in architecture.embeddings:
         table = model.get_submodule(path)
         table.weight = nn.Parameter(torch.empty(table.num_embeddings, widths[0]))
@@ -258,21 +246,14 @@ def config_class(record: dict) -> type[PreTrainedConfig]:
 
 
 def sliced_configuration(config: PreTrainedConfig, plan: SlicePlan, *, shortcuts: str = "folded") -> PreTrainedConfig:
-    """Configuration of the model that `slice_model` makes of a dense one with this configuration.
-
-    Raises ValueError for a plan of another model, and UnsupportedModel for a family that cannot be sliced.
-    """
+    """Configuration of the model that `slice_model` makes of a dense one with this configuration; raises the same errors."""
     steps = len(architecture_of(config).steps(config))
     if (plan.hidden_size, plan.n_layers) != (config.hidden_size, config.num_hidden_layers):
-        raise ValueError(
-            f"the plan is for {plan.n_layers} layers of width {plan.hidden_size}, this model has "
-            f"{config.num_hidden_layers} of width {config.hidden_size}"
-        )
+        what = f"the plan is for {plan.n_layers} layers of width {plan.hidden_size}"
+        raise ValueError(f"{what}, this model has {config.num_hidden_layers} of width {config.hidden_size}")
     record = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    record["slicing"] = asdict(plan) | {
-        "family": config.model_type,
-        "shortcuts": shortcut_kinds(positions(plan.widths, steps, plan.hidden_size), plan.hidden_size, shortcuts),
-    }
+    kinds = shortcut_kinds(positions(plan.widths, steps, plan.hidden_size), plan.hidden_size, shortcuts)
+    record["slicing"] = asdict(plan) | {"family": config.model_type, "shortcuts": kinds}
     record["tie_word_embeddings"] = False
     sliced = classes(config.model_type)[0].from_dict(record)
     sliced._attn_implementation = config._attn_implementation

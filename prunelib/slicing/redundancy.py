@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float64
+from scipy.stats import rankdata
 
 from prunelib.criteria.similarity import block_influence
 from prunelib.criteria.statistics import LayerStats
 
-QUANTILE = 0.1
-"""What "clipped" leaves out at either end."""
+QUANTILE = 0.1  # what "clipped" leaves out at either end
 
 
 def layer_redundancy(
@@ -17,22 +17,17 @@ def layer_redundancy(
 ) -> Float64[np.ndarray, "layer"]:
     """LR in [0, 1], 1 = most redundant: 1 - block influence, brought to that range.
 
-    It is not an importance (higher = keep), hence no criterion of `prunelib.criteria`.
-
-    normalize: one of `NORMALIZATIONS`. "minmax" as published; "rank" spaces the layers evenly (ties share their mean rank);
-        "clipped" is min-max after values beyond the quantiles `QUANTILE` and 1 - `QUANTILE` were set to these, so that one
-        outlying layer, usually layer 0, does not decide. Where all layers are equally important, all are 1.
+    normalize: "minmax" as published; "rank" spaces the layers evenly (ties share their mean rank); "clipped" is min-max after
+        values beyond the quantiles `QUANTILE` and 1 - `QUANTILE` were set to these, so that one outlying layer does not decide.
+        Where all layers are equally important, all are 1.
     last: replaces the block influence of the last layer. With `criteria.statistics.influence_through_final_norm` the score is
         that of the released code, which compares the last layer's input with its output after the final norm.
 
-    Raises ValueError for an unknown normalization, and RuntimeError for damaged statistics.
+    Raises ValueError for an unknown normalization, and RuntimeError as `block_influence`.
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalize {normalize!r}; there are: {', '.join(NORMALIZATIONS)}")
-    importance = block_influence(stats).copy()
-    bad = np.flatnonzero(~np.isfinite(importance)).tolist()
-    if bad:
-        raise RuntimeError(f"block influence is NaN or infinite at {bad}; the statistics are damaged, collect them again")
+    importance = block_influence(stats)
     if last is not None:
         importance[-1] = last
     return 1 - NORMALIZATIONS[normalize](importance)
@@ -43,16 +38,8 @@ def _minmax(importance: np.ndarray) -> np.ndarray:
     return (importance - importance.min()) / span if span > 0 else np.zeros(len(importance))
 
 
-def _ranked(importance: np.ndarray) -> np.ndarray:
-    order = np.sort(importance)
-    # A tie spans the ranks from the first to the last place at which it could stand.
-    ranks = (np.searchsorted(order, importance, "left") + np.searchsorted(order, importance, "right") - 1) / 2
-    return _minmax(ranks)
-
-
-def _clipped(importance: np.ndarray) -> np.ndarray:
-    return _minmax(np.clip(importance, *np.quantile(importance, [QUANTILE, 1 - QUANTILE])))
-
-
-NORMALIZATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"minmax": _minmax, "rank": _ranked, "clipped": _clipped}
-"""Ways of bringing block influence to [0, 1] for `layer_redundancy`."""
+NORMALIZATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "minmax": _minmax,
+    "rank": lambda importance: _minmax(rankdata(importance)),
+    "clipped": lambda importance: _minmax(np.clip(importance, *np.quantile(importance, [QUANTILE, 1 - QUANTILE]))),
+}

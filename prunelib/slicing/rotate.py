@@ -3,16 +3,13 @@
 RMSNorm commutes with an orthogonal Q, so the residual stream may have another basis at every position: matrices that read the
 stream absorb Q, matrices that write to it Q^T, residual connections become Q_i^T Q_{i+1}. In the basis of the principal axes
 of the stream, the last axes carry little and are cut. (LayerNorm is RMSNorm after a subtraction of the mean, which the matrices
-that write to the stream absorb.)
-
-A sliced model computes what the dense one does when its stream is projected onto the kept axes at every position. So the
-calibration runs the dense layers, unrotated, on a projected stream: every position sees the effect of all cuts before it.
+that write to the stream absorb.) Calibration runs the dense layers on a stream that is projected onto the kept axes at every
+position, which is what the sliced model computes.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -23,24 +20,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunelib.evaluation.perplexity import check_windows
 from prunelib.models import UnsupportedModel, memory
-from prunelib.models.architectures import Architecture, Sublayer
+from prunelib.models.architectures import Architecture
 from prunelib.models.layerwise import LayerwiseModel
 from prunelib.models.onednn import use_onednn_like
-from prunelib.slicing.modeling import (
-    Normalize,
-    architecture_of,
-    classes,
-    empty_model,
-    norm_eps,
-    positions,
-    sliced_configuration,
-    sublayer_output,
-)
+from prunelib.slicing import modeling
+from prunelib.slicing.modeling import Normalize, norm_eps, sublayer_output
 from prunelib.slicing.schedules import SlicePlan
 
+# Added to the diagonal of the second moments, times its mean, as SliceGPT does: no eigenvector changes, but where the norms
+# subtract the mean, the direction of that mean is left out and so comes last.
 DAMPING = 0.01
-"""Added to the diagonal of the second moments, times its mean, as SliceGPT does: no eigenvector changes, but where the norms
-subtract the mean, the direction of that mean is left out and so comes last."""
 
 Axes = Callable[[Tensor, int], Tensor]
 """From second moments [D, D] and a width to orthonormal columns [D, width], in float64."""
@@ -69,6 +58,7 @@ def random_axes(seed: int) -> Axes:
 
 
 @memory.says_what_fits("batch_size", "fewer or shorter windows")
+@torch.no_grad()
 def slice_model(
     model: PreTrainedModel,
     plan: SlicePlan,
@@ -88,58 +78,41 @@ def slice_model(
 
     Work is done layer by layer on `device` (that of the model unless given; the model may then stay on the CPU), which holds
     one layer, one batch, a few D x D matrices in float64, and the stream of all windows (samples x tokens x D numbers of the
-    model's dtype). Moments, axes and rotations are float64, and the axes are those of the stream before the norms, not
-    centered; the layers run in the model's dtype.
+    model's dtype). The axes are those of the stream before the norms, not centered.
 
-    shortcuts: one of `modeling.SHORTCUTS`. "full" keeps a matrix between each two positions, as SliceGPT does. "folded"
-        computes the same with half of these parameters or less. "shared_basis" gives the whole model one basis, the principal
-        axes of the dense stream's moments at all positions, each divided by its trace.
-    subtract_mean: take the mean over D off the embeddings, as SliceGPT's code does for every model. It changes nothing where
-        the norms do the same (LayerNorm), and changes the function of a model that has RMSNorm.
-    axes: how directions are chosen; `random_axes` is a control.
+    shortcuts: one of `modeling.SHORTCUTS`. axes: how directions are chosen; `random_axes` is a control. subtract_mean: take the
+    mean over D off the embeddings, as SliceGPT's code does for every model, which changes the function of a model with RMSNorm.
 
     Raises, before any work, UnsupportedModel naming the model type for a model that cannot be sliced, and ValueError for a
     plan of another model or windows that cannot calibrate it; RuntimeError naming the layer at the first NaN or infinity.
     """
-    config = sliced_configuration(model.config, plan, shortcuts=shortcuts)
+    config = modeling.sliced_configuration(model.config, plan, shortcuts=shortcuts)
     architecture = _checked(model)
     check_windows(model, windows, batch_size=batch_size)
-    widths = positions(plan.widths, len(architecture.steps(model.config)), plan.hidden_size)
+    widths = modeling.positions(plan.widths, len(architecture.steps(model.config)), plan.hidden_size)
     widest = max((width for width in widths if width < plan.hidden_size), default=0)
     if windows.numel() < widest:
-        raise ValueError(
-            f"{windows.numel()} calibration tokens cannot say which {widest} of {plan.hidden_size} directions to keep: "
-            "give more tokens than the widest layer keeps (many times as many, for good axes)"
-        )
+        what = f"{windows.numel()} calibration tokens cannot say which {widest} of {plan.hidden_size} directions to keep"
+        raise ValueError(f"{what}: give more tokens than the widest layer keeps (many times as many, for good axes)")
+    place = torch.empty(0, device=model.device if device is None else device).device  # with its index
     calibration = _Calibration(
-        model=model,
-        architecture=architecture,
-        widths=widths,
-        windows=windows,
-        batch_size=batch_size,
-        device=torch.empty(0, device=model.device if device is None else device).device,  # with its index
-        everywhere=shortcuts != "folded",
-        subtract_mean=subtract_mean,
-        axes=axes,
-        progress=progress,
+        model, architecture, widths, windows, batch_size, place, shortcuts != "folded", subtract_mean, axes, progress
     )
-    with torch.no_grad():
-        weights = _rotated(calibration, _BASES[shortcuts](calibration), config.slicing["shortcuts"])
-        return use_onednn_like(model, _assembled(model, config, weights))
+    weights = _rotated(calibration, _BASES[shortcuts](calibration), config.slicing["shortcuts"])
+    return use_onednn_like(model, _assembled(model, config, weights))
 
 
 def _checked(model: PreTrainedModel) -> Architecture:
     """The architecture of a model of a family that can be sliced; refuses what of it cannot be."""
     model_type, config = model.config.model_type, model.config
-    architecture = architecture_of(config)
-    if not isinstance(model, classes(model_type)[1].__mro__[1]) or type(model).__module__.startswith("transformers_modules"):
+    architecture = modeling.architecture_of(config)
+    dense_class = modeling.classes(model_type)[1].__mro__[1]
+    if not isinstance(model, dense_class) or type(model).__module__.startswith("transformers_modules"):
         raise UnsupportedModel(f"{type(model).__name__} is not the causal language model of type {model_type!r}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"this {model_type} model is quantized; slice it unquantized, then quantize the sliced model")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModel(
-            f"this {model_type} model is spread over several devices; load it on one (the CPU), and give slice_model a device"
-        )
+        raise UnsupportedModel(f"this {model_type} model is spread over several devices; load it on the CPU, and give a device")
     known = dict(model.named_modules())
     for path in (architecture.final_norm, *architecture.embeddings):  # OPT may be without, or project its embeddings
         if path not in known:
@@ -149,9 +122,9 @@ def _checked(model: PreTrainedModel) -> Architecture:
     return architecture
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Calibration:
-    """What finding the bases needs; `everywhere` asks for axes where nothing is cut as well."""
+    """The stream of all windows, which runs through the layers while the bases are found."""
 
     model: PreTrainedModel
     architecture: Architecture
@@ -159,48 +132,36 @@ class _Calibration:
     windows: Tensor
     batch_size: int
     device: torch.device
-    everywhere: bool
+    everywhere: bool  # axes are wanted where nothing is cut as well
     subtract_mean: bool
     axes: Axes
     progress: bool
 
-    @property
-    def size(self) -> int:
-        return self.model.config.hidden_size
+    def __post_init__(self):
+        engine, config = LayerwiseModel(self.model), self.model.config
+        self.size, self.steps, self.layer = config.hidden_size, self.architecture.steps(config), None
+        self.states: list[Tensor] = []
+        self.calls = {}  # what each layer is called with beside the stream, by number of rows in the batch
+        for rows in self.windows.split(self.batch_size):
+            stream = engine.embed(rows).to(self.device)
+            self.states.append(_centered(stream) if self.architecture.centered or self.subtract_mean else stream)
+            self.calls[len(rows)] = engine.calls
+
+    def zeros(self) -> Float64[Tensor, "D D"]:
+        return torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
 
     def bases(self, basis: Callable[[Tensor, int], Tensor | None] | None = None) -> Iterator[Tensor | None]:
         """The axes [D, width] kept at each position, in order, None where nothing is cut.
 
         `basis` makes them of moments and a width, as `chosen` does unless given; where it returns None, nothing is cut.
-        Raises RuntimeError for moments that are not finite.
         """
         wanted = [self.everywhere or width < self.size for width in self.widths]
         last = max((place for place, axes in enumerate(wanted) if axes), default=-1)
-        states, calls = self.embedded() if last >= 0 else ([], {})
-        steps = self.architecture.steps(self.model.config)
-        layers = self.model.get_submodule(self.architecture.layers)
-        found = layer = None
+        found = None
         for place in tqdm(range(last + 1), desc="slicing", unit="position", disable=not self.progress):
-            moments = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device) if wanted[place] else None
-            index, step = divmod(place - 1, len(steps))
-            if place == 0:
-                what = "the embeddings"
-                for state in states:
-                    _add_moments(moments, state)
-            else:
-                what = f"the hidden states after {' and '.join(one.modules[0] for one in steps[step])} of layer {index}"
-                layer = layer or _on(layers[index], self.device)
-                arguments = {rows: send_to_device(of_layers[index][1], self.device) for rows, of_layers in calls.items()}
-                self.advance(states, layer, steps[step], arguments, found, self.widths[place - 1], moments)
-                if step == len(steps) - 1:
-                    layer = None  # it leaves the device before the next one comes
-            found = None
-            if moments is not None:
-                if not bool(torch.isfinite(moments).all()):
-                    raise RuntimeError(f"NaN or infinity in {what}; check the weights, or use a dtype of wider range")
-                moments.tril_().add_(moments.tril(-1).T)
-                found = (basis or self.chosen)(moments, self.widths[place])
-                del moments
+            if place > 0:
+                self.advance(place, found)
+            found = (basis or self.chosen)(self.moments(place), self.widths[place]) if wanted[place] else None
             yield None if found is None else found[:, : self.widths[place]]
         yield from (None for _ in self.widths[last + 1 :])
 
@@ -212,33 +173,35 @@ class _Calibration:
             moments -= floor / self.size
         return self.axes(moments, self.size if self.axes is principal_axes else width)
 
-    def embedded(self) -> tuple[list[Tensor], dict[int, list[tuple[tuple, dict]]]]:
-        """The stream before layer 0, by batch, and what each layer is called with beside it, by number of rows in the batch."""
-        engine, states, calls = LayerwiseModel(self.model), [], {}
-        for rows in self.windows.split(self.batch_size):
-            stream = engine.embed(rows).to(self.device)
-            states.append(_centered(stream) if self.architecture.centered or self.subtract_mean else stream)
-            calls[len(rows)] = engine.calls
-        return states, calls
+    def moments(self, place: int) -> Float64[Tensor, "D D"]:
+        """The sums of products of the stream, in blocks on and below the diagonal, then above."""
+        total = self.zeros()
+        for stream in self.states:
+            flat = stream.flatten(0, 1).double()
+            for first in range(0, self.size, _BLOCK):
+                rows = slice(first, first + _BLOCK)
+                total[rows, : rows.stop].addmm_(flat[:, rows].T, flat[:, : rows.stop])
+        if not bool(torch.isfinite(total).all()):
+            index, step = divmod(place - 1, len(self.steps))
+            after = f"hidden states after {' and '.join(one.modules[0] for one in self.steps[step])} of layer {index}"
+            what = after if place > 0 else "embeddings"
+            raise RuntimeError(f"NaN or infinity in the {what}; check the weights, or use a dtype of wider range")
+        return total.tril_().add_(total.tril(-1).T)
 
-    def advance(
-        self,
-        states: list[Tensor],
-        layer: nn.Module,
-        step: tuple[Sublayer, ...],
-        arguments: dict[int, dict[str, Any]],
-        basis: Float64[Tensor, "D _"] | None,
-        width: int,
-        moments: Float64[Tensor, "D D"] | None,
-    ) -> None:
-        """Project the stream onto the first `width` axes of `basis`, run a step on it, and add up the moments of the result."""
-        dtype, centered = self.model.dtype, self.architecture.centered
-        norms = [layer.get_submodule(sublayer.norm) for sublayer in step]
+    def advance(self, place: int, basis: Float64[Tensor, "D _"] | None) -> None:
+        """Project the stream onto the first axes of `basis`, that of the position before, and run the step between the two."""
+        index, number = divmod(place - 1, len(self.steps))
+        step, width, dtype = self.steps[number], self.widths[place - 1], self.model.dtype
+        if number == 0:
+            self.layer = None  # it leaves the device before the next one comes
+            self.layer = _on(self.model.get_submodule(self.architecture.layers)[index], self.device)
+        arguments = {rows: send_to_device(of_layers[index][1], self.device) for rows, of_layers in self.calls.items()}
+        norms = [self.layer.get_submodule(sublayer.norm) for sublayer in step]
         weights = [(Normalize(self.size, norm_eps(norm)), *_norm_weights(norm, self.architecture, dtype)) for norm in norms]
         kept = None if basis is None or width == self.size else basis[:, :width].to(dtype)
         # Subtracting what is cut is less work than projecting onto what is kept, and rounds less.
         cut = basis[:, width:].to(dtype) if kept is not None and basis.shape[1] == self.size < 2 * width else None
-        for number, stream in enumerate(states):
+        for batch, stream in enumerate(self.states):
             if cut is not None:
                 stream = stream - (stream @ cut) @ cut.T
             elif kept is not None:
@@ -246,18 +209,8 @@ class _Calibration:
             result = stream
             for sublayer, (normalize, scale, shift) in zip(step, weights, strict=True):
                 normed = normalize(stream) * scale + shift
-                result = result + sublayer_output(layer, sublayer, normed, arguments[len(stream)])
-            states[number] = _centered(result) if centered else result
-            _add_moments(moments, states[number])
-
-
-def _add_moments(moments: Float64[Tensor, "D D"] | None, stream: Float[Tensor, "sample token D"]) -> None:
-    """Add the sums of products, in blocks on and below the diagonal."""
-    if moments is not None:
-        flat = stream.flatten(0, 1).double()
-        for first in range(0, len(moments), _BLOCK):
-            rows = slice(first, first + _BLOCK)
-            moments[rows, : rows.stop].addmm_(flat[:, rows].T, flat[:, : rows.stop])
+                result = result + sublayer_output(self.layer, sublayer, normed, arguments[len(stream)])
+            self.states[batch] = _centered(result) if self.architecture.centered else result
 
 
 def _centered(stream: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -273,14 +226,13 @@ def _norm_weights(norm: nn.Module, architecture: Architecture, dtype: torch.dtyp
 
 
 def _on(layer: nn.Module, device: torch.device) -> nn.Module:
-    """The layer with its tensors on the device, those that are there already shared."""
-    # deepcopy takes the values of its memo for copies made before: no tensor is copied on its own device first.
+    # deepcopy takes the values of its memo for copies made before: what is on the device already is shared.
     return copy.deepcopy(layer, {id(tensor): tensor.to(device) for tensor in (*layer.parameters(), *layer.buffers())})
 
 
 def _shared(calibration: _Calibration) -> Iterator[Tensor]:
     """The first directions of one basis at every position."""
-    total = torch.zeros(calibration.size, calibration.size, dtype=torch.float64, device=calibration.device)
+    total = calibration.zeros()
 
     def add(moments: Tensor, width: int) -> None:
         total.add_(moments / moments.trace())  # the deep layers, where the stream is largest, must not decide alone
@@ -293,10 +245,7 @@ def _shared(calibration: _Calibration) -> Iterator[Tensor]:
 
 
 def _folded(calibration: _Calibration) -> Iterator[Tensor]:
-    """The bases, rotated within what they span as `modeling.shortcut_kinds` says, and filled in where nothing is cut.
-
-    It looks ahead by one position, and over uncut positions at the beginning.
-    """
+    """The bases, rotated within what they span as `modeling.shortcut_kinds` says, and filled in where nothing is cut."""
     waiting, before = 0, None
     for basis in _paired(calibration.bases()):
         if basis is not None:
@@ -309,7 +258,7 @@ def _folded(calibration: _Calibration) -> Iterator[Tensor]:
             before = _completed(before)
             yield before
     for _ in range(waiting):
-        yield torch.eye(calibration.size, dtype=torch.float64, device=calibration.device)
+        yield calibration.zeros().fill_diagonal_(1)
 
 
 _BASES = {"folded": _folded, "full": _Calibration.bases, "shared_basis": _shared}
@@ -324,20 +273,19 @@ def _paired(bases: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
             yield held @ left
             yield basis @ right
             held = None
-        elif basis is not None:
-            held = basis
         else:
-            yield from (held, None) if held is not None else (None,)
-            held = None
+            if held is not None:
+                yield held
+            if basis is None:
+                yield None
+            held = basis
     if held is not None:
         yield held
 
 
 def _singular_vectors(matrix: Float64[Tensor, "m n"]) -> tuple[Float64[Tensor, "m m"], Float64[Tensor, "n n"]]:
-    """Orthogonal U and V that make U^T matrix V diagonal, its entries at least 0, to 1e-8 at worst for entries up to 1.
-
-    By an eigendecomposition and a QR decomposition: on accelerators far faster than a singular value decomposition.
-    """
+    """Orthogonal U and V that make U^T matrix V diagonal, its entries at least 0; to 1e-8 at worst for entries up to 1."""
+    # On accelerators far faster than a singular value decomposition.
     if matrix.shape[0] < matrix.shape[1]:
         right, left = _singular_vectors(matrix.T)
         return left, right
@@ -361,59 +309,50 @@ def _rotated(calibration: _Calibration, bases: Iterable[Tensor], shortcuts: list
     def put(name: str, value: Tensor, like: Tensor) -> None:
         weights[name] = value.to(like.device, like.dtype).contiguous()
 
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor.to(device).to(torch.float64)
+    def wide(tensor: Tensor | float) -> Tensor:
+        return torch.as_tensor(tensor).to(device).to(torch.float64)
 
-    def reads(module: nn.Module, path: str, norm: nn.Module, name: str, basis: Tensor) -> None:
+    def reads(owner: nn.Module, prefix: str, path: str, norm: str, basis: Tensor) -> None:
         """A linear map behind a norm absorbs the norm's weights and the basis."""
-        linear = module.get_submodule(path)
-        scale, shift = _norm_weights(norm, architecture, torch.float64)
-        weight = wide(linear.weight)
-        put(f"{name}.weight", (weight * torch.as_tensor(scale).to(device)) @ basis, linear.weight)
-        if linear.bias is not None or isinstance(shift, Tensor):
-            bias = 0.0 if linear.bias is None else wide(linear.bias)
-            added = weight @ shift.to(device) if isinstance(shift, Tensor) else 0.0
-            put(f"{name}.bias", bias + added, linear.weight)
-
-    def writes(module: nn.Module, path: str, name: str, target: Tensor) -> None:
-        linear = module.get_submodule(path)
-        put(f"{name}.weight", target.T @ wide(linear.weight), linear.weight)
-        if linear.bias is not None:
-            put(f"{name}.bias", target.T @ wide(linear.bias), linear.bias)
+        linear = owner.get_submodule(path)
+        scale, shift = map(wide, _norm_weights(owner.get_submodule(norm), architecture, torch.float64))
+        put(f"{prefix}{path}.weight", (wide(linear.weight) * scale) @ basis, linear.weight)
+        if linear.bias is not None or shift.ndim:
+            added = wide(linear.weight) @ shift if shift.ndim else 0.0
+            put(f"{prefix}{path}.bias", wide(0.0 if linear.bias is None else linear.bias) + added, linear.weight)
 
     before = None
     for place, basis in enumerate(bases):
         centers = architecture.centered or (calibration.subtract_mean and place == 0)
         target = _centered(basis.T).T if centers else basis
+        index, step = divmod(place - 1, len(steps))
         if place == 0:
             for path in architecture.embeddings:
                 table = model.get_submodule(path).weight
                 put(f"{path}.weight", torch.cat([(wide(rows) @ target).to(table.dtype) for rows in table.split(_ROWS)]), table)
         else:
-            index, step = divmod(place - 1, len(steps))
-            name = f"{architecture.layers}.{index}"
-            for sublayer in steps[step]:
-                writes(layers[index], sublayer.output, f"{name}.{sublayer.output}", target)
-            like = layers[index].get_submodule(steps[step][0].output).weight
+            for path in (sublayer.output for sublayer in steps[step]):
+                for kind, value in layers[index].get_submodule(path).named_parameters():
+                    put(f"{architecture.layers}.{index}.{path}.{kind}", target.T @ wide(value), value)
             if shortcuts[place - 1] != "identity":
                 between = before.T @ basis
-                value = between.diagonal() if shortcuts[place - 1] == "diagonal" else between.T
-                put(f"{name}.shortcuts.{step}.weight", value, like)
+                between = between.diagonal() if shortcuts[place - 1] == "diagonal" else between.T
+                like = layers[index].get_submodule(steps[step][0].output).weight
+                put(f"{architecture.layers}.{index}.shortcuts.{step}.weight", between, like)
         index, step = divmod(place, len(steps))
         if index == len(layers):
-            reads(model, architecture.head, model.get_submodule(architecture.final_norm), architecture.head, basis)
+            reads(model, "", architecture.head, architecture.final_norm, basis)
             break
         for sublayer in steps[step]:
             for path in sublayer.inputs:
-                norm = layers[index].get_submodule(sublayer.norm)
-                reads(layers[index], path, norm, f"{architecture.layers}.{index}.{path}", basis)
+                reads(layers[index], f"{architecture.layers}.{index}.", path, sublayer.norm, basis)
         before = basis
     return weights
 
 
 def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
     """The sliced model of these weights; what they leave out is copied from the dense model."""
-    sliced, dense = empty_model(config), model.state_dict()
+    sliced, dense = modeling.empty_model(config), model.state_dict()
     copied = {name: dense[name].clone() for name in sliced.state_dict() if name not in weights}
     sliced.load_state_dict(weights | copied, strict=True, assign=True)
     buffers = dict(model.named_buffers())

@@ -4,7 +4,7 @@ A slice is the fraction of the residual stream's width D that a layer loses. `sl
 L layers, `slice_base` (S_B) the slice of the least redundant layer, both fractions of 1.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,17 +12,15 @@ from jaxtyping import Float64, Int64
 
 from prunelib.models.plans import JsonPlan, check_settings
 
-CAP = 0.9
-"""No layer loses more than this unless a schedule is told otherwise."""
+CAP = 0.9  # no layer loses more than this unless a schedule is told otherwise
 
 
 @dataclass(frozen=True)
 class SlicePlan(JsonPlan):
     """Width of the residual stream at every decoder layer.
 
-    hidden_size: width D of the dense model. widths: of each layer, 1 to D; the input of its attention and of its MLP are that
-    wide, the embeddings as wide as layer 0, the input of the head D. method: what chose them. settings: whatever else is
-    needed to choose them again; plain JSON values.
+    hidden_size: width D of the dense model. widths: of each layer, 1 to D: of the input of its attention and of its MLP; the
+    embeddings are as wide as layer 0, the input of the head D. method, settings: what chose them, as plain JSON values.
 
     Raises ValueError when a width is out of range, there is none, or `settings` cannot be written as JSON.
     """
@@ -61,10 +59,8 @@ class SlicePlan(JsonPlan):
 def constant(n_layers: int, hidden_size: int, slice_percentage: float | int, *, multiple: int = 1) -> SlicePlan:
     """Every layer loses the same (SliceGPT, arXiv 2401.15024). Raises ValueError as `from_slices`."""
     _check_percentage(slice_percentage)
-    slices = np.full(n_layers, float(slice_percentage))
-    return from_slices(
-        slices, hidden_size, multiple=multiple, method="constant", settings={"slice_percentage": slice_percentage}
-    )
+    plan = from_slices(np.full(n_layers, float(slice_percentage)), hidden_size, multiple=multiple)
+    return replace(plan, method="constant", settings=plan.settings | {"slice_percentage": slice_percentage})
 
 
 def dynamic(
@@ -81,29 +77,16 @@ def dynamic(
     Raises ValueError as `final_slices` and `from_slices`.
     """
     slices = final_slices(redundancy, slice_percentage, slice_base, cap=cap)
-    settings = {
-        "slice_percentage": slice_percentage,
-        "slice_base": slice_base,
-        "cap": cap,
-        "redundancy": redundancy.tolist(),
-    }
-    return from_slices(slices, hidden_size, multiple=multiple, method="layer_redundancy", settings=settings)
+    settings = {"slice_percentage": slice_percentage, "slice_base": slice_base, "cap": cap, "redundancy": redundancy.tolist()}
+    plan = from_slices(slices, hidden_size, multiple=multiple)
+    return replace(plan, method="layer_redundancy", settings=plan.settings | settings)
 
 
-def from_slices(
-    slices: Float64[np.ndarray, "layer"],
-    hidden_size: int,
-    *,
-    multiple: int = 1,
-    method: str = "given",
-    settings: dict[str, Any] | None = None,
-) -> SlicePlan:
+def from_slices(slices: Float64[np.ndarray, "layer"], hidden_size: int, *, multiple: int = 1) -> SlicePlan:
     """Any slices as widths, each a multiple of `multiple`; units left over go to the largest remainders, first layers first.
 
-    Raises ValueError unless all slices lie in [0, 1), `hidden_size` is a multiple of `multiple`, and every width is at least
-    `multiple`.
+    Raises ValueError unless all slices lie in [0, 1), `multiple` divides `hidden_size`, and every width is at least `multiple`.
     """
-    slices = np.asarray(slices, dtype=np.float64)
     if not len(slices) or not bool(((slices >= 0) & (slices < 1)).all()):
         raise ValueError(f"slices must be fractions of the width, at least 0 and below 1; got {slices.tolist()}")
     if multiple < 1 or hidden_size < 1 or hidden_size % multiple:
@@ -112,12 +95,12 @@ def from_slices(
     if widths.min() < 1:
         layers = np.flatnonzero(widths < 1).tolist()
         raise ValueError(f"layers {layers} would keep no width at slices {slices[layers].tolist()}: slice less")
-    return SlicePlan(hidden_size, tuple(widths.tolist()), method, {"multiple": multiple} | (settings or {}))
+    return SlicePlan(hidden_size, tuple(widths.tolist()), "given", {"multiple": multiple})
 
 
 def _largest_remainder(units: Float64[np.ndarray, "layer"]) -> Int64[np.ndarray, "layer"]:
-    # Rounded first: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. The sum is rounded on its own, since
-    # one of n + 1/2, as bisection meets it, would otherwise depend on the order in which a processor adds.
+    # Rounded first: 0.7 * 4096 / 8 * 32 must not lose a unit to the last bit of a float. The sum is rounded on its own: one of
+    # n + 1/2, as bisection meets it, would otherwise depend on the order in which a processor adds.
     exact = np.round(units, 9)
     whole = np.floor(exact).astype(np.int64)
     missing = round(round(float(exact.sum()), 6)) - int(whole.sum())
@@ -130,22 +113,15 @@ def redundancy_slices(
 ) -> Float64[np.ndarray, "layer"]:
     """SLR_l = v_l (S_P - S_B) / mean(v), v the min-max of the redundancy: what a layer loses beyond the slice base.
 
-    Where all redundancies are equal, every layer's is S_P - S_B, which makes a constant schedule.
-
-    Raises ValueError unless 0 <= S_B <= S_P < 1 and all redundancies lie in [0, 1], 1 = most redundant. (Block influence,
-    which the released code prints where its README asks for redundancies, has the opposite sense and mostly other values.)
+    Where all redundancies are equal, every layer's is S_P - S_B, which makes a constant schedule. Raises ValueError unless
+    0 <= S_B <= S_P < 1 and all redundancies lie in [0, 1], 1 = most redundant.
     """
     _check_percentage(slice_percentage)
     if not len(redundancy) or not bool(((redundancy >= 0) & (redundancy <= 1)).all()):
-        raise ValueError(
-            "layer redundancies lie between 0 and 1, 1 = most redundant (prunelib.slicing.layer_redundancy); "
-            f"raw importances are not redundancies; got {redundancy.tolist()}"
-        )
+        what = "layer redundancies lie between 0 and 1, 1 = most redundant; raw importances are not redundancies"
+        raise ValueError(f"{what} (prunelib.slicing.layer_redundancy makes them); got {redundancy.tolist()}")
     if not 0 <= slice_base <= slice_percentage:
-        raise ValueError(
-            f"slice_base={slice_base}: it lies between 0 and slice_percentage={slice_percentage}; "
-            "beyond that, the more redundant layers would lose less"
-        )
+        raise ValueError(f"slice_base={slice_base}: it lies between 0 and slice_percentage={slice_percentage}")
     low, high = float(redundancy.min()), float(redundancy.max())
     if low == high:
         return np.full(len(redundancy), float(slice_percentage - slice_base))
@@ -154,11 +130,7 @@ def redundancy_slices(
 
 
 def final_slices(
-    redundancy: Float64[np.ndarray, "layer"],
-    slice_percentage: float | int,
-    slice_base: float | int,
-    *,
-    cap: float | int = CAP,
+    redundancy: Float64[np.ndarray, "layer"], slice_percentage: float | int, slice_base: float | int, *, cap: float | int = CAP
 ) -> Float64[np.ndarray, "layer"]:
     """FS_l = SLR_l + S_B, the slice of every layer; their mean is S_P.
 
