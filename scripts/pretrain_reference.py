@@ -12,6 +12,7 @@ Sizes, data and steps in `REFERENCES` were fixed before any pruning result was s
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -19,10 +20,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
+from prunelib.evaluation import perplexity
 from prunelib.io import at_root, file_sha256, write_json, write_text
 from prunelib.lab.provenance import record
 from prunelib.text.corpora import DOCUMENT_END, read_file, read_records, record_text
@@ -34,23 +39,14 @@ WINDOW = 512  # tokens of one training window; also the models' longest context
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference model: its Hugging Face configuration and its training budget.
-
-    Attributes:
-        model_type: the Hugging Face model type.
-        config: fields of its configuration class.
-        tokens: training tokens in all.
-        pydocs_share: fraction of the training windows drawn from docstrings, the rest is general English.
-        batch: windows of `WINDOW` tokens in one optimizer step.
-        learning_rate: peak of the cosine schedule, reached after ``warmup`` steps.
-    """
+    """One reference model: its Hugging Face type and configuration, and its training budget."""
 
     model_type: str
     config: dict
     tokens: int = 400_000_000
-    pydocs_share: float = 0.25
-    batch: int = 128
-    learning_rate: float = 2e-3
+    pydocs_share: float = 0.25  # of the training windows; the rest is general English
+    batch: int = 128  # windows of `WINDOW` tokens in one optimizer step
+    learning_rate: float = 2e-3  # peak of the cosine schedule, reached after ``warmup`` steps
     warmup: int = 300
     weight_decay: float = 0.1
     held_out_windows: int = 256
@@ -95,14 +91,13 @@ def read_documents(path: Path) -> Iterator[str]:
         yield from (text.strip("\n") for text in read_file(path) if text.strip())
 
 
-def train_tokenizer(files: list[Path], folder: Path, *, characters: int = TOKENIZER_CHARACTERS) -> None:
-    """Byte-level BPE of `VOCABULARY` entries from at most ``characters`` of each file, saved as a fast tokenizer."""
+def train_tokenizer(files: list[Path], folder: Path) -> None:
+    """Byte-level BPE of `VOCABULARY` entries from at most `TOKENIZER_CHARACTERS` of each file, saved as a fast tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     def texts() -> Iterator[str]:
         for path in files:
-            left = characters
+            left = TOKENIZER_CHARACTERS
             for text in read_documents(path):
                 yield text[:left]
                 left -= len(text)
@@ -122,27 +117,17 @@ def train_tokenizer(files: list[Path], folder: Path, *, characters: int = TOKENI
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=DOCUMENT_END, eos_token=DOCUMENT_END, model_max_length=WINDOW
-    )
-    fast.save_pretrained(folder)
+    ends = {"bos_token": DOCUMENT_END, "eos_token": DOCUMENT_END}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=WINDOW, **ends).save_pretrained(folder)
 
 
-def tokenize(path: Path, tokenizer, *, batch: int = 256) -> np.ndarray:
+def tokenize(path: Path, tokenizer) -> np.ndarray:
     """All documents of a file as one uint16 array, each preceded by the end-of-text token."""
     pieces: list[np.ndarray] = []
-
-    def flush(texts: list[str]) -> None:
+    documents = read_documents(path)
+    while texts := list(itertools.islice(documents, 256)):
         for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             pieces.append(np.array([tokenizer.bos_token_id, *encoding.ids], dtype=np.uint16))
-
-    texts: list[str] = []
-    for text in read_documents(path):
-        texts.append(text)
-        if len(texts) == batch:
-            flush(texts)
-            texts = []
-    flush(texts)
     if not pieces:
         raise ValueError(f"{path} holds no document")
     return np.concatenate(pieces)
@@ -152,12 +137,10 @@ def window_starts(tokens: int, windows: int, rng: np.random.Generator) -> np.nda
     """Start offsets of ``windows`` training windows: whole passes over the text, each shifted and shuffled anew."""
     if tokens < 2 * WINDOW:
         raise ValueError(f"{tokens} tokens of text are too few: at least {2 * WINDOW} are needed")
-    starts: list[np.ndarray] = []
-    found = 0
-    while found < windows:
-        starts.append(rng.permutation(np.arange(rng.integers(WINDOW), tokens - WINDOW, WINDOW)))
-        found += len(starts[-1])
-    return np.concatenate(starts)[:windows]
+    starts = np.empty(0, dtype=np.int64)
+    while len(starts) < windows:
+        starts = np.append(starts, rng.permutation(np.arange(rng.integers(WINDOW), tokens - WINDOW, WINDOW)))
+    return starts[:windows]
 
 
 class Windows(Dataset):
@@ -167,12 +150,9 @@ class Windows(Dataset):
         rng = np.random.default_rng(seed)
         counts = [round(windows * share) for share in shares[:-1]]
         counts.append(windows - sum(counts))
-        pairs = [
-            np.stack([np.full(count, i), window_starts(len(source), count, rng)], axis=1)
-            for i, (source, count) in enumerate(zip(sources, counts, strict=True))
-        ]
-        self.sources = sources
-        self.order = rng.permutation(np.concatenate(pairs))
+        starts = [window_starts(len(source), count, rng) for source, count in zip(sources, counts, strict=True)]
+        pairs = np.stack([np.repeat(np.arange(len(sources)), counts), np.concatenate(starts)], axis=1)
+        self.sources, self.order = sources, rng.permutation(pairs)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -185,8 +165,6 @@ class Windows(Dataset):
 
 def build_model(reference: Reference, tokenizer):
     """A freshly initialized model of one reference configuration."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(
         reference.model_type,
         vocab_size=VOCABULARY,
@@ -199,35 +177,14 @@ def build_model(reference: Reference, tokenizer):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def train(
-    name: str,
-    reference: Reference,
-    tokenizer,
-    arrays: dict[str, np.ndarray],
-    work: Path,
-    folder: Path,
-    *,
-    compiled: bool = True,
-) -> None:
-    """Train one reference model and save it in bfloat16 with its log; resumes from the last checkpoint in ``work``.
+def train(name: str, reference: Reference, tokenizer, arrays: dict[str, np.ndarray], work: Path, folder: Path) -> None:
+    """Train one reference model, from the last checkpoint in ``work`` where there is one, and save it as bfloat16 with its log.
 
-    Args:
-        arrays: token arrays ``english`` and ``pydocs`` to train on, ``english_held_out`` and ``pydocs_held_out`` for the loss.
-        work: folder of checkpoints (large; not kept).
-        folder: where the finished model goes.
+    arrays: token ids, ``english`` and ``pydocs`` to train on, ``english_held_out`` and ``pydocs_held_out`` for the loss.
     """
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
-
-    data = Windows(
-        [arrays["english"], arrays["pydocs"]],
-        [1 - reference.pydocs_share, reference.pydocs_share],
-        reference.steps * reference.batch,
-        reference.seed,
-    )
-    held_out = {
-        key: Windows([arrays[f"{key}_held_out"]], [1.0], reference.held_out_windows, 1) for key in ("english", "pydocs")
-    }
+    texts, shares = ("english", "pydocs"), [1 - reference.pydocs_share, reference.pydocs_share]
+    data = Windows([arrays[key] for key in texts], shares, reference.steps * reference.batch, reference.seed)
+    held_out = {key: Windows([arrays[f"{key}_held_out"]], [1.0], reference.held_out_windows, 1) for key in texts}
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -243,7 +200,7 @@ def train(
         max_grad_norm=1.0,
         bf16=on_gpu,
         tf32=on_gpu or None,
-        torch_compile=compiled and on_gpu,
+        torch_compile=on_gpu,
         dataloader_num_workers=4 if on_gpu else 0,
         dataloader_drop_last=True,
         eval_strategy="steps",
@@ -259,110 +216,62 @@ def train(
     checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
     # The Trainer restores weights by their names in memory, but GPT-NeoX saves its head under another name, so that head
     # would silently stay at its initial value. `from_pretrained` knows the names on disk.
-    model = (
-        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
-        if checkpoint
-        else build_model(reference, tokenizer)
-    )
+    if checkpoint:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+    else:
+        model = build_model(reference, tokenizer)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).to(torch.bfloat16)
     # The losses of the card are those of the saved weights, so they are measured again after rounding to bfloat16.
-    final = {key: mean_loss(model, windows) for key, windows in held_out.items()}
+    final = {
+        key: perplexity(model, torch.stack([window["input_ids"] for window in windows]), batch_size=64).nll
+        for key, windows in held_out.items()
+    }
     model.config.use_cache = True  # the Trainer turns it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json(
-        folder / "training.json",
-        {
-            "name": name,
-            "reference": asdict(reference)
-            | {"steps": reference.steps, "tokens_seen": reference.steps * reference.batch * WINDOW},
-            "window": WINDOW,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens": {key: len(array) for key, array in sorted(arrays.items())},
-            "held_out_nats_per_token": final,
-            "provenance": record(
-                data={key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in sorted(arrays.items())},
-                device="cuda" if on_gpu else "cpu",
-            ),
-            "log": trainer.state.log_history,
-        },
-    )
+    hashes = {key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in sorted(arrays.items())}
+    steps = {"steps": reference.steps, "tokens_seen": reference.steps * reference.batch * WINDOW}
+    log = {
+        "name": name,
+        "reference": asdict(reference) | steps,
+        "window": WINDOW,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": {key: len(array) for key, array in sorted(arrays.items())},
+        "held_out_nats_per_token": final,
+        "provenance": record(data=hashes, device="cuda" if on_gpu else "cpu"),
+        "log": trainer.state.log_history,
+    }
+    write_json(folder / "training.json", log)
 
-
-@torch.inference_mode()
-def mean_loss(model, windows: Windows, *, batch: int = 64) -> float:
-    """Mean next-token loss in nats over all windows."""
-    model.eval()
-    total = 0.0
-    for start in range(0, len(windows), batch):
-        ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + batch, len(windows)))]).to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return total / (len(windows) * (WINDOW - 1))
-
-
-# What the log of a training cannot say about itself.
-HISTORY = {
-    "ref-llama-32l": "The training was interrupted once and resumed from its last checkpoint: weights, optimizer, schedule and "
-    "position in the data.",
-    "ref-neox-24l": "A first training of this model was discarded. Resuming it from a checkpoint had silently lost the output "
-    "head, whose name in memory differs from its name on disk; `scripts/pretrain_reference.py` now reads checkpoints by their "
-    "names on disk, and a test holds it to that. The weights here come from a second, uninterrupted training with identical "
-    "settings.",
-}
 
 CARD = Path(__file__).with_name("reference_card.md")
+CURVES = (
+    ("training (mixture)", "loss", {"color": "#8c8c8c"}),
+    ("held-out English", "eval_english_loss", {"color": "#0072b2", "marker": "o"}),
+    ("held-out pydocs", "eval_pydocs_loss", {"color": "#d55e00", "marker": "s"}),
+)
 
 
 def card(folder: Path) -> str:
     """The model card of a trained reference model: every number comes from its files."""
-    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    reference, tokens, losses = log["reference"], log["tokens"], log["held_out_nats_per_token"]
-    shares = {"english": 1 - reference["pydocs_share"], "pydocs": reference["pydocs_share"]}
-    shown = {
-        "layers": config["num_hidden_layers"],
-        "hidden size": config["hidden_size"],
-        "MLP size": config["intermediate_size"],
-        "attention heads": config["num_attention_heads"],
-        "attention and MLP": "side by side (parallel residual)"
-        if config.get("use_parallel_residual")
-        else "one after the other",
-        "norm": "RMSNorm" if "rms_norm_eps" in config else "LayerNorm",
-        "activation": config["hidden_act"],
-        "output head": "the embedding" if config["tie_word_embeddings"] else "weights of its own",
-        "context": f"{config['max_position_embeddings']} tokens",
-        "stored as": f"{config['dtype']} safetensors, {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
-    }
-    packages = list(json.loads(at_root("data/corpora/manifest.json").read_text(encoding="utf-8"))["pydocs"]["packages"])
-    evaluations = [entry for entry in log["log"] if "eval_pydocs_loss" in entry]
-    files = ["model.safetensors", "config.json", "tokenizer.json", "training.json"]
-    return CARD.read_text(encoding="utf-8").format(
-        name=log["name"],
-        model_type=reference["model_type"],
-        layers=config["num_hidden_layers"],
-        parameters=log["parameters"],
-        architecture="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items())]),
-        vocabulary=config["vocab_size"],
+    log, config, manifest = (
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (folder / "training.json", folder / "config.json", at_root("data/corpora/manifest.json"))
+    )
+    template = jinja2.Template(CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return template.render(
+        folder=folder,
+        log=log,
+        config=config,
+        reference=log["reference"],
+        packages=list(manifest["pydocs"]["packages"]),
+        megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
         end=DOCUMENT_END,
         characters=TOKENIZER_CHARACTERS,
-        packages=", ".join(packages[:-1]) + " and " + packages[-1],
-        **tokens,
-        **{f"{key}_share": share for key, share in shares.items()},
-        **{f"{key}_passes": reference["tokens_seen"] * share / tokens[key] for key, share in shares.items()},
-        **{key: reference[key] for key in ("steps", "batch", "tokens_seen", "weight_decay", "learning_rate", "warmup", "seed")},
-        window=log["window"],
-        hardware=log["provenance"]["device"].partition("(")[2].rstrip(")") or log["provenance"]["cpu"],
-        python=log["provenance"]["python"],
-        torch=log["provenance"]["libraries"]["torch"],
-        transformers=log["provenance"]["libraries"]["transformers"],
-        history=HISTORY.get(log["name"], ""),
-        held_out_windows=round(evaluations[-1]["eval_pydocs_runtime"] * evaluations[-1]["eval_pydocs_samples_per_second"]),
-        **{f"{key}_nats": value for key, value in losses.items()},
-        **{f"{key}_ppl": math.exp(value) for key, value in losses.items()},
-        files="\n".join(f"| `{name}` | `{file_sha256(folder / name)}` |" for name in files),
+        sha256=file_sha256,
+        exp=math.exp,
     )
 
 
@@ -374,16 +283,11 @@ def draw_losses(folder: Path) -> Path:
 
     log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     millions = log["reference"]["batch"] * log["window"] / 1e6
-    curves = {
-        "training (mixture)": ("loss", "#8c8c8c", "", "-"),
-        "held-out English": ("eval_english_loss", "#0072b2", "o", "-"),
-        "held-out pydocs": ("eval_pydocs_loss", "#d55e00", "s", "-"),
-    }
     style.use_style()
-    figure, axes = style.panels(height=3.2)
-    for label, (key, color, marker, line) in curves.items():
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 3.2), layout="constrained")
+    for label, key, look in CURVES:
         points = [(entry["step"] * millions, entry[key]) for entry in log["log"] if key in entry]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=label)
+        axes.plot(*zip(*points, strict=True), label=label, **look)
     axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"])
     axes.set_xlim(left=0)
     axes.legend()
@@ -397,40 +301,31 @@ def main(argv: list[str]) -> int:
     steps = parser.add_subparsers(dest="step", required=True)
     one = steps.add_parser("tokenizer", help="train the tokenizer")
     one.add_argument("--files", nargs="+", type=Path, required=True)
-    one.add_argument("--out", type=Path, required=True)
     two = steps.add_parser("tokens", help="turn one text file into token ids")
     two.add_argument("--file", type=Path, required=True)
-    two.add_argument("--tokenizer", type=Path, required=True)
-    two.add_argument("--out", type=Path, required=True)
     three = steps.add_parser("train", help="train one reference model")
     three.add_argument("--name", choices=REFERENCES, required=True)
-    three.add_argument("--tokenizer", type=Path, required=True)
     three.add_argument("--tokens", type=Path, required=True, help="folder of english.npy, pydocs.npy and the held-out arrays")
     three.add_argument("--work", type=Path, required=True)
-    three.add_argument("--out", type=Path, required=True)
+    for step in (two, three):
+        step.add_argument("--tokenizer", type=AutoTokenizer.from_pretrained, required=True)
+    for step in (one, two, three):
+        step.add_argument("--out", type=Path, required=True)
     four = steps.add_parser("card", help="write the model card and the loss curve of a trained reference model")
-    four.add_argument("name", help="a folder of data/reference, or the path of another one")
+    four.add_argument("folder", type=at_root, help="of the model")
     options = parser.parse_args(argv)
     if options.step == "tokenizer":
         train_tokenizer(options.files, options.out)
-        return 0
-    if options.step == "card":
-        folder = at_root("data/reference") / options.name
-        if not (folder / "training.json").is_file():
-            parser.error(f"{folder} holds no training.json: train the model first")
-        draw_losses(folder)
-        write_text(folder / "README.md", card(folder))
-        return 0
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    if options.step == "tokens":
+    elif options.step == "tokens":
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(options.out, tokenize(options.file, tokenizer))
-    else:
+        np.save(options.out, tokenize(options.file, options.tokenizer))
+    elif options.step == "train":
         keys = ("english", "pydocs", "english_held_out", "pydocs_held_out")
         arrays = {key: np.load(options.tokens / f"{key}.npy") for key in keys}
-        train(options.name, REFERENCES[options.name], tokenizer, arrays, options.work, options.out)
+        train(options.name, REFERENCES[options.name], options.tokenizer, arrays, options.work, options.out)
+    else:
+        draw_losses(options.folder)
+        write_text(options.folder / "README.md", card(options.folder))
     return 0
 
 

@@ -108,7 +108,7 @@ def test_a_killed_training_resumes_to_the_same_weights(family, tokenizer, arrays
     monkeypatch.setattr(pretraining, "VOCABULARY", len(tokenizer))
 
     def run(name):
-        train(name, reference, tokenizer, arrays, tmp_path / f"work_{name}", tmp_path / name, compiled=False)
+        train(name, reference, tokenizer, arrays, tmp_path / f"work_{name}", tmp_path / name)
 
     run("whole")
     original = Windows.__getitem__
