@@ -128,8 +128,6 @@ def tokenize(path: Path, tokenizer) -> np.ndarray:
     while texts := list(itertools.islice(documents, 256)):
         for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             pieces.append(np.array([tokenizer.bos_token_id, *encoding.ids], dtype=np.uint16))
-    if not pieces:
-        raise ValueError(f"{path} holds no document")
     return np.concatenate(pieces)
 
 
@@ -291,9 +289,8 @@ def draw_losses(folder: Path) -> Path:
     axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"])
     axes.set_xlim(left=0)
     axes.legend()
-    path = save.write_picture(figure, folder / "loss_curve.png")
     plt.close(figure)
-    return path
+    return save.write_picture(figure, folder / "loss_curve.png")
 
 
 def main(argv: list[str]) -> int:
