@@ -80,9 +80,6 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
 
 
-# -------------------------------------------------------------------------------------- parameters, without a kernel
-
-
 def test_parameters_cell(nb):
     found = notebook.parameters(nb)
     assert found["width"] == Parameter("width", 2, "layers")

@@ -1,7 +1,7 @@
 """Batches on SLURM: sbatch, one node on loopback, GPUs that are only counted.
 
 Starts daemons and writes /etc/slurm, for its own time, hence only with PRUNELIB_SLURM_TEST=1, as root, and where there is no
-other SLURM. On Debian it then also installs what is missing.
+other SLURM. `.ci/run` installs it.
 """
 
 import importlib.util
@@ -24,7 +24,6 @@ from prunelib.lab import profile as profiles
 ROOT = project_root()
 SETTINGS = Path("/etc/slurm")
 TOOLS = ("slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scontrol", "munged")
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 
 SLURM_CONF = """
 ClusterName=loopback
@@ -59,31 +58,6 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _missing() -> list[str]:
-    return [tool for tool in TOOLS if shutil.which(tool) is None]
-
-
-def _install() -> None:
-    """Skips with apt's last words where the packages cannot be had."""
-    if shutil.which("apt-get") is None:
-        pytest.skip(f"no {', '.join(_missing())}, and no apt-get to install them")
-    patience = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=15", "-o", "DPkg::Lock::Timeout=30"]
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    words = ""
-    for command in (["install", "-y", "--no-install-recommends", *PACKAGES], ["update"], ["install", "-y", *PACKAGES]):
-        try:
-            done = subprocess.run(
-                ["apt-get", *patience, *command], env=quiet, capture_output=True, text=True, timeout=150, check=False
-            )
-        except subprocess.TimeoutExpired:
-            words = f"apt-get {command[0]} took longer than 150 s"
-            break
-        words = (done.stderr.strip().splitlines() or [""])[-1]
-        if not _missing():
-            return
-    pytest.skip(f"SLURM cannot be installed here: {words}")
-
-
 def _wait_for(command: list[str], wanted: str, log: Path) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
@@ -99,7 +73,7 @@ def _wait_for(command: list[str], wanted: str, log: Path) -> None:
 def cluster(tmp_path_factory):
     """A SLURM of one node while the tests of this file run."""
     if os.environ.get("PRUNELIB_SLURM_TEST") != "1":
-        pytest.skip("set PRUNELIB_SLURM_TEST=1 to let this test start a SLURM on this machine (as root; it installs Debian's)")
+        pytest.skip("set PRUNELIB_SLURM_TEST=1 to let this test start a SLURM on this machine (as root)")
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("starting SLURM needs Linux and root")
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
@@ -108,8 +82,8 @@ def cluster(tmp_path_factory):
         pytest.skip("this machine belongs to a SLURM cluster, which is left alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if _missing():
-            _install()
+        if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+            pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
         yield from _running(tmp_path_factory.mktemp("slurm"))
 
 
