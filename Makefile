@@ -60,7 +60,7 @@ gpu: $(READY)
 	@$(BIN)/python benchmarks/search_cost.py --shape llama-3.1-8b --device cuda --dtype bfloat16 --windows 8 --seq-len 128 \
 	  --batch-size 2 --output data/benchmarks/search_8b_short.json
 	@if [ "$$(nvidia-smi -L | wc -l)" -lt 2 ]; then echo "healing_scaling.json wants two GPUs: left as it was"; else \
-	  $(BIN)/python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \
+	  $(BIN)/python benchmarks/healing_scaling.py --shape tinyllama-1.1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \
 	  --micro-batch 8 --steps 10 100 --output data/benchmarks/healing_scaling.json; fi
 
 # What the tests of a file share is made once: a file goes to one process.

@@ -1,8 +1,8 @@
 """Healing on several GPUs (or processes): the same loss as on one, and how much faster.
 
-    python benchmarks/healing_scaling.py                                        # two processes on CPU cores, a small shape
-    python benchmarks/healing_scaling.py --shape 1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 --micro-batch 8 \\
-        --steps 10 100                                                          # two GPUs, through NCCL
+    python benchmarks/healing_scaling.py                      # two processes on CPU cores, the shape of the reference model
+    python benchmarks/healing_scaling.py --shape tinyllama-1.1b --device cuda --dtype bfloat16 --batch 32 --tokens 512 \\
+        --micro-batch 8 --steps 10 100                        # two GPUs, through NCCL
 
 A random model of the shape is saved and healed by `python -m prunelib.healing`, once by one process and once by several, as
 `torchrun` starts them (`accelerate launch` does the same), on the same tokens in the same batches. Each is run twice, for a
@@ -20,53 +20,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from report import write_report
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunelib import models
+from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
 
 TOKENIZER = "data/reference/ref-llama-32l"
-# hidden size, MLP size, layers, heads, heads of keys and values; the vocabulary is the tokenizer's
-SHAPES = {"small": (160, 432, 6, 5, 5), "1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 24, 32, 32)}
-
-
-def save_random_model(shape: str, device: str, folder: Path) -> int:
-    """Save a random Llama of the shape with its tokenizer; return its number of parameters."""
-    hidden_size, mlp, n_layers, heads, key_value_heads = SHAPES[shape]
-    tokenizer = models.load_tokenizer(TOKENIZER)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=mlp,
-        num_hidden_layers=n_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        max_position_embeddings=2048,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    models.save(model.bfloat16().cpu(), tokenizer, folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def healed(model: Path, out: Path, processes: int, steps: int, settings: argparse.Namespace) -> dict:
     """What healing.json holds after one training."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     recipe = [f"steps={steps}", f"batch={settings.batch}", f"seq_len={settings.tokens}", "warmup_steps=1", "schedule=constant"]
-    arguments = [
-        str(model),
-        str(out),
-        "--corpus",
-        settings.corpus,
-        "--quiet",
-        "--dtype",
-        settings.dtype,
-        "--device",
-        settings.device,
-    ]
-    arguments += ["--micro-batch", str(settings.micro_batch), "--set", *recipe]
+    arguments = [str(model), str(out), "--quiet"]
+    for name in ("corpus", "dtype", "device", "micro_batch"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    arguments += ["--set", *recipe]
     visible = {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and settings.device == "cuda" else {}
     subprocess.run([*launch, "prunelib.healing", *arguments], env=os.environ | visible, check=True)
     return json.loads((out / "healing.json").read_text())
@@ -75,7 +44,7 @@ def healed(model: Path, out: Path, processes: int, steps: int, settings: argpars
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=sorted(models.DTYPES), default="float32", help="of the weights in memory")
     parser.add_argument("--corpus", default="pydocs")
@@ -85,37 +54,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[4, 12], metavar=("FEW", "MORE"))
     parser.add_argument("--output", type=Path, help="JSON file of the numbers")
     settings = parser.parse_args()
-    few, more = settings.steps
+    (few, more), several = settings.steps, settings.processes
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parameters = save_random_model(settings.shape, settings.device, folder / "model")
+        tokenizer = models.load_tokenizer(TOKENIZER)
+        config = shape_configuration(settings.shape, vocab_size=len(tokenizer))
+        model = random_model(config, dtype="bfloat16", device=settings.device)
+        models.save(model.cpu(), tokenizer, folder / "model")
         found = {
             (processes, steps): healed(folder / "model", folder / f"{processes}_{steps}", processes, steps, settings)
             for steps in (few, more)
-            for processes in (1, settings.processes)
+            for processes in (1, several)
         }
-    step = {
-        processes: (found[processes, more]["seconds"] - found[processes, few]["seconds"]) / (more - few)
-        for processes in (1, settings.processes)
-    }
-    losses = {
-        processes: [entry["loss"] for entry in found[processes, more]["log"] if "loss" in entry]
-        for processes in (1, settings.processes)
-    }
+    seconds = {key: one["seconds"] for key, one in found.items()}
+    step, steps = ((seconds[number, more] - seconds[number, few]) / (more - few) for number in (1, several))
+    alone, together = ([entry["loss"] for entry in found[number, more]["log"]] for number in (1, several))
     report = {
-        "parameters": parameters,
+        "parameters": models.parameter_count(model),
         "trained": found[1, more]["trainable"],
         "backend": "nccl" if settings.device == "cuda" else "gloo",
         "tokens_a_step": settings.batch * settings.tokens,
-        "seconds_a_step_one": step[1],
-        "seconds_a_step_several": step[settings.processes],
-        "scaling": step[1] / step[settings.processes],
-        "largest_relative_loss_difference": max(
-            abs(a / b - 1) for a, b in zip(losses[settings.processes], losses[1], strict=True)
-        ),
-        "losses_one": losses[1],
-        "losses_several": losses[settings.processes],
+        "seconds_a_step_one": step,
+        "seconds_a_step_several": steps,
+        "scaling": step / steps,
+        "largest_relative_loss_difference": max(abs(a / b - 1) for a, b in zip(together, alone, strict=True)),
+        "losses_one": alone,
+        "losses_several": together,
     }
     print(json.dumps(report, indent=1))
     write_report(settings.output, settings, report, data=found[1, more]["data"])

@@ -9,7 +9,6 @@ that a slow moment of the machine meets both; the ratio is the median over the r
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,31 +19,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunelib.io import at_root
 from prunelib.models import onednn
+from prunelib.speed.timing import interleaved
 
 MODELS = ("data/reference/ref-llama-32l", "data/reference/ref-neox-24l")
 
 
-def in_turn(runs: dict[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, list[float]]:
-    """Seconds of every run in every round, `each` times in a row; the first round, which warms up, is left out."""
-    seconds = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            for _ in range(each):
-                run()
-            if number:
-                seconds[name].append((time.perf_counter() - started) / each)
-    return seconds
-
-
 def compared(usual: Callable[[], object], ours: Callable[[], object], rounds: int, each: int = 1) -> dict[str, float]:
-    seconds = in_turn({"usual": usual, "onednn": ours}, rounds, each)
-    ratios = [one / other for one, other in zip(seconds["usual"], seconds["onednn"], strict=True)]
-    return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()} | {
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "greatest": max(ratios),
-    }
+    """Medians of the seconds, each call `each` times in a row, and the ratio of both in the median and at its ends."""
+
+    def repeated(call: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [call() for _ in range(each)]
+
+    seconds = interleaved({"usual": repeated(usual), "onednn": repeated(ours)}, rounds, torch.device("cpu"))
+    ratios = [one / other for one, other in zip(*seconds.values(), strict=True)]
+    medians = {f"{name}_seconds": statistics.median(values) / each for name, values in seconds.items()}
+    return {**medians, "ratio": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
 
 
 @torch.inference_mode()

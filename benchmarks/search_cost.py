@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int64
-from report import write_report
+from report import measured, write_report
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -83,37 +83,21 @@ def main() -> None:
 
         return search
 
-    alone = lambda layers_removed: naive(model, layers_removed, windows, args.batch_size)  # noqa: E731
-    variants = {"naive": alone, "nll": ours("nll"), "kl": ours("kl")}
+    def plain(layers_removed: int) -> tuple[LayerSet, int]:
+        return naive(model, layers_removed, windows, args.batch_size)
+
+    variants = {"naive": plain, "nll": ours("nll"), "kl": ours("kl")}
     found = []
     for name in args.only or variants:
         variants[name](1)  # warm-up: kernels are chosen, memory is taken
-        _wait(args.device)
-        started, cpu_started = time.perf_counter(), time.process_time()
-        removed, forwards = variants[name](args.layers_removed)
-        _wait(args.device)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+        cpu_started = time.process_time()
+        (removed, forwards), cost = measured(torch.device(args.device), lambda: variants[name](args.layers_removed))  # noqa: B023
+        cpu = time.process_time() - cpu_started
+        seconds = cost["seconds"]
         found.append({"variant": name, "seconds": seconds, "cpu_seconds": cpu, "layer_forwards": forwards, "removed": removed})
-        print(f"{name:32s} {seconds:8.2f} s", flush=True)
-
-    what = args.model or f"random weights, {args.shape}"
-    print(
-        f"\n{what}: {n_layers} layers of width {model.config.hidden_size}, {args.dtype} on {args.device}, {args.threads} "
-        f"threads\ngreedy, K = {args.layers_removed}, {count} x {length} tokens, batch {args.batch_size}"
-    )
-    baseline = found[0]
-    print(f"{'':32s} {'seconds':>8s} {'cpu':>8s} {'speed-up':>8s} {'forwards':>9s} {'share':>6s}  removed")
-    for one in found:
-        print(
-            f"{one['variant']:32s} {one['seconds']:8.2f} {one['cpu_seconds']:8.2f} {baseline['seconds'] / one['seconds']:8.2f} "
-            f"{one['layer_forwards']:9d} {one['layer_forwards'] / baseline['layer_forwards']:6.3f}  {one['removed']}"
-        )
+        gain, share = found[0]["seconds"] / seconds, forwards / found[0]["layer_forwards"]
+        print(f"{name:6s} {seconds:8.2f} s, speed-up {gain:.2f}; {forwards} layer forwards, {share:.3f} of them; {removed}")
     write_report(args.output, args, {"variants": found})
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -84,24 +84,22 @@ class Reference:
         modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("slicegpt.")]
         return [Path(module.__file__) for module in modules if getattr(module, "__file__", None)]
 
-    def sliced(
-        self, model: PreTrainedModel, windows: torch.Tensor, width: int, batch_size: int, device: torch.device
-    ) -> PreTrainedModel:
+    def sliced(self, model: PreTrainedModel, windows: torch.Tensor, width: int, batch: int, device: torch.device):
         """The model itself, sliced in place to the same width everywhere, by the steps of the clone's script."""
         self.config.config.device = device
         file, adapter_name, layer_name = ADAPTERS[model.config.model_type]
         adapters = importlib.import_module(f"slicegpt.adapters.{file}")
         layer_class = _layer_class(getattr(adapters, layer_name))
-        adapter_class = type(
-            adapter_name, (getattr(adapters, adapter_name),), {"compressed_layer_type": property(lambda _: layer_class)}
-        )
+        layer_type = {"compressed_layer_type": property(lambda _: layer_class)}
+        adapter_class = type(adapter_name, (getattr(adapters, adapter_name),), layer_type)
         model.config.use_cache = False  # it runs each layer twice, and a cache would take in both
         adapter = adapter_class(model)
-        batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(batch_size)]
+        batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(batch)]
         self.layernorm_fusion.replace_layers(adapter)
         self.layernorm_fusion.fuse_modules(adapter)
-        scheduler = self.slicing_scheduler.ConstSlicingScheduler(width)
-        self.rotate.rotate_and_slice(adapter, batches, scheduler, final_orientation="pca")
+        self.rotate.rotate_and_slice(
+            adapter, batches, self.slicing_scheduler.ConstSlicingScheduler(width), final_orientation="pca"
+        )
         return adapter.model.to(device).eval()
 
 
@@ -133,29 +131,13 @@ def _attention_class(attention_class: type) -> type:
     return Attention
 
 
+OPT = {"ffn_dim": 432, "num_hidden_layers": 12, "num_attention_heads": 5, "word_embed_proj_dim": 160}
+WIDE = {"intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4}
 RANDOM = {
     # LayerNorms with a bias, learned positions
-    "random-opt": OPTConfig(
-        vocab_size=4096,
-        hidden_size=160,
-        ffn_dim=432,
-        num_hidden_layers=12,
-        num_attention_heads=5,
-        max_position_embeddings=512,
-        word_embed_proj_dim=160,
-        init_std=0.1,
-        dropout=0.0,
-    ),
+    "random-opt": OPTConfig(vocab_size=4096, hidden_size=160, max_position_embeddings=512, init_std=0.1, dropout=0.0, **OPT),
     # grouped-query attention; wide, so that arithmetic is what takes the time
-    "random-llama": LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        initializer_range=0.05,
-    ),
+    "random-llama": LlamaConfig(vocab_size=4096, hidden_size=1024, initializer_range=0.05, **WIDE),
     # four layers of Llama-2-7B, for a GPU
     "random-llama-7b": LlamaConfig(vocab_size=4096, num_hidden_layers=4),
 }
@@ -204,9 +186,7 @@ def main() -> None:
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = EPSILON
 
-    def ours(model: PreTrainedModel, plan: SlicePlan, subtract_mean: bool) -> PreTrainedModel:
-        options = {"batch_size": settings.batch, "device": settings.device, "progress": False}
-        return slice_model(model, plan, windows, subtract_mean=subtract_mean, **options)
+    options = {"batch_size": settings.batch, "device": settings.device, "progress": False}
 
     def ppl(model: PreTrainedModel) -> float:
         return perplexity(model.to(settings.device), held_out, batch_size=settings.batch).ppl
@@ -229,17 +209,17 @@ def main() -> None:
             theirs, taken = timed(lambda: reference.sliced(copied, windows, width, settings.batch, settings.device))  # noqa: B023
             seconds["reference"].append(taken)
             seconds["cleanup"].append(reference.cleanup_seconds)
-            sliced, taken = timed(lambda: ours(alike, plan, True))  # noqa: B023
+            sliced, taken = timed(lambda: slice_model(alike, plan, windows, subtract_mean=True, **options))  # noqa: B023
             seconds["ours"].append(taken)
-        found = {"reference": ppl(theirs), "ours": ppl(sliced), "ours_as_is": ppl(ours(dense, plan, False))}
+        reference_ppl, ours_ppl = ppl(theirs), ppl(sliced)
         case = {
             "slice": share,
             "width": f"{width} of {dense.config.hidden_size}",
             "dense_ppl": ppl(dense),
-            "reference_ppl": found["reference"],
-            "ours_ppl": found["ours"],
-            "relative_difference": abs(found["ours"] / found["reference"] - 1),
-            "ours_as_is_ppl": found["ours_as_is"],
+            "reference_ppl": reference_ppl,
+            "ours_ppl": ours_ppl,
+            "relative_difference": abs(ours_ppl / reference_ppl - 1),
+            "ours_as_is_ppl": ppl(slice_model(dense, plan, windows, **options)),
             "reference_s": statistics.median(seconds["reference"]),
             "ours_s": statistics.median(seconds["ours"]),
             "speed": statistics.median(a / b for a, b in zip(seconds["reference"], seconds["ours"], strict=True)),

@@ -11,8 +11,10 @@ busy machine only the CPU time with --threads 1 means anything: waiting threads 
 """
 
 import argparse
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +26,7 @@ import prunelib.criteria.statistics
 from prunelib.criteria.statistics import LayerStats, collect
 from prunelib.models import load
 from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
+from prunelib.speed.timing import interleaved
 
 
 def largest_differences(found: LayerStats, expected: LayerStats) -> dict[str, float]:
@@ -79,41 +82,31 @@ def main() -> None:
     if cuda:
         timed["collect without kernel"] = plain
         differences = largest_differences(ours(), plain())
-    seconds = {name: [] for name in timed}
     cpu_seconds = {name: [] for name in timed}
-    for repeat in range(args.repeats + 1):
-        for name, run in timed.items():
-            started, cpu_started = time.perf_counter(), time.process_time()
-            run()
-            if cuda:
-                torch.cuda.synchronize()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-                cpu_seconds[name].append(time.process_time() - cpu_started)
 
-    tokens = windows.numel()
-    print(
-        f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, {args.dtype} on {args.device}, "
-        f"{args.threads} threads, {args.samples} x {args.seq_len} tokens, batch {args.batch_size}, {args.repeats} repetitions"
-    )
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(
-            f"{name:24s} {median:8.4f} s  {median / tokens * 1e6:8.1f} us/token  fastest {min(values):.4f} s  "
-            f"cpu {statistics.median(cpu_seconds[name]):.3f} s"
-        )
+    def with_cpu_time(name: str) -> Callable[[], None]:
+        def run() -> None:
+            started = time.process_time()
+            timed[name]()
+            cpu_seconds[name].append(time.process_time() - started)
+
+        return run
+
+    seconds = interleaved({name: with_cpu_time(name) for name in timed}, args.repeats, torch.device(args.device))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    cpu_medians = {name: statistics.median(values[1:]) for name, values in cpu_seconds.items()}  # the first round warms up
+    for name, median in medians.items():
+        each = median / windows.numel() * 1e6
+        print(f"{name:24s} {median:8.4f} s  {each:8.1f} us/token  cpu {cpu_medians[name]:.3f} s")
     ratios = {}
-    for name in timed:
-        for base in ("forward", "forward without LM head"):
-            if not name.startswith("forward"):
-                pairs = zip(seconds[name], seconds[base], strict=True)
-                ratios[f"{name} / {base}"] = ratio = statistics.median([ours / plain for ours, plain in pairs])
-                fastest = min(seconds[name]) / min(seconds[base])
-                cpu = statistics.median(cpu_seconds[name]) / statistics.median(cpu_seconds[base])
-                print(f"{name:24s} / {base:24s} median ratio {ratio:.3f}  of fastest {fastest:.3f}  of cpu {cpu:.3f}")
+    for name, base in itertools.product(timed, ("forward", "forward without LM head")):
+        if not name.startswith("forward"):
+            pairs = zip(seconds[name], seconds[base], strict=True)
+            ratios[f"{name} / {base}"] = ratio = statistics.median(mine / plain for mine, plain in pairs)
+            cpu = cpu_medians[name] / cpu_medians[base]
+            print(f"{name:24s} / {base:24s} median ratio {ratio:.3f}  of cpu {cpu:.3f}")
     if differences is not None:
         print("largest relative difference with and without the kernel:", differences)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     write_report(args.output, args, {"seconds": medians, "ratios": ratios, "relative_differences": differences})
 
 

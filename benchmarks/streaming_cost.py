@@ -57,16 +57,14 @@ def main() -> None:
     results: dict[str, list[Any]] = {name: [] for name in given}
 
     model = models.load(args.folder, dtype=args.dtype, device=device)
-    for name in given:
-
-        def resident(windows: torch.Tensor, name: str = name) -> Any:
-            if name == "statistics":
-                return statistics.collect(model, windows, batch_size=args.resident_batch_size, progress=False)
-            return evaluation.perplexity(model, windows, batch_size=1)
-
+    resident = {
+        "statistics": lambda some: statistics.collect(model, some, batch_size=args.resident_batch_size, progress=False),
+        "perplexity": lambda some: evaluation.perplexity(model, some, batch_size=1),
+    }
+    for name, run in resident.items():
         if cuda:
-            resident(given[name][: args.resident_batch_size])
-        result, report[f"resident_{name}"] = measured(device, lambda: resident(given[name]))  # noqa: B023
+            run(given[name][: args.resident_batch_size])
+        result, report[f"resident_{name}"] = measured(device, lambda: run(given[name]))  # noqa: B023
         results[name].append(result)
     model = None
     if cuda:

@@ -60,9 +60,8 @@ def measure(name: str, folder: Path, cores: int) -> dict:
     clone, log = folder / "clone", folder / f"{name}.log"
     started = time.perf_counter()
     with open(log, "wb") as output:
-        process = subprocess.Popen(
-            shlex.split(command), cwd=clone, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        process = subprocess.Popen(shlex.split(command), cwd=clone, env=environment(folder), **streams)
         _, status, usage = os.wait4(process.pid, 0)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     record = {
