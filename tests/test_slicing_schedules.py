@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_helpers import silence
 
 from prunelib.criteria import statistics
 from prunelib.criteria.similarity import block_influence
@@ -96,19 +97,15 @@ def test_what_exceeds_the_cap_is_shared_out():
     ("call", "message"),
     [
         (lambda: dynamic(TOY, 100, 0.3, 0.4), r"slice_base=0\.4: it lies between 0 and slice_percentage=0\.3"),
-        (lambda: dynamic(TOY, 100, 0.3, -0.1), r"slice_base=-0\.1"),
-        (lambda: dynamic(TOY, 100, 1.0, 0.4), r"slice_percentage=1\.0: a fraction"),
         (lambda: dynamic(TOY, 100, 30, 10), r"slice_percentage=30: a fraction"),
         (lambda: dynamic(np.array([10.0, 3, 2, 1, 4]), 100, 0.3, 0.1), "raw importances are not redundancies"),
         (lambda: dynamic(np.array([0.1, np.nan]), 100, 0.3, 0.1), "lie between 0 and 1"),
         (lambda: dynamic(TOY, 100, 0.3, 0.1, cap=0.2), r"cap=0\.2: it must be below 1 and at least slice_percentage=0\.3"),
         (lambda: dynamic(TOY, 100, 0.3, 0.1, multiple=8), "a width of 100 cannot be cut in steps of 8"),
         (lambda: from_slices(np.array([0.2, 1.0]), 100), "fractions of the width, at least 0 and below 1"),
-        (lambda: from_slices(np.array([-0.1]), 100), "at least 0"),
         (lambda: from_slices(np.array([]), 100), "at least 0"),
         (lambda: from_slices(np.array([0.99, 0.99]), 16, multiple=8), r"layers \[0, 1\] would keep no width"),
         (lambda: SlicePlan(32, (), "test"), "at least one layer"),
-        (lambda: SlicePlan(32, (32, 0), "test"), r"between 1 and 32.*\(1, 0\)"),
         (lambda: SlicePlan(32, (33,), "test"), r"between 1 and 32.*\(0, 33\)"),
     ],
 )
@@ -119,9 +116,7 @@ def test_refusals(call, message):
 
 def test_layer_redundancy(tiny_llama):
     tokens = torch.randint(0, 97, (4, 24))
-    with torch.no_grad():  # layer 3 becomes the identity
-        tiny_llama.model.layers[3].self_attn.o_proj.weight.zero_()
-        tiny_llama.model.layers[3].mlp.down_proj.weight.zero_()
+    silence(tiny_llama, 3)
     stats = statistics.collect(tiny_llama, tokens, progress=False)
     found, influence = layer_redundancy(stats), block_influence(stats)
     assert (found[3], found[influence.argmax()]) == (1, 0)
