@@ -1,6 +1,5 @@
 """Faults produced on purpose (docs/faults.md): what was finished stays, and the error names the value and the remedy."""
 
-import contextlib
 import errno
 import gzip
 import json
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,8 +56,6 @@ def left_behind(path: Path, suffix: str) -> Path:
     return path.parent / f"{prefix}x{suffix}"
 
 
-# --------------------------------------------------------------------------------------------- machine killed mid-write
-
 KILLED = """
 import os, signal, sys
 from prunelib.lab import runs as results
@@ -87,10 +84,8 @@ def test_what_killed_processes_left_is_told_from_what_is_being_written(tmp_path)
     for file in (gone, other, being_written, elsewhere):
         file.write_bytes(b"half")
     assert io.leftovers(path) == [gone]
-    states = torch.randn(1, 3, 4, 8)
-    statistics.from_states(states).save(path, {})
+    io.write_text(path, "whole")
     assert sorted(tmp_path.iterdir()) == sorted([path, other, being_written, elsewhere])
-    assert np.array_equal(statistics.LayerStats.load(path).norm, statistics.from_states(states).norm)
 
 
 def test_a_model_moved_aside_comes_back(saved, tiny_llama, tmp_path):
@@ -105,12 +100,10 @@ def test_a_model_moved_aside_comes_back(saved, tiny_llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "what was left is gone"
 
 
-# ----------------------------------------------------------------------------------------------------------- disk full
-
-
-def test_a_full_disk_keeps_the_older_file_whatever_is_written(tmp_path, monkeypatch):
-    import pandas
-
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "make room on this disk"), (errno.EROFS, "choose another folder")]
+)
+def test_a_disk_that_takes_no_more_keeps_the_older_file_whatever_is_written(tmp_path, monkeypatch, number, remedy):
     writers = {
         "a.json": lambda path, value: io.write_json(path, {"value": value}),
         "a.csv": lambda path, value: results.write_table(pandas.DataFrame({"value": [value]}), path),
@@ -120,68 +113,28 @@ def test_a_full_disk_keeps_the_older_file_whatever_is_written(tmp_path, monkeypa
         write(tmp_path / name, 1)
     before = {name: (tmp_path / name).read_bytes() for name in writers}
 
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fails(_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fails)
     for name, write in writers.items():
-        with pytest.raises(OSError, match="No space left") as caught:
+        with pytest.raises(OSError, match=f"{remedy}.*then start again; what was there is unchanged") as caught:
             write(tmp_path / name, 2)
-        assert "No space left on device: make room on this disk, then start again; what was there is unchanged" in str(
-            caught.value
-        )
         assert caught.value.filename == str(tmp_path / name)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-# ------------------------------------------------------------------------------------------------------------ read-only
-
-
-@contextlib.contextmanager
-def frozen(folder: Path):
-    """A folder that nobody may write to. An administrator may write everywhere but on a disk mounted for reading."""
-    folder.chmod(0o555)
-    try:
-        if not os.access(folder, os.W_OK):
-            yield folder
-            return
-    finally:
-        folder.chmod(0o755)
-    bound = subprocess.run(["mount", "--bind", str(folder), str(folder)], capture_output=True).returncode == 0
-    if not bound:
-        pytest.skip("an administrator who may not mount can write everywhere")
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True, capture_output=True)
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_read_only_folder(older):
-    with frozen(older.parent) as folder:
-        with pytest.raises(OSError, match="then start again; what was there is unchanged") as caught:
-            results.write_run(older, rows=[], **ARGUMENTS)
-        assert str(older) in str(caught.value)
-        assert list(folder.iterdir()) == [older]
-    assert is_older(older)
-
-
-# -------------------------------------------------------------------------------------------------------- damaged input
 
 
 def test_truncated_safetensors(saved, tmp_path):
     weights = saved / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1000)
     for load in (models.load, lambda folder: offload.OffloadedModel(folder, dtype="float32")):
-        with pytest.raises(models.CheckpointError) as caught:
+        with pytest.raises(models.CheckpointError, match="truncated or damaged"):
             load(saved)
-        assert "truncated or damaged" in str(caught.value)
     sums = tmp_path / "stats.safetensors"
     statistics.from_states(torch.randn(1, 3, 4, 8)).save(sums, {})
     os.truncate(sums, sums.stat().st_size - 8)
-    with pytest.raises(ValueError, match="safetensors") as caught:
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         statistics.LayerStats.load(sums)
-    assert "is not a complete safetensors file" in str(caught.value)
 
 
 @pytest.fixture
@@ -198,9 +151,8 @@ def corpus(tmp_path, monkeypatch):
 def test_a_corpus_with_a_damaged_line(corpus, damage):
     lines = corpus.read_bytes().splitlines()
     corpus.write_bytes(b"\n".join([*lines[:2], damage, lines[3]]) + b"\n")
-    with pytest.raises(ValueError, match="line 3") as caught:
+    with pytest.raises(ValueError, match="delete the file, it is rebuilt"):
         corpora.load("pydocs", "calibration")
-    assert "delete the file, it is rebuilt" in str(caught.value)
 
 
 def test_a_corpus_with_flipped_bytes(tmp_path):
@@ -208,9 +160,8 @@ def test_a_corpus_with_flipped_bytes(tmp_path):
     whole = gzip.compress(" ".join(map(str, range(5000))).encode())
     for place in range(20, len(whole), 997):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match="damaged") as caught:
+        with pytest.raises(ValueError, match="fetch or convert it again"):
             corpora.load(path)
-        assert "fetch or convert it again" in str(caught.value)
     pytest.importorskip("datasets")
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     with pytest.raises(ValueError, match=r"a\.parquet is damaged or not Parquet"):
@@ -227,13 +178,11 @@ def test_nan_weights(saved):
     weights = load_file(saved / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][2] = float("nan")
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(models.CheckpointError) as caught:
+    with pytest.raises(models.CheckpointError, match="holds 32 NaN or infinite values of 2048"):
         models.load(saved)
-    assert "tensor 'model.layers.3.mlp.up_proj.weight' holds 32 NaN or infinite values of 2048" in str(caught.value)
     streamed = offload.OffloadedModel(saved, dtype="float32")
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match="in the output of layer 3, batch 0"):
         offload.collect(streamed, torch.randint(3, 97, (4, 8)), batch_size=2, progress=False)
-    assert "in the output of layer 3, batch 0" in str(caught.value)
 
 
 def test_the_tokenizer_of_another_model(saved, tiny_llama):
@@ -247,9 +196,8 @@ def test_the_tokenizer_of_another_model(saved, tiny_llama):
         with pytest.raises(ValueError, match="token ids") as caught:
             work()
         assert "token ids 3 to 500, but the model knows 0 to 96" in str(caught.value)
-    with pytest.raises(models.CheckpointError) as caught:
+    with pytest.raises(models.CheckpointError, match="cannot load a tokenizer from"):
         models.load_tokenizer(saved)
-    assert "cannot load a tokenizer from" in str(caught.value)
     with torch.no_grad():
         tiny_llama.lm_head.weight *= 100  # sure of itself, and wrong, as a trained model is on another one's tokens
     with pytest.warns(UserWarning, match="chance") as caught:
@@ -259,17 +207,12 @@ def test_the_tokenizer_of_another_model(saved, tiny_llama):
 
 def test_a_model_with_unknown_layers(saved):
     encoder = BertLMHeadModel(BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
-    with pytest.raises(models.UnsupportedModel) as caught:
+    with pytest.raises(models.UnsupportedModel, match=r"add its path to prunelib\.models\.architectures\.PATHS"):
         models.remove_layers(encoder, (0,))
-    assert "add its path to prunelib.models.architectures.PATHS" in str(caught.value)
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "llamma"}))
-    with pytest.raises(models.CheckpointError) as caught:
+    with pytest.raises(models.CheckpointError, match="cannot read the configuration of"):
         models.load(saved)
-    assert "cannot read the configuration of" in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------- what a machine lacks
 
 
 def test_no_network(monkeypatch):
@@ -279,21 +222,18 @@ def test_no_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     assert io.hub_unreachable()
     for load in (models.load, models.load_tokenizer):
-        with pytest.raises(models.CheckpointError) as caught:
+        with pytest.raises(models.CheckpointError, match="hf download nobody/model --local-dir FOLDER"):
             load("nobody/model")
-        assert "hf download nobody/model --local-dir FOLDER" in str(caught.value)
     pytest.importorskip("datasets")
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match="hf download"):
         corpora.load("c4", "train")
-    assert "Give an offline copy" in str(caught.value)
 
 
 def test_no_gpu(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for load in (models.load, lambda folder, device: offload.OffloadedModel(folder, dtype="float32", device=device)):
-        with pytest.raises(ValueError, match="cuda") as caught:
+        with pytest.raises(ValueError, match="use device='cpu'"):
             load(saved, device="cuda")
-        assert "use device='cpu'" in str(caught.value)
 
 
 def test_out_of_memory_in_the_package(tiny_llama):
@@ -312,9 +252,8 @@ def test_out_of_memory_in_the_package(tiny_llama):
             statistics.collect(tiny_llama, windows, progress=False)
         assert "take batch_size=4 instead of 8" in str(caught.value)
         assert "\n" not in str(caught.value)
-        with pytest.raises(OutOfMemory) as caught:
+        with pytest.raises(OutOfMemory, match="take shorter windows or a smaller dtype"):
             perplexity(tiny_llama, windows, batch_size=1)
-        assert "take shorter windows or a smaller dtype" in str(caught.value)
         hook.remove()
     statistics.collect(tiny_llama, windows, progress=False)  # nothing is left over
 
@@ -322,6 +261,5 @@ def test_out_of_memory_in_the_package(tiny_llama):
 def test_a_plan_that_does_not_fit(saved):
     streamed = offload.OffloadedModel(saved, dtype="float32")
     streamed.host_limit = streamed.plan(16, 50, batch_size=8, states=True)[1].host
-    with pytest.raises(offload.DoesNotFit) as caught:
+    with pytest.raises(offload.DoesNotFit, match="would fit"):
         offload.collect(streamed, torch.randint(3, 97, (400, 50)), windows_at_once=400, progress=False)
-    assert "would fit" in str(caught.value)
