@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from word_model import drawn_words, write_project
+from word_model import drawn_words, write_choices, write_project
 
 from prunelib import models
 from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
@@ -22,17 +22,7 @@ SETS = {2: (1, 2), 3: (1, 2, 4)}
 def place(tmp_path_factory):
     """A folder with a 6-layer model, its tokenizer, a text, and a run file with two choices."""
     folder = write_project(tmp_path_factory.mktemp("combining"), n_layers=6, words=drawn_words(60))
-    chosen = [
-        {"method": "angular", "size": size, "removed_layers": " ".join(map(str, removed))} for size, removed in SETS.items()
-    ]
-    results.write_run(
-        folder / "choices.json",
-        experiment="blocks",
-        parameters={"model": str(folder / "model")},
-        rows=[{**one, "role": "choice", "metric": "nll", "value": 1.0} for one in chosen],
-        provenance={},
-        seconds=0.0,
-    )
+    write_choices(folder, SETS)
     return folder
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from word_model import write_project
+from word_model import write_choices, write_project
 
 from prunelib import models
 from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
@@ -22,14 +22,7 @@ def place(tmp_path_factory):
     # Words in turn: something that a few steps of training can learn.
     in_turn = [1 + index % 29 for index in range(6000)]
     folder = write_project(tmp_path_factory.mktemp("healing"), n_layers=5, words=in_turn, n_words=30)
-    results.write_run(
-        folder / "choices.json",
-        experiment="blocks",
-        parameters={"model": str(folder / "model")},
-        rows=[{"method": "angular", "size": 2, "removed_layers": "1 2", "role": "choice", "metric": "nll", "value": 1.0}],
-        provenance={},
-        seconds=0.0,
-    )
+    write_choices(folder, {2: (1, 2)})
     return folder
 
 

@@ -61,24 +61,9 @@ def rows_of(project, recipe):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_and_the_command_saves_an_ordinary_model(project, tmp_path, capsys):
     # What `accelerate launch` runs too; it starts several processes on GPUs alone.
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "prunelib.healing",
-    ]
-    two = subprocess.run(
-        [*launch, *arguments(project, tmp_path / "two")],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "prunelib.healing"]
+    quiet = {"env": environment(), "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    two = subprocess.run([*launch, *arguments(project, tmp_path / "two")], **quiet)
     assert two.returncode == 0, two.stderr[-3000:]
     assert main(arguments(project, tmp_path / "one")) == 0
     found = {name: json.loads((tmp_path / name / "healing.json").read_text()) for name in ("one", "two")}

@@ -123,16 +123,21 @@ def test_adapters_change_the_chosen_maps_alone_and_the_result_is_an_ordinary_mod
     assert not torch.equal(logits(healed.model), logits(model))
 
 
+def merged_alike(model, healed, scale, folder):
+    weights = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
+    name = linear_names(model, ("mlp",))[0]
+    first, second = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert second.abs().max() > 0
+    torch.testing.assert_close(
+        healed.model.get_submodule(name).weight, model.get_submodule(name).weight + scale * second @ first
+    )
+
+
 @pytest.mark.parametrize(("rank", "alpha"), [(2, 2), (2, 8)])
 def test_the_merged_model_computes_what_the_adapter_does(rank, alpha, tmp_path):
     model = pruned()
-    recipe = replace(LORA, rank=rank, alpha=alpha, learning_rate=1e-2)
-    healed = run(model, random_rows(), recipe, tmp_path / "h")
-    weights = load_file(tmp_path / "h" / "checkpoint-6" / "adapter_model.safetensors")
-    name = linear_names(model, ("mlp",))[0]
-    first, second = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    expected = model.get_submodule(name).weight + alpha / rank * second @ first
-    torch.testing.assert_close(healed.model.get_submodule(name).weight, expected)
+    healed = run(model, random_rows(), replace(LORA, rank=rank, alpha=alpha, learning_rate=1e-2), tmp_path / "h")
+    merged_alike(model, healed, alpha / rank, tmp_path / "h")
     unmerged = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "h" / "checkpoint-6").eval()
     torch.testing.assert_close(logits(unmerged), logits(healed.model), rtol=1e-4, atol=1e-4)
     assert not unmerged.peft_config["default"].base_model_name_or_path, "never the dense model"
@@ -360,8 +365,8 @@ def test_measuring_changes_neither_the_training_nor_the_callers_random_numbers(t
 
 
 def test_the_seed_decides(tmp_path):
-    model, rows = pruned(), random_rows()
-    losses = [run(model, rows, LORA, tmp_path / str(i), seed=seed).losses for i, seed in enumerate((0, 0, 1))]
+    model, rows, recipe = pruned(), random_rows(), replace(LORA, steps=3)
+    losses = [run(model, rows, recipe, tmp_path / str(i), seed=seed).losses for i, seed in enumerate((0, 0, 1))]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -402,13 +407,8 @@ def test_gradients_through_four_bit_weights_are_those_through_the_dequantized_on
 def test_qlora_is_merged_into_the_full_precision_weights(tmp_path):
     model, rows = pruned(), random_rows()
     healed = run(model, rows, replace(QLORA, learning_rate=1e-2), tmp_path / "h")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(healed.model.get_parameter(name), model.get_parameter(name))
-    name = linear_names(model, ("mlp",))[0]
-    weights = load_file(tmp_path / "h" / "checkpoint-6" / "adapter_model.safetensors")
-    first, second = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    assert second.abs().max() > 0
-    torch.testing.assert_close(healed.model.get_submodule(name).weight, model.get_submodule(name).weight + second @ first)
+    assert changed(model, healed.model) == {f"{name}.weight" for name in linear_names(model, ("mlp",))}
+    merged_alike(model, healed, 1.0, tmp_path / "h")
 
 
 # -------------------------------------------------------------------------------------------------- distillation
@@ -484,15 +484,8 @@ def test_every_recipe_heals_a_trained_model(name, trained, tmp_path):
     ids = sentences(16 * 40, 1)
     model = models.remove_layers(trained, [2, 3])
     recipe = replace(RECIPES[name], batch=16, seq_len=16, steps=40, warmup_steps=2, learning_rate=5e-3)
-    healed = run(
-        model,
-        TrainingRows(ids, ids, None, "counting"),
-        recipe,
-        tmp_path / "h",
-        dense=trained,
-        measure=held_out,
-        measure_at=[0, 40],
-    )
+    options = {"dense": trained, "measure": held_out, "measure_at": [0, 40]}
+    healed = run(model, TrainingRows(ids, ids, None, "counting"), recipe, tmp_path / "h", **options)
     before, after, dense = held_out(model)["nll"], held_out(healed.model)["nll"], held_out(trained)["nll"]
     if recipe.base == "full":  # else it is the 4-bit model that is measured
         assert measured(healed, "nll") == pytest.approx({0: before, 40: after}, rel=1e-4)

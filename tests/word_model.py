@@ -10,6 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunelib import models
+from prunelib.lab import runs
 
 END = "<|endoftext|>"
 
@@ -33,3 +34,11 @@ def write_project(folder: Path, *, n_layers: int, words: Iterable[int], n_words:
     models.save(LlamaForCausalLM(config).eval(), fast, folder / "model")
     (folder / "text.txt").write_text(" ".join(f"w{index}" for index in words))
     return folder
+
+
+def write_choices(folder: Path, sets: dict[int, tuple[int, ...]], method: str = "angular") -> None:
+    """Write `folder`/choices.json: what a run of blocks.ipynb chose for `folder`/model, by number of layers."""
+    chosen = [{"method": method, "size": size, "removed_layers": " ".join(map(str, layers))} for size, layers in sets.items()]
+    rows = [{**one, "role": "choice", "metric": "nll", "value": 1.0} for one in chosen]
+    run = {"experiment": "blocks", "parameters": {"model": str(folder / "model")}, "rows": rows}
+    runs.write_run(folder / "choices.json", **run, provenance={}, seconds=0.0)

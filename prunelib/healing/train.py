@@ -141,7 +141,8 @@ def _check(
         raise ValueError(f"last_layers={recipe.last_layers}, but the model has {layers} layers")
     if not set(measure_at) <= set(range(recipe.steps + 1)):
         raise ValueError(f"measure_at={measure_at}: take steps from 0 to the recipe's {recipe.steps}")
-    if recipe.objective == "distillation" and (dense is None or dense.config.vocab_size != pruned.config.vocab_size):
+    sizes = {model.get_input_embeddings().num_embeddings for model in (pruned, dense or pruned)}
+    if recipe.objective == "distillation" and (dense is None or len(sizes) > 1):
         raise ValueError(f"recipe {recipe.name} distils: give dense=, the model that this one was made from")
 
 
