@@ -108,15 +108,6 @@ def test_padding_enters_no_sum(name, side):
     assert_close(collect(model, other_pads, mask=mask, batch_size=3, progress=False), padded, rtol=1e-5, atol=1e-5)
 
 
-def test_masked_sums_against_naive(tiny_llama):
-    windows = torch.randint(3, 97, (3, 10))
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 10, [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    stats = collect(tiny_llama, windows, mask=mask, progress=False)
-    assert_equals_naive(stats, reference_states(tiny_llama, windows, mask, positions), mask)
-    assert_close(collect(tiny_llama, windows, mask=mask.bool(), progress=False), stats)
-
-
 def test_chunks_equal_one_pass(monkeypatch):
     states = torch.randn(4, 11, 7, 16).cumsum(2)
     mask = torch.ones(4, 11, dtype=torch.bool)
@@ -193,19 +184,17 @@ class Keyword(PreTrainedModel):
         return hidden
 
 
-def test_keyword_inputs_and_tuple_outputs():
+def test_keyword_inputs_tuple_outputs_and_work_in_place():
     model = Keyword()
     windows = torch.randint(0, 11, (2, 4))
-    stats = collect(model, windows, progress=False)
     with torch.no_grad():
         states = [model.model.embed(windows)]
         for layer in model.model.layers:
             states.append(layer(states[-1], 0.5)[0])
-    assert_equals_naive(stats, torch.stack(states).numpy(), torch.ones_like(windows))
     # Layers that work in place do not change earlier states.
     for layer in model.model.layers:
         layer.forward = lambda hidden_states, scale, linear=layer.linear: (hidden_states.add_(scale * linear(hidden_states)),)
-    assert_close(collect(model, windows, progress=False), stats, rtol=1e-6, atol=1e-6)
+    assert_equals_naive(collect(model, windows, progress=False), torch.stack(states).numpy(), torch.ones_like(windows))
 
 
 def test_a_stream_that_widens_on_the_way_is_not_rounded():

@@ -8,8 +8,7 @@ import pytest
 from architectures import build
 from model_helpers import random_windows
 
-from prunelib.criteria import ABLATIONS
-from prunelib.depth import LayerSetLoss, beam, evolutionary, exhaustive, greedy, lowest, swap_descent
+from prunelib.depth import LayerSetLoss, beam, evolutionary, exhaustive, greedy, swap_descent
 from prunelib.evaluation import perplexity
 from prunelib.evaluation.layer_sets import layer_set_perplexity
 from prunelib.models import decoder_layers, remove_layers
@@ -69,16 +68,6 @@ def test_greedy_on_a_model_equals_pruning_it_again_and_again(family):
     order = naive_greedy(6, 3, lambda removed: perplexity(remove_layers(model, removed), windows).nll)
     assert [step.removed for step in found.steps] == [tuple(sorted(order[:count])) for count in (1, 2, 3)]
     assert found.value == pytest.approx(perplexity(remove_layers(model, found.removed), windows).nll, abs=1e-5)
-
-
-def test_sleb_at_one_layer_is_the_leave_one_out_argmin_with_its_barriers():
-    model, windows = build("llama"), random_windows()
-    importance = ABLATIONS["leave_one_out_nll"](model, windows)
-    assert greedy(6, 1, LayerSetLoss(model, windows), progress=False).removed == lowest(importance, 1, 1, 1)
-    alone = exhaustive(6, 1, LayerSetLoss(model, windows), progress=False)
-    assert alone.removed == lowest(importance, 1)
-    values = np.array([alone.values[(layer,)] for layer in range(6)])
-    np.testing.assert_allclose(values - perplexity(model, windows).nll, importance, atol=1e-6)
 
 
 def counted(model, work) -> int:
@@ -223,16 +212,6 @@ def test_evolution_finds_the_optimum_of_a_planted_problem():
     found = evolutionary(10, 2, lambda sets, rows: evaluate(sets), 4, initial=3, generations=30, progress=False)
     assert set(found.removed) == target
     assert found.value == exhaustive(10, 2, evaluate, progress=False).value
-
-
-def test_evolution_over_a_few_layers():
-    fitness, calls = fitness_of(interacting(8, 0), 3)
-    found = evolutionary(range(2, 6), 2, fitness, 3, generations=4, progress=False)
-    assert all(set(removed) <= {2, 3, 4, 5} for sets, _ in calls for removed in sets)
-    assert found.value == pytest.approx(exhaustive(range(2, 6), 2, interacting(8, 0), progress=False).value)
-    # One set only: nothing to swap.
-    only = evolutionary(range(2, 6), 4, fitness, 3, progress=False)
-    assert (only.removed, only.steps, only.evaluations) == ((2, 3, 4, 5), (), 1)
 
 
 def test_evolution_on_a_model_with_divergence():

@@ -143,17 +143,6 @@ def test_known_paths(similarity, difference, layers_removed, expected):
     assert alpha_path(np.array(similarity), np.array(difference), 0) == [AlphaInterval(0.0, 1.0, ())]
 
 
-@pytest.mark.parametrize("layers_removed", [1, 2, 3])
-def test_identical_lines_tie_like_lowest(layers_removed):
-    constant = np.full(4, 0.25)
-    assert alpha_path(constant, constant, layers_removed) == [AlphaInterval(0.0, 1.0, lowest(constant, layers_removed))]
-    similarity, difference = np.array([0.3, 0.1, 0.1, 0.1]), np.array([0.5, 0.7, 0.7, 0.7])
-    path = alpha_path(similarity, difference, layers_removed)
-    assert_partition(path)
-    for interval in path:
-        assert lowest(mixed(similarity, difference, interval.midpoint), layers_removed) == interval.removed
-
-
 @pytest.mark.parametrize("alpha", [0.5, 1 / 3, 0.1])
 def test_all_lines_through_one_point(alpha):
     """All pairs cross at one alpha, up to rounding: the order turns over at once, with no sliver between."""
