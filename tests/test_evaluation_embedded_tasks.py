@@ -21,25 +21,18 @@ def built(documents) -> dict[str, tuple[docitems.Item, ...]]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_same_corpus_gives_the_same_items_in_any_order(task, documents, built):
-    found = built[task]
-    assert len(found) >= 500
-    again = docitems.build(task, tuple(reversed(documents)))
-    assert again == found
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_distinct_choices_and_an_answer_at_every_place(task, built):
-    found = built[task]
-    count = 2 if task == "pydocs_yes_no" else 4
+def test_the_same_corpus_gives_the_same_items_with_an_answer_at_every_place(task, documents, built):
+    found, count = built[task], 2 if task == "pydocs_yes_no" else 4
+    assert len(found) >= 500 and docitems.build(task, tuple(reversed(documents))) == found
     for item in found:
         assert len(item.choices) == len({" ".join(choice.lower().split()) for choice in item.choices}) == count
         assert bool(item.query) != bool(item.continuation)
         assert all(choice.strip() for choice in item.choices)
     places = Counter(item.label for item in found)
-    assert sorted(places) == list(range(count))
-    assert max(places.values()) < 1.28 * len(found) / count
+    assert sorted(places) == list(range(count)) and max(places.values()) < 1.28 * len(found) / count
     assert max(Counter(item.document for item in found).values()) <= docitems.PER_DOCUMENT
+    examples = docitems.items(task, "calibration")
+    assert not {item.document for item in examples} & {document.name for document in documents}
 
 
 def test_answers_come_from_their_documents(documents, built):
@@ -82,12 +75,6 @@ def test_yes_is_right_for_the_own_summary_and_exactly_half_of_the_time(documents
         told = question.removeprefix("Question: Is this its summary? ")
         assert prompt == "Answer:" and told in summaries and paragraph.strip() in texts[item.document]
         assert texts[item.document].startswith(told + "\n") == bool(item.label)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_examples_come_from_other_documents(task, documents, built):
-    examples = docitems.items(task, "calibration")
-    assert not {item.document for item in examples} & {document.name for document in documents}
 
 
 def test_next_line_on_a_written_example():

@@ -148,16 +148,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved, damage, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dtype": "auto"}, "'auto' is not one of float32"),
-        ({"device": "quantum"}, "'quantum' is not a torch device"),
-        ({"revision": "v2"}, "a folder has no revisions"),
-    ],
-)
-def test_bad_arguments_of_load(saved, arguments, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("arguments", [{"dtype": "auto"}, {"device": "quantum"}, {"revision": "v2"}])
+def test_bad_arguments_of_load(saved, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name} {value!r}"):
         load(saved, **arguments)
 
 

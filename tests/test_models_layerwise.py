@@ -29,9 +29,6 @@ def run(engine: LayerwiseModel, hidden: torch.Tensor, first: int = 0) -> list[to
     return states
 
 
-# --- the engine
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.inference_mode()
 def test_embed_layers_and_head_are_the_model(name):
@@ -51,7 +48,7 @@ def test_embed_layers_and_head_are_the_model(name):
     assert torch.equal(run(engine, states[2], first=2)[-1], states[-1])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.inference_mode()
 def test_padding_changes_nothing(name, side):
@@ -83,29 +80,21 @@ def test_gradients_flow_through_the_engine(tiny_llama):
     assert all(parameter.grad is not None for parameter in tiny_llama.parameters())
 
 
-# --- many removals
-
-
-def test_every_set_comes_out_once_a_batch_and_the_dense_model_first():
-    sets = [(), (5,), (4, 5), (0,), (1, 5), (5,)]
-    runs = SharedPrefixEvaluator(build("llama"), sets)
-    seen = [(start, removed) for start, _, removed, _ in runs.logits(random_windows(), batch_size=2)]
-    assert sorted(seen) == sorted(itertools.product((0, 2, 4), set(sets)))
-    assert [next(removed for at, removed in seen if at == start) for start in (0, 2, 4)] == [()] * 3
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
 @torch.inference_mode()
 def test_logits_of_sets_are_those_of_pruned_models(name):
-    model, windows = build(name), random_windows()
-    runs = SharedPrefixEvaluator(model, [(1,), (0, 4), ()])
-    for _ in range(2):  # can be read twice, and only counts up
-        for start, ids, removed, logits in runs.logits(windows, batch_size=2):
-            assert torch.equal(ids, windows[start : start + 2])
-            assert torch.equal(logits, remove_layers(model, removed)(ids, use_cache=False).logits)
+    model, windows, sets, seen = build(name), random_windows(), [(), (1,), (0, 4), (1,)], []
+    runs = SharedPrefixEvaluator(model, sets)
+    for start, ids, removed, logits in runs.logits(windows, batch_size=2):
+        assert torch.equal(ids, windows[start : start + 2])
+        assert torch.equal(logits, remove_layers(model, removed)(ids, use_cache=False).logits)
+        seen.append((start, removed))
+    assert sorted(seen) == sorted(itertools.product((0, 2, 4), set(sets)))  # every set once a batch
+    assert [next(removed for at, removed in seen if at == start) for start in (0, 2, 4)] == [()] * 3  # the dense model first
     # Layers 0 and 1 are shared by the dense model and by the others in part: 012345, 02345, 1235.
     assert shared_layer_forwards(6, runs.sets) == runs.layers_per_batch == 6 + 4 + 4
-    assert (runs.layer_forwards, runs.layer_forwards_alone) == (2 * 3 * 14, 2 * 3 * 15)
+    assert list(runs.logits(windows, batch_size=5))  # can be read twice, and only counts up
+    assert (runs.layer_forwards, runs.layer_forwards_alone) == (4 * 14, 4 * 15)
 
 
 def test_shared_beginnings_of_sublayers():
@@ -120,10 +109,8 @@ def test_shared_beginnings_of_sublayers():
     ("removed", "message"),
     [
         ((6,), "distinct layers from 0 to 5 in ascending order"),
-        ((-1,), "from 0 to 5"),
         ((2, 1), "ascending"),
         ((1, 1), "distinct"),
-        (((6, "attn"),), "from 0 to 5"),
         (((1, "head"),), "sublayers of them"),
         ((1, (1, "mlp")), "distinct"),
         (tuple(range(6)), "cannot remove 6 of 6 layers"),

@@ -57,9 +57,6 @@ def silenced_logits(model, addends, removed, ids) -> torch.Tensor:
     return logits
 
 
-# --- an ordinary checkpoint
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_those_of_silenced_sublayers(name):
     model, addends = model_of(name)
@@ -113,9 +110,6 @@ def test_what_cannot_be_removed_is_refused(family, unit, outputs, message, monke
     assert len(decoder_layers(whole)) == len(decoder_layers(build(family))) - 1
 
 
-# --- what is idle
-
-
 def test_idle_parameters_by_hand():
     llama, phi = build("llama"), build("phi")
     norm, attention = 32, 32 * (32 + 16 + 16 + 32)
@@ -126,10 +120,7 @@ def test_idle_parameters_by_hand():
     assert found * parameter_count(phi) == pytest.approx(sum(p.numel() for p in phi.model.layers[3].mlp.parameters()))
 
 
-# --- without a checkpoint
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "opt", "mixtral", "gpt_neox_sequential"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox_sequential"])
 @torch.inference_mode()
 def test_logits_of_sets_of_sublayers_are_those_of_the_checkpoints(name):
     model, ids = model_of(name)[0], random_windows()

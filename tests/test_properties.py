@@ -24,7 +24,7 @@ from prunelib.slicing.schedules import SlicePlan
 set_hypothesis_home_dir(tempfile.gettempdir())  # nothing in the tree
 
 # The same examples in every run; the seed follows from the test itself.
-always = settings(derandomize=True, deadline=None, max_examples=100, database=None)
+always = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.none() | st.booleans() | st.integers() | numbers | st.text()
@@ -32,8 +32,6 @@ plain = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=8
 )
 json_objects = st.dictionaries(st.text(max_size=8), plain, max_size=4)
-
-# --------------------------------------------------------------------------------------------------------------- plans
 
 
 # Arguments of plans: made within a strategy they would be checked there by beartype, which draws random numbers.
@@ -56,24 +54,8 @@ KINDS = {DropPlan: drop_plans(), SlicePlan: slice_plans()}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_plan_is_what_its_json_says(kind, tmp_path):
-    @always
-    @given(KINDS[kind])
-    def holds(about):
-        plan = kind(*about)
-        assert kind.from_json(plan.to_json()) == plan
-        plan.write(tmp_path / "plan.json")
-        again = kind.read(tmp_path / "plan.json")
-        assert again == plan
-        assert again.to_json() == plan.to_json()
-        assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
-
-    holds()
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_what_is_no_plan_is_one_value_error(kind):
-    """Any text, any JSON, and a plan with any one field replaced: a plan that says the same, or a ValueError."""
+def test_a_plan_is_what_its_json_says_and_anything_else_is_one_value_error(kind, tmp_path):
+    """Of any text, any JSON, and a plan with any one field replaced: a plan that says the same, or a ValueError."""
 
     def refused_or_the_same(text):
         try:
@@ -90,7 +72,11 @@ def test_what_is_no_plan_is_one_value_error(kind):
     @always
     @given(KINDS[kind], st.integers(0, 4), plain | st.lists(st.integers(-2, 90)) | st.just(math.nan))
     def any_field(about, place, value):
-        record = json.loads(kind(*about).to_json())
+        plan = kind(*about)
+        plan.write(tmp_path / "plan.json")
+        again = kind.read(tmp_path / "plan.json")
+        assert again == plan and again.to_json() == plan.to_json()
+        record = json.loads(plan.to_json())
         record[sorted(record)[place % len(record)]] = value
         refused_or_the_same(json.dumps(record))
 
@@ -99,8 +85,6 @@ def test_what_is_no_plan_is_one_value_error(kind):
     refused_or_the_same("[" * 100_000)
     refused_or_the_same('{"n_layers": ' + "9" * 5000 + "}")
 
-
-# ----------------------------------------------------------------------------------------------------------- schedules
 
 redundancies = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
 shares = st.floats(0, 0.8)
@@ -139,8 +123,6 @@ def test_slices_stay_between_base_and_cap(redundancy, percentage, part, cap):
     order = np.argsort(redundancy, kind="stable")
     assert np.all(np.diff(slices[order]) >= -1e-12), "never less for a more redundant layer"
 
-
-# ---------------------------------------------------------------------------------------------------------- parameters
 
 names = st.text(string.ascii_lowercase, min_size=1, max_size=8)
 LITERALS = {"bool": st.booleans(), "int": st.integers(), "float": numbers, "str": st.text()}
@@ -183,8 +165,8 @@ def same(found, value) -> bool:
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
-    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner) | inner.map(lambda x: np.array([1.0])),
+    scalars | st.floats() | st.binary() | st.complex_numbers(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
     max_leaves=6,
 )
 declared = st.one_of(
@@ -198,20 +180,15 @@ helps = st.sampled_from(["", "str: a text", "int: a number", "int or None: a num
 def test_what_is_not_of_a_parameters_type_is_refused(default, told, value):
     """Nothing but ParameterError; what is accepted is plain data of the type, as JSON can hold it."""
     parameter = Parameter("x", default, told)
-    for read in (parameter.parse,):
-        try:
-            found = read(value)
-        except ParameterError as error:
-            assert "x = " in str(error)
-            assert "is not of type" in str(error)
-            continue
-        assert found is None or type(found) is parameter.kind
-        assert found is not None or parameter.optional
-        assert same(parameter.parse(found), found)
-        assert same(json.loads(json.dumps(found, allow_nan=False)), found)
+    try:
+        found = parameter.parse(value)
+    except ParameterError as error:
+        assert "x = " in str(error) and "is not of type" in str(error)
+        return
+    assert parameter.optional if found is None else type(found) is parameter.kind
+    assert same(parameter.parse(found), found)
+    assert same(json.loads(json.dumps(found, allow_nan=False)), found)
 
-
-# ------------------------------------------------------------------------------------------------------------- results
 
 texts = st.text(max_size=20).filter(lambda text: "\r" not in text)
 words = texts.filter(bool)

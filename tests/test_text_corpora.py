@@ -30,7 +30,7 @@ def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 def corpus(*documents: str) -> Corpus:
-    return Corpus("toy", "train", documents, "made here", "none")
+    return Corpus("toy", "train", documents, "made here")
 
 
 def counting(count: int) -> Corpus:

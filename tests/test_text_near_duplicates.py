@@ -10,7 +10,7 @@ from word_model import write_project
 
 from prunelib.lab import runs
 from prunelib.lab.run_notebook import run_notebook
-from prunelib.text import corpora
+from prunelib.text import corpora, embedded
 from prunelib.text import near_duplicates as duplicates
 from prunelib.text.near_duplicates import Settings, clusters, deduplicate, gopher_rules_passed, overlap
 
@@ -44,10 +44,10 @@ def brute_force(documents):
 
 @pytest.fixture(scope="module")
 def documents():
-    """300 texts: 160 alone, the others in clusters of 2 to 20; related texts below the threshold are among them."""
+    """100 texts, some in clusters of 2 to 20; related texts below the threshold are among them."""
     generator = np.random.default_rng(7)
-    found = [text(generator) for _ in range(130)]
-    for size in (2, 2, 2, 3, 3, 4, 5, 8, 11, 20, 40, 40):
+    found = [text(generator) for _ in range(31)]
+    for size in (2, 2, 3, 4, 8, 20):
         base = words(generator, 240)
         # One word in 240 is another one: a similarity near 0.96 between any two copies.
         copies = [" ".join([*base[:place], f"copy{place:03d}", *base[place + 1 :]]) for place in range(10, 10 + size)]
@@ -56,42 +56,37 @@ def documents():
         base = words(generator, 120)
         found += [" ".join(base), " ".join([*base[:60], *words(generator, 60)])]  # half in common: a third of the shingles
     order = generator.permutation(len(found))
-    assert len(found) == 300
+    assert len(found) == 100
     return [found[i] for i in order]
 
 
-@pytest.mark.slow
 def test_clusters_are_those_of_a_brute_force_computation(documents):
     expected = brute_force(documents)
-    assert max(map(expected.count, expected)) == 40
+    assert max(map(expected.count, expected)) == 20
     assert clusters(documents).tolist() == clusters(documents, Settings(weights=duplicates.THOROUGH)).tolist() == expected
 
 
 def test_a_deduplicated_corpus_keeps_the_first_of_every_cluster_and_says_so():
     a, b = (text(np.random.default_rng(seed)) for seed in (2, 3))
-    corpus = corpora.Corpus("mine", "train", (a, b, a + "  ", b + "!"), "a file", "free")
+    corpus = corpora.Corpus("mine", "train", (a, b, a + "  ", b + "!"), "a file")
     found = deduplicate(corpus)
     assert found.documents == (a, b) and found.sha256 != corpus.sha256
     assert found.name == "mine_deduplicated" and found.source.startswith("a file; 2 of 4 documents")
 
 
 def test_shingle_hashes_stand_for_the_shingles(documents):
-    for first, second in [(0, 1), (3, 3), (5, 250)]:
+    for first, second in [(0, 1), (3, 3), (5, 90)]:
         exact = grams(documents[first]), grams(documents[second])
         hashed = duplicates.shingles(documents[first]), duplicates.shingles(documents[second])
         assert list(map(len, hashed)) == list(map(len, exact))
         assert duplicates.jaccard(*hashed) == len(exact[0] & exact[1]) / len(exact[0] | exact[1])
 
 
-def test_golden_signature():
-    """Hashes depend neither on the process nor on the machine."""
+def test_golden_signature_and_short_documents():
+    """Hashes depend neither on the process nor on the machine; short documents are one shingle, and blank ones alike."""
     assert duplicates.shingles("short")[0] == duplicates.shingles("  SHORT\n")[0] == np.uint64(16904923497112142642)
-
-
-def test_short_documents_are_one_shingle_and_blank_ones_alike():
     short = ["Returns self.", "returns   self.", "Returns self!", "", " \n", "x" * 24, "x" * 25, "x" * 26]
     assert [len(duplicates.shingles(document)) for document in short] == [1] * 8
-    assert duplicates.shingles("x" * 25).tolist() == duplicates.shingles("x" * 26).tolist()
     assert clusters(short).tolist() == [0, 0, 2, 3, 3, 5, 6, 6]
 
 
@@ -103,31 +98,12 @@ def test_the_s_curve_is_that_of_the_bands():
     assert settings.probability(0.85) == pytest.approx(1 - (1 - 0.85**16) ** 8)
     assert settings.probability(settings.describe()["midpoint"]) == pytest.approx(0.5)
     assert replace(settings, weights=duplicates.THOROUGH).probability(0.85) > 0.8
-    # Measured: of pairs with a known similarity, so many agree in a band.
-    generator = np.random.default_rng(5)
-    proposed, expected = [], []
-    for _ in range(200):
-        base = words(generator, 150)
-        pair = [" ".join(base), " ".join([*base[:137], *words(generator, 13)])]
-        first, second = (one.hashvalues.reshape(bands, rows) for one in duplicates.signatures(pair, settings))
-        proposed.append((first == second).all(axis=1).any())
-        expected.append(settings.probability(duplicates.jaccard(*map(duplicates.shingles, pair))))
-    chance = np.mean(expected)
-    assert abs(np.mean(proposed) - chance) < 4 * np.sqrt(chance * (1 - chance) / 200)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ngram": 0}, "ngram=0"),
-        ({"permutations": 1}, "permutations=1"),
-        ({"threshold": 0.0}, "threshold=0.0"),
-        ({"threshold": 1.5}, "threshold=1.5"),
-        ({"seed": -1}, "seed=-1"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("changes", [{"ngram": 0}, {"permutations": 1}, {"threshold": 0.0}, {"threshold": 1.5}])
+def test_settings_that_make_no_sense_are_refused(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
         Settings(**changes)
 
 
@@ -145,17 +121,9 @@ def test_overlap_of_planted_texts():
     assert not overlap([foreign, foreign], corpus)[1].any()  # two similar texts are none of the corpus
 
 
-def test_the_raw_corpus_holds_what_the_others_leave_out():
-    from prunelib.text import embedded as pydocs
-
-    raw = {document.name: document.text for document in pydocs.records("pyraw", "train")}
-    clean = {document.name for document in pydocs.records("pydocs", "evaluation")}
-    clean |= {document.name for document in pydocs.records("pycomments", "evaluation")}
-    assert not clean & raw.keys()
-    licence = [
-        text for text in raw.values() if text == "Authors: The scikit-learn developers\nSPDX-License-Identifier: BSD-3-Clause"
-    ]
-    assert len(licence) > 100
+def test_the_raw_corpus_holds_nothing_of_the_evaluation_splits():
+    clean = {document.name for name in ("pydocs", "pycomments") for document in embedded.records(name, "evaluation")}
+    assert clean.isdisjoint(document.name for document in embedded.records("pyraw", "train"))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ class Letters:
 
 
 def corpus(*documents):
-    return Corpus("letters", "train", documents, "here", "none")
+    return Corpus("letters", "train", documents, "here")
 
 
 TEXTS = ["".join(chr(200 + 7 * i + j) for j in range(7)) for i in range(200)]
@@ -63,8 +63,7 @@ def test_little_text_is_tokenized_for_few_rows_and_the_seed_decides():
 
 def test_packed_rows_begin_with_the_bos_token_when_asked():
     rows = packed_rows(corpus("abcdefghijklmnop"), Letters(), 2, 5, 0, bos=True, progress=False)
-    assert rows.input_ids[:, 0].tolist() == [0, 0]
-    assert (rows.input_ids[:, 1:] >= ord("a")).all()
+    assert rows.input_ids[:, 0].tolist() == [0, 0] and (rows.input_ids[:, 1:] >= ord("a")).all()
 
 
 def test_document_rows_are_cut_and_padded_and_padding_is_not_trained():
@@ -78,12 +77,16 @@ def test_document_rows_are_cut_and_padded_and_padding_is_not_trained():
     assert rows.targets(0, 4) == 2 * 3 + 2 * 5
 
 
-def test_too_little_text_is_refused():
-    with pytest.raises(ValueError, match=r"has 4 tokens, fewer than one row of 10"):
-        packed_rows(corpus("abc"), Letters(), 1, 10, 0, progress=False)
-    with pytest.raises(ValueError, match="no document of at least 2 tokens"):
-        document_rows(corpus("", ""), Letters(), 1, 10, 0, progress=False)
-    with pytest.raises(ValueError, match="0 rows"):
-        packed_rows(corpus("abc"), Letters(), 0, 2, 0, progress=False)
-    with pytest.raises(ValueError, match="seed=-1"):
-        packed_rows(corpus("abc"), Letters(), 1, 2, -1, progress=False)
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (packed_rows, ("abc", 1, 10, 0), r"has 4 tokens, fewer than one row of 10"),
+        (packed_rows, ("abc", 0, 2, 0), "0 rows"),
+        (packed_rows, ("abc", 1, 2, -1), "seed=-1"),
+        (document_rows, ("", 1, 10, 0), "no document of at least 2 tokens"),
+    ],
+)
+def test_bad_requests_are_refused(rows, arguments, message):
+    text, *numbers = arguments
+    with pytest.raises(ValueError, match=message):
+        rows(corpus(text), Letters(), *numbers, progress=False)

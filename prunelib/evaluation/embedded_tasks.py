@@ -1,8 +1,8 @@
 """Multiple-choice items from held-out docstrings: the tasks that run where there is no hub.
 
 All come from the ``evaluation`` split of the embedded corpus ``pydocs``, which no reference model was trained on; few-shot
-examples come in the same way from its ``calibration`` split. They were fixed before any pruned model was run on them. Three
-have four choices (chance 25 %) and score texts of the corpus:
+examples from its ``calibration`` split. They were fixed before any pruned model was run on them. Everything follows from names
+and texts by sha256: the same corpus gives the same items in the same order.
 
 - ``pydocs_next_line``: some lines of a docstring → its true next line. The other choices are lines of the same docstring that
   meet the same conditions, so neither the topic nor the form of a line gives the answer away.
@@ -10,10 +10,8 @@ have four choices (chance 25 %) and score texts of the corpus:
 - ``pydocs_parameter``: which of four parameters (``name : type``) of one docstring is described here?
 
 In the last two the scored text is the same for every choice: neither the length nor the commonness of a choice can decide. Two
-more ask in a prompt, as MMLU and BoolQ do: ``pydocs_letters`` lists the choices of ``pydocs_summary`` as A to D and scores the
-letter (chance 25 %); ``pydocs_yes_no`` asks whether a summary belongs to a paragraph (yes is right for exactly half of them).
-
-Everything follows from names and texts by sha256: the same corpus gives the same items in the same order.
+more ask in a prompt: ``pydocs_letters`` lists the choices of ``pydocs_summary`` as A to D and scores the letter, as MMLU does;
+``pydocs_yes_no`` asks whether a summary belongs to a paragraph (yes is right for exactly half of them).
 """
 
 import hashlib
@@ -29,10 +27,7 @@ CHOICES = 4
 ITEMS = 500  # per task: a standard error of about two points
 PER_DOCUMENT = 2  # parameters asked for in one docstring; the other tasks ask once
 
-CONTEXT = 180  # characters; with the choice, some 75 tokens of the reference models on average
-PARAGRAPH = 130
-DESCRIPTION = 110
-SUMMARY = 100
+CONTEXT, PARAGRAPH, DESCRIPTION, SUMMARY = 180, 130, 110, 100  # characters, some 75 tokens of the reference models at most
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,7 @@ class Item:
 def items(task: str, split: str = "evaluation") -> tuple[Item, ...]:
     """The items of one task, built from the embedded corpus on this machine; `split` "calibration" for few-shot examples.
 
-    Raises:
-        ValueError: unknown task or split, or a corpus that yields fewer than 500 items (another set of packages is installed).
+    Raises ValueError for an unknown task or split, and a corpus that yields fewer than 500 items.
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(BUILDERS)}")
@@ -97,14 +91,11 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit + 1].rsplit(None, 1)[0]
 
 
-# --- the true next line --------------------------------------------------------------------------------------------------
-
 _MARKUP = re.compile(r"^\s*(>>>|\.\.|[-=~^*#:|+]|\d+[.)]|\[)|::$|\S {2,}\S")
 
 
 def _is_prose(line: str) -> bool:
-    words = re.findall(r"[A-Za-z]{2,}", line)
-    return len(words) >= 5 and not _MARKUP.search(line)
+    return len(re.findall(r"[A-Za-z]{2,}", line)) >= 5 and not _MARKUP.search(line)
 
 
 def _indent(line: str) -> int:
@@ -140,9 +131,6 @@ def next_line(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
             choices, label = _placed(lines[answer], [lines[i] for i in nearest[: CHOICES - 1]], document.name)
             yield Item(document.name, query, choices, "", label)
             break
-
-
-# --- the summary of a paragraph ------------------------------------------------------------------------------------------
 
 
 def _summary_and_paragraph(document: pydocs.Document) -> tuple[str, str] | None:
@@ -184,8 +172,6 @@ def summary(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
         yield Item(name, "", choices, f"\n\n{paragraph}", label)
 
 
-# --- the same questions in prompts ---------------------------------------------------------------------------------------
-
 LETTERS = ("A", "B", "C", "D")
 NO_YES = ("no", "yes")  # the order of BoolQ in lm-eval
 
@@ -204,8 +190,6 @@ def yes_no(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
         told = answer if label else others[0]
         yield Item(name, f"{paragraph}\n\nQuestion: Is this its summary? {told}\nAnswer:", NO_YES, "", label)
 
-
-# --- the parameter of a description --------------------------------------------------------------------------------------
 
 _SECTION = re.compile(r"^(Parameters|Other Parameters|Attributes)\n-{3,}\n", re.MULTILINE)
 _ENTRY = re.compile(r"^(\S[^\n]*)\n((?: +\S[^\n]*(?:\n|\Z))+)", re.MULTILINE)
@@ -235,8 +219,7 @@ def parameter(documents: Sequence[pydocs.Document]) -> Iterator[Item]:
         if len(entries) < CHOICES:
             continue
         title = _cut(document.text.strip().splitlines()[0], SUMMARY)
-        asked = sorted(entries, key=lambda head: _hash("parameter", document.name, head))[:PER_DOCUMENT]
-        for answer in asked:
+        for answer in sorted(entries, key=lambda head: _hash("parameter", document.name, head))[:PER_DOCUMENT]:
             others = sorted(
                 (head for head in entries if _plain(head) != _plain(answer)),
                 key=lambda head: _hash("distractor", document.name, answer, head),

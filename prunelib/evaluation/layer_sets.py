@@ -143,14 +143,9 @@ def _accumulated(
     return LayerSetResults(results, runs.layer_forwards, runs.layer_forwards_alone)
 
 
-# --- likelihoods of continuations ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens to score: ``scored`` are predicted at the last ``len(scored)`` positions of ``read``, what the model reads (the
-    context and the continuation without its last token).
-    """
+    """Tokens to score, and what the model reads: the context and the continuation without its last token."""
 
     read: tuple[int, ...]
     scored: tuple[int, ...]

@@ -35,8 +35,7 @@ from prunelib.models import decoder_layers, memory
 from prunelib.models.layerwise import LayerSet, check_layer_set
 from prunelib.text import corpora
 
-# In the first set a text of the corpus is scored, in the second the name of an answer: small models read texts long before they
-# can answer in names, so an average over both would say nothing.
+# A text of the corpus is scored, or the name of an answer, which small models learn later: an average of both says nothing.
 EMBEDDED = ("pydocs_next_line", "pydocs_summary", "pydocs_parameter")
 EMBEDDED_PROMPTS = ("pydocs_letters", "pydocs_yes_no")
 # SimDiff, Tables 2, 3 and 5: plain acc, 0 shots.

@@ -57,16 +57,9 @@ DENSE_PREFIX_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 
 # Families whose checkpoint format cannot say what is left after a free choice of layers.
 SHARED_KV = "later layers reuse the keys and values of earlier ones, and per-layer embeddings share one packed table"
-_SHARED_BLOCKS = "one attention block is shared by layers at fixed places"
-INEXPRESSIBLE = {
-    "gemma3n": SHARED_KV,
-    "gemma3n_text": SHARED_KV,
-    "gemma4": SHARED_KV,
-    "gemma4_text": SHARED_KV,
-    "jamba": "attention and expert layers are placed by period and offset (attn_layer_period, expert_layer_period)",
-    "zamba": _SHARED_BLOCKS,
-    "zamba2": _SHARED_BLOCKS,
-}
+INEXPRESSIBLE = dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), SHARED_KV)
+INEXPRESSIBLE |= dict.fromkeys(("zamba", "zamba2"), "one attention block is shared by layers at fixed places")
+INEXPRESSIBLE["jamba"] = "attention and expert layers are placed by period and offset (attn_layer_period, expert_layer_period)"
 
 
 @dataclass(frozen=True)
@@ -151,6 +144,4 @@ ARCHITECTURES |= {
         dropout="dropout",
     ),
 }
-"""Families whose residual stream can be rewritten, by model type. One more takes an entry, if its norms stand before its
-branches and nothing but the head reads the stream in between: norms behind a branch (Gemma 2 and 3, OLMo 2) need their input at
-full width, and routers of mixtures of experts are not in the table."""
+"""Families whose residual stream can be rewritten: norms before the branches (not behind: Gemma 2 and 3, OLMo 2), no router."""

@@ -273,15 +273,9 @@ class SharedPrefixEvaluator:
     ) -> Iterator[tuple[LayerSet, Float[Tensor, "batch position width"]]]:
         """Yield (removed, output of the last layer) of each set for the batch that `engine.embed` saw last, depth first."""
         self.layer_forwards_alone += self._alone
-
-        def waiting(node: dict, hidden: Tensor) -> list[tuple[_Step | None, Any, Tensor]]:
-            # Ends wait until the branches are done: so the dense model, if given first, is also the first to come out.
-            in_turn = sorted(node.items(), key=lambda item: item[0] is None)
-            return [(step, behind, hidden) for step, behind in reversed(in_turn)]
-
-        stack = waiting(self._root, embedded)
+        stack = _waiting(self._root, embedded)
         while stack:
-            step, behind, hidden = stack.pop()
+            step, behind, hidden = stack.pop()  # kept no longer than a branch that starts from it waits
             if step is None:
                 yield behind, hidden
                 continue
@@ -289,4 +283,10 @@ class SharedPrefixEvaluator:
             self.layer_forwards += 1
             if bar is not None:
                 bar.update()
-            stack += waiting(behind, hidden)
+            stack += _waiting(behind, hidden)
+
+
+def _waiting(node: dict, hidden: Tensor) -> list[tuple[_Step | None, Any, Tensor]]:
+    """What to do from `hidden`, the last first: ends come after branches, so that the dense model, given first, is first."""
+    in_turn = sorted(node.items(), key=lambda item: item[0] is None)
+    return [(step, behind, hidden) for step, behind in reversed(in_turn)]

@@ -122,10 +122,7 @@ def checked_device(device: str | torch.device) -> torch.device | None:
 def checked_source(
     name_or_path: str | os.PathLike, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[str, dict]:
-    """What from_pretrained is called with, after looking at the files and the configuration, not at the weights.
-
-    Raises the same errors as `load`, and UnsupportedModel for an encoder-decoder model.
-    """
+    """What from_pretrained is called with, after looking at files and configuration, not at the weights; raises as `load`."""
     source, options, remedy = _source(name_or_path, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, **options)

@@ -1,8 +1,4 @@
-"""Weights in fewer bits, multiplied in the precision of the activations: the formats that pruning is combined with.
-
-Weights are rounded without calibration, so pruning and quantizing can be done in either order. Only the linear maps of the
-decoder layers change, as in bitsandbytes.
-"""
+"""Weights of decoder layers in fewer bits, rounded without calibration, multiplied in the precision of the activations."""
 
 from collections.abc import Callable
 
@@ -19,10 +15,7 @@ BLOCK = 64  # weights of NF4 with one scale
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear map with 8-bit weights, integers up to ±127 times one scale for each output ("absmax").
-
-    LLM.int8 (arXiv 2208.07339) scales weights alike, but rounds the activations as well, except for outlying columns.
-    """
+    """A frozen linear map with 8-bit weights, integers up to ±127 times one scale for each output, as in LLM.int8."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -97,10 +90,7 @@ FORMATS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 
 
 def to_format(model: PreTrainedModel, name: str) -> None:
-    """Bring the weights of `model` into one of the `FORMATS`, in place.
-
-    Raises ValueError for an unknown format, and UnsupportedModel where a layer holds no linear map (GPT-2 has its own kind).
-    """
+    """Bring the weights of `model` into one of the `FORMATS`, in place; UnsupportedModel where a layer holds no linear map."""
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; there are: {', '.join(FORMATS)}")
     for index, layer in enumerate(decoder_layers(model)):

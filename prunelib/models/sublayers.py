@@ -1,9 +1,8 @@
 """Attention or MLP alone taken out of decoder layers, and what of that an ordinary checkpoint can express.
 
-A checkpoint of transformers describes every layer with both of its sublayers. A layer that loses both can leave the file. In a
-layer that loses one, the output projection of that sublayer becomes zeros: the file loads anywhere and gives the right logits,
-but the weights stay in the file and are multiplied as before. `idle_fraction` says how much of the model that is (BlockPruner's
-and EvoPress's own code mask sublayers in memory and write no smaller model).
+A checkpoint describes every layer with both of its sublayers. In a layer that loses one, its output projection becomes zeros:
+the file loads anywhere and gives the right logits, but the weights stay in it. `idle_fraction` says how much of the model that
+is (BlockPruner's and EvoPress's own code mask sublayers in memory and write no smaller model).
 """
 
 from collections.abc import Collection
@@ -39,11 +38,8 @@ def whole_layers(removed: Collection[tuple[int, str]]) -> tuple[int, ...]:
 def remove_sublayers(model: PreTrainedModel, removed: LayerSet) -> PreTrainedModel:
     """A model without the sublayers `removed`, ((layer, "attn" | "mlp"), ...), that saves and reloads as one of its family.
 
-    Layers that lose both sublayers are gone; one that loses one stays, with zeros for the output projection and its bias. The
-    result shares every other weight tensor with `model`, which is left as it was.
-
-    Raises ValueError as `check_layer_set`, UnsupportedModel where the sublayers of a layer cannot be told apart, do not simply
-    add to its input, or are not silenced by zeros, and the same errors as `remove_layers`.
+    It shares every tensor but the zeros with `model`, which is left as it was. Raises the same errors as `remove_layers`, and
+    UnsupportedModel where the sublayers of a layer do not simply add to its input or are not silenced by zeros.
     """
     n_layers = len(decoder_layers(model))
     removed = check_layer_set(n_layers, removed)

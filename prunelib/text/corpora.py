@@ -27,13 +27,12 @@ DAMAGED = (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one split: ``source`` says where they came from, ``licence`` under which terms."""
+    """The documents of one split: ``source`` says where they came from."""
 
     name: str
     split: str
     documents: tuple[str, ...] = field(repr=False)
     source: str
-    licence: str
 
     @property
     def sha256(self) -> str:
@@ -54,9 +53,7 @@ def load(
         name: an embedded corpus, a key of `HUB`, or the path of a local file, which holds one split. ``.txt`` holds documents
             that end with a line ``<|endoftext|>``; ``.jsonl``, ``.json`` and ``.parquet`` hold records with the field ``text``
             or Alpaca's ``instruction``, ``input``, ``output``; ``wiki.*.raw`` is WikiText.
-        split: ``train``, ``calibration``, ``evaluation`` or a split of the source (``validation``, ``test``). For WikiText-2
-            and C4, calibration is train, and evaluation is test (WikiText-2) or validation (C4). `Corpus.split` holds the
-            source's word.
+        split: ``train``, ``calibration``, ``evaluation`` or a word of the source (see `HUB`), which `Corpus.split` holds.
         data_dir: folder with an offline copy of the named data set: as ``hf download --local-dir`` lays it out, or a file named
             after the split (``test.jsonl``; ``sample.jsonl`` is train), there or in a folder ``wikitext``, ``c4``, ``alpaca``.
         max_documents: keep the first so many documents.
@@ -70,15 +67,14 @@ def load(
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder; to read one file, give its path as the corpus name")
     name, path = str(name), Path(name)
     if name in embedded.EMBEDDED:
-        texts: Iterable[str] = embedded.documents(name, split)
+        texts: Iterable[str] = [document.text for document in embedded.records(name, split)]
         embedded.check(name, split)  # warns where the text is not the one behind the committed results
         source = "installed packages, see data/corpora/manifest.json"
-        licence = "those of the packages (BSD, MIT, PSF and alike)"
     elif name in HUB:
         dataset = HUB[name]
         if split not in dataset.splits:
             raise ValueError(f"corpus {name!r} has no split {split!r}: choose one of {', '.join(dataset.splits)}")
-        split, licence = dataset.splits[split], dataset.licence
+        split = dataset.splits[split]
         texts, source = dataset.read(name, split, None if data_dir is None else Path(data_dir), max_documents)
     else:
         if _suffix(path) not in SUFFIXES:
@@ -86,14 +82,11 @@ def load(
             raise ValueError(f"unknown corpus {name!r}: choose one of {known}, or a file {', '.join(SUFFIXES)} (also .gz, .xz)")
         if not path.is_file():
             raise FileNotFoundError(f"corpus file {name!r} does not exist")
-        texts, source, name, licence = read_file(path), path.name, path.name, "as stated by whoever provides the file"
+        texts, source, name = read_file(path), path.name, path.name
     documents = tuple(islice((text for text in texts if text.strip()), max_documents))
     if not documents:
         raise ValueError(f"corpus {name!r} ({split}) is empty: no document with text in {source}")
-    return Corpus(name, split, documents, source, licence)
-
-
-# --- files ---------------------------------------------------------------------------------------------------------------
+    return Corpus(name, split, documents, source)
 
 
 def _suffix(path: Path) -> str:
@@ -174,20 +167,16 @@ def read_file(path: Path) -> Iterator[str]:
                 raise ValueError(f"record {number} of {path.name}: {error}") from None
 
 
-# --- data sets of the hub ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class HubDataset:
     """A data set of the hub at a fixed revision.
 
     ``splits`` maps every accepted word to the source's own split; ``files`` (split → path or pattern) says what is read of it,
-    ``first`` (split → count) how many documents by default. The rows of ``one_document`` are joined by blank lines.
+    ``first`` how many documents by default. The rows of ``one_document`` are joined by blank lines.
     """
 
     repository: str
     revision: str
-    licence: str
     splits: Mapping[str, str]
     files: Mapping[str, str]
     first: Mapping[str, int] = field(default_factory=dict)
@@ -251,27 +240,24 @@ def wikitext_rows(path: Path) -> list[str]:
 HUB: Mapping[str, HubDataset] = {
     # The <unk> version of WikiText (wiki.*.tokens) is left out on purpose: its perplexity is not comparable.
     "wikitext2": HubDataset(
-        repository="Salesforce/wikitext",
+        repository="Salesforce/wikitext",  # CC BY-SA 3.0, GFDL
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
-        licence="CC BY-SA 3.0, GFDL",
         splits={"train": "train", "validation": "validation", "test": "test", "calibration": "train", "evaluation": "test"},
         files={split: f"wikitext-2-raw-v1/{split}-*.parquet" for split in ("train", "validation", "test")},
         one_document=True,  # as the perplexity tables use it
     ),
     # One shard, as in the papers that calibrate on C4 or report it (revision as pinned by SLEB and EvoPress).
     "c4": HubDataset(
-        repository="allenai/c4",
+        repository="allenai/c4",  # ODC-BY
         revision="607bd4c8450a42878aa9ddc051a65a055450ef87",
-        licence="ODC-BY",
         splits={"train": "train", "validation": "validation", "calibration": "train", "evaluation": "validation"},
         files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         # 1,100 is the usual excerpt; 10,000 hold about five million tokens, ten times the papers' largest calibration set.
         first={"train": 10_000, "validation": 1_100},
     ),
     "alpaca": HubDataset(
-        repository="tatsu-lab/alpaca",
+        repository="tatsu-lab/alpaca",  # CC BY-NC 4.0
         revision="dce01c9b08f87459cf36a430d809084718273017",
-        licence="CC BY-NC 4.0",
         splits={"train": "train", "calibration": "train"},
         files={"train": "data/train-*.parquet"},
     ),

@@ -136,25 +136,20 @@ def split_of(corpus: str, name: str) -> str:
     """The split a document belongs to: a function of its qualified name alone, so that no text ever changes sides."""
     recipe = RECIPES[corpus]
     bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
-    if bucket >= recipe.evaluation_from:
-        return "evaluation"
-    return "calibration" if bucket >= recipe.calibration_from else "train"
+    return SPLITS[(bucket >= recipe.calibration_from) + (bucket >= recipe.evaluation_from)]
 
 
 def without_near_duplicates(documents: list[Document]) -> list[Document]:
     """Keep the first document of every group whose word 5-grams overlap by about 70 % or more (MinHash, banding)."""
     index, kept = MinHashLSH(threshold=SIMILAR, num_perm=128), []
-    signatures = MinHash.generator((_word_shingles(document.text) for document in documents), num_perm=128, seed=1)
+    words = (document.text.lower().split() for document in documents)
+    shingles = ({" ".join(w[i : i + SHINGLE]).encode() for i in range(max(1, len(w) - SHINGLE + 1))} for w in words)
+    signatures = MinHash.generator(shingles, num_perm=128, seed=1)
     for document, signature in zip(documents, signatures, strict=True):
         if not index.query(signature):
             index.insert(len(kept), signature)
             kept.append(document)
     return kept
-
-
-def _word_shingles(text: str) -> set[bytes]:
-    words = text.lower().split()
-    return {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
 
 
 def extract(corpus: str) -> list[Document]:
@@ -210,18 +205,10 @@ def records(corpus: str, split: str) -> tuple[Document, ...]:
     return tuple(found)
 
 
-def documents(corpus: str, split: str) -> tuple[str, ...]:
-    """The texts of one split of an embedded corpus, in the order of their names."""
-    return tuple(document.text for document in records(corpus, split))
-
-
 def texts_sha256(texts: Iterable[str]) -> str:
     """sha256 over UTF-8 texts, each preceded by its length in bytes (8 bytes, little-endian)."""
-    state = hashlib.sha256()
-    for text in texts:
-        encoded = text.encode()
-        state.update(len(encoded).to_bytes(8, "little") + encoded)
-    return state.hexdigest()
+    encoded = map(str.encode, texts)
+    return hashlib.sha256(b"".join(part for text in encoded for part in (len(text).to_bytes(8, "little"), text))).hexdigest()
 
 
 def digest(found: Iterable[Document]) -> str:
@@ -266,10 +253,9 @@ def main() -> int:
     """``python -m prunelib.text``: build every corpus and check it; ``--write-manifest`` records what is here."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--write-manifest", action="store_true")
-    write = parser.parse_args().write_manifest
-    for corpus in EMBEDDED:
-        build(corpus, force=write)
-    if write:
+    if parser.parse_args().write_manifest:
+        for corpus in EMBEDDED:
+            build(corpus, force=True)
         write_json(manifest_path(), {corpus: describe(corpus) for corpus in EMBEDDED})
     same = [check(corpus, split) for corpus in EMBEDDED for split in _manifest(corpus)["splits"]]
     return 0 if all(same) else 1

@@ -36,11 +36,9 @@ class Settings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.ngram < 1 or self.permutations < 2 or not 0 < self.threshold <= 1 or self.seed < 0:
-            raise ValueError(
-                f"ngram={self.ngram}, permutations={self.permutations}, threshold={self.threshold}, seed={self.seed}: "
-                "ngram from 1, permutations from 2, a threshold above 0 and at most 1, seed from 0"
-            )
+        if self.ngram < 1 or self.permutations < 2 or not 0 < self.threshold <= 1:
+            given = f"ngram={self.ngram}, permutations={self.permutations}, threshold={self.threshold}"
+            raise ValueError(f"{given}: ngram from 1, permutations from 2, a threshold above 0 and at most 1")
 
     def index(self) -> MinHashLSH:
         """An empty index: it proposes documents of which all rows of at least one band of the signatures agree."""
@@ -81,7 +79,7 @@ def shingles(text: str, ngram: int = 25) -> UInt64[np.ndarray, " shingle"]:
 
 
 def _distinct(values: UInt64[np.ndarray, " value"]) -> UInt64[np.ndarray, " distinct"]:
-    """Sorted and each once: as `np.unique`, whose hash table takes a hundred times as long on millions of random numbers."""
+    """As `np.unique`, whose hash table takes a hundred times as long on millions of random numbers."""
     values = np.sort(values)
     return values[np.concatenate([[True], values[1:] != values[:-1]])]
 
