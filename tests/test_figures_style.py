@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
+from seaborn.utils import relative_luminance
 
 from prunelib.figures import Chapter, Drawing, FigureError, save
 from prunelib.figures import style as figures
@@ -56,43 +58,32 @@ def rows() -> pd.DataFrame:
 
 
 def draw(summary: pd.DataFrame):
-    figure, axes = figures.panels(height=3)
-    figures.random_band(axes, summary[summary["method"] == "random"])
-    for name in ("block_influence", "simdiff_mssd"):
-        figures.curve(axes, summary[summary["method"] == name], name)
-    figures.dense_line(axes, 8)
-    figures.log_scale(axes)
-    figures.legend(figure, note=figures.error_note(summary, "seeds"))
-    return figure
+    grid = figures.Panels(summary.assign(all=""), "all")
+    for axes, part in grid:
+        figures.lines(axes, part)
+        figures.level(axes, 8)
+        figures.log_scale(axes)
+    figures.legend(grid.figure, figures.error_note(summary, "seeds"))
+    return grid.figure
 
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-# --------------------------------------------------------------------------------------------------------------- looks
-
-
-def test_importing_needs_no_torch():
-    code = "import sys; from prunelib.figures.save import registry; registry(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
 def test_every_criterion_has_its_look():
     from prunelib.criteria import CRITERIA
 
     assert set(CRITERIA) <= set(METHODS)
-    assert all(name == method.name for name, method in METHODS.items())
     with pytest.raises(FigureError, match="no color for method 'cosin'; there are: dense, random, "):
         METHODS["cosin"]
 
 
 def test_methods_in_one_figure_differ_in_color_marker_and_title():
-    for kind in ("color", "title"):
-        assert len({getattr(METHODS[name], kind) for name in COMPARED}) == len(COMPARED), kind
-    drawn = [METHODS[name].marker for name in COMPARED if name != "random"]
-    assert len(set(drawn)) == len(drawn)
-    assert "" not in drawn
+    for kind in ("color", "title", "marker"):
+        looks = [getattr(METHODS[name], kind) for name in COMPARED if (name, kind) != ("random", "marker")]
+        assert len(set(looks)) == len(looks), kind
+        assert "" not in looks, kind
     assert METHODS["shortgpt"].color == METHODS["block_influence"].color, "one criterion under two names"
 
 
@@ -125,29 +116,18 @@ def test_colors_are_told_apart_by_everyone(deficiency):
 
 
 def test_style_is_the_same_whatever_was_set_before():
-    plt.rcParams["font.size"] = 30
-    plt.rcParams["axes.grid"] = False
+    plt.rcParams.update({"font.size": 30, "axes.grid": False})
     figures.use_style()
-    assert plt.rcParams["font.size"] == 9
+    assert (plt.rcParams["font.size"], plt.rcParams["axes.grid"], plt.rcParams["figure.facecolor"]) == (9, True, "white")
     assert plt.rcParams["savefig.dpi"] * figures.WIDTH == 1440, "sharp at twice the width of a README"
-    assert plt.rcParams["axes.grid"] is True
-    assert 9 <= plt.rcParams["axes.titlesize"] <= 10
-    assert plt.rcParams["figure.facecolor"] == "white"
-    assert not plt.rcParams["axes.spines.top"]
 
 
-# ---------------------------------------------------------------------------------------------------- plotted numbers
-
-
-def test_spread_gives_centre_and_interval(rows):
+def test_spread_gives_centre_and_interval_and_does_not_invent(rows):
     summary = figures.spread(rows, ["method", "layers_removed"])
     group = rows[(rows["method"] == "random") & (rows["layers_removed"] == 4)]["value"]
     row = summary[(summary["method"] == "random") & (summary["layers_removed"] == 4)].iloc[0]
     assert (row["value"], row["low"], row["high"], row["n"]) == (group.median(), group.min(), group.max(), 5)
-    assert row["interval"] == "median and min–max"
-
-
-def test_spread_does_not_invent():
+    assert figures.error_note(summary, "seeds") == "points and error bars: median and min–max of 5 seeds"
     table = pd.DataFrame({"k": [1, 1, 2], "value": [3.0, None, 5.0]})
     assert list(figures.spread(table, "k")["n"]) == [1, 1]
     with pytest.raises(FigureError, match="no column kk; it has k, value"):
@@ -156,114 +136,103 @@ def test_spread_does_not_invent():
         figures.spread(table.assign(value=float("nan")), "k")
 
 
-def test_methods_that_coincide_are_drawn_once():
-    chosen = {"block_influence": (3, 5), "simdiff_mssd": (3, 6), "simdiff_masd": (3, 5)}
-    assert figures.coinciding(chosen) == [("block_influence", "simdiff_masd"), ("simdiff_mssd",)]
+@pytest.fixture
+def axes():
+    return plt.subplots(layout="constrained")[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-
-
-def test_curve_draws_its_rows_and_nothing_else(rows):
+@pytest.mark.parametrize("hollow", [False, True])
+def test_a_curve_draws_its_rows_and_published_ones_look_published(rows, axes, hollow):
     summary = figures.spread(rows, ["method", "layers_removed"])
-    data = summary[summary["method"] == "block_influence"]
-    _, axes = figures.panels()
-    figures.curve(axes, data.iloc[::-1], "block_influence", offset=0.1)
+    data, look = summary[summary["method"] == "block_influence"], METHODS["block_influence"]
+    look = replace(look, hollow=hollow, line="--" if hollow else "-")
+    figures.curve(axes, data.iloc[::-1], look)
     (container,) = axes.containers
     line, _, (bars,) = container
-    np.testing.assert_allclose(line.get_xdata(), data["layers_removed"] + 0.1)
+    np.testing.assert_allclose(line.get_xdata(), data["layers_removed"])
     np.testing.assert_array_equal(line.get_ydata(), data["value"])
     ends = np.array([segment[:, 1] for segment in bars.get_segments()])
     np.testing.assert_allclose(ends, data[["low", "high"]].to_numpy())
-    assert to_hex(line.get_color()) == METHODS["block_influence"].color
-    assert container.get_label() == "cosine (block influence)"
+    assert to_hex(line.get_color()) == look.color
+    assert to_hex(line.get_markerfacecolor()) == ("#ffffff" if hollow else look.color)
+    assert (line.get_linestyle(), container.get_label()) == (look.line, "cosine (block influence)")
 
 
-def test_published_values_look_published():
-    data = pd.DataFrame({"layers_removed": [2, 4], "value": [6.3, 8.9]})
-    _, (left, right) = figures.published_and_ours("Llama-2-7B", "ref-llama-32l")
-    figures.curve(left, data, "shortgpt", published=True)
-    figures.curve(right, data, "block_influence")
-    theirs, ours = left.lines[0], right.lines[0]
-    assert (theirs.get_linestyle(), to_hex(theirs.get_markerfacecolor())) == ("--", "#ffffff")
-    assert (ours.get_linestyle(), to_hex(ours.get_markerfacecolor())) == ("-", METHODS["block_influence"].color)
-    assert theirs.get_label().endswith("(published)")
-    assert "published" not in ours.get_label()
-    assert (left.get_title("left"), right.get_title("left")) == ("published: Llama-2-7B", "ours: ref-llama-32l")
-    figures.grouped_bars(left, data.assign(method="shortgpt"), ["shortgpt"], published=True)
-    assert all(bar.get_hatch() and to_hex(bar.get_facecolor()) == "#ffffff" for bar in left.patches)
+def test_curve_refuses_seeds_that_were_not_summarized(rows, axes):
+    for where, message in (
+        ({"data": rows[rows["method"] == "random"]}, r"several values of value at layers_removed = \[0, 2, 4, 6\]: summarize"),
+        ({"data": rows, "y": "ppl"}, "no column ppl"),
+        ({"data": rows.assign(value=None)}, "nothing to draw"),
+    ):
+        with pytest.raises(FigureError, match=message):
+            figures.curve(axes, look=METHODS["random"], **where)
 
 
-def test_curve_refuses_seeds_that_were_not_summarized(rows):
-    _, axes = figures.panels()
-    with pytest.raises(FigureError, match=r"several values of value at layers_removed = \[0, 2, 4, 6\]: summarize"):
-        figures.curve(axes, rows[rows["method"] == "random"], "random")
-    with pytest.raises(FigureError, match="no column ppl"):
-        figures.curve(axes, rows, "random", y="ppl")
-    with pytest.raises(FigureError, match="nothing to draw"):
-        figures.curve(axes, rows.assign(value=None), "random")
-
-
-def test_band_says_what_it_is(rows):
-    summary = figures.spread(rows[rows["method"] == "random"], "layers_removed")
-    _, axes = figures.panels()
-    figures.random_band(axes, summary)
-    assert axes.get_legend_handles_labels()[1] == ["random layers (median and min–max of 5 draws)"]
-    edges = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (edges.min(), edges.max()) == (summary["low"].min(), summary["high"].max())
-    assert figures.error_note(summary, "seeds") == "points and error bars: median and min–max of 5 seeds"
-
-
-def test_bars_keep_missing_ones_missing_and_mark_equal_ones(rows):
+def test_lines_follow_the_methods_and_not_the_random_band(rows, axes):
+    rows.loc[(rows["method"] == "random") & (rows["seed"] == 0), "value"] = 1000.0
     summary = figures.spread(rows, ["method", "layers_removed"])
-    summary = summary[(summary["layers_removed"] > 0) & (summary["method"] != "random")]
-    gap = summary[~((summary["method"] == "simdiff_mssd") & (summary["layers_removed"] == 4))]
-    _, axes = figures.panels()
-    methods = ["block_influence", "simdiff_mssd"]
-    figures.grouped_bars(axes, gap, methods, same={2: [tuple(methods)], 6: [(name,) for name in methods]})
-    heights = sorted(bar.get_height() for bar in axes.patches)
-    assert heights == sorted(gap["value"])
-    assert [text.get_text() for text in axes.texts] == ["="], "at 2 removed layers, on the second bar"
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "4", "6"]
-    with pytest.raises(FigureError, match="no rows of results for method = 'deepest'"):
-        figures.grouped_bars(axes, gap, ["deepest"])
+    summary = pd.concat([summary, pd.DataFrame([{"method": "dense", "layers_removed": 0, "value": 7.0}])])
+    figures.lines(axes, summary)
+    band = summary[summary["method"] == "random"]
+    edges = axes.collections[-1].get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == (band["low"].min(), band["high"].max())
+    assert axes.get_ylim()[1] == pytest.approx(1.15 * summary.loc[summary["method"].isin(COMPARED[:3]), "value"].max())
+    assert [text.get_text() for text in axes.texts] == ["band goes up to 1,000.0"]
+    labels = axes.get_legend_handles_labels()[1]
+    assert set(labels) == {METHODS[name].title for name in COMPARED[:2]} | {
+        "dense",
+        "random layers (median and min–max of 5 draws)",
+    }
+    assert list(axes.get_xticks()) == [0, 2, 4, 6]
 
 
-def test_heatmap_numbers_can_be_read():
+def test_dots_stand_in_their_order_and_those_beyond_the_axis_say_so(axes):
+    data = pd.DataFrame({"method": ["simdiff_mssd", "deepest"], "value": [1.0, 9.0], "low": [0.5, 8.0], "high": [2.0, 10.0]})
+    figures.dots(axes, data, order=["deepest", "simdiff_mssd"], high=3.0)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["deepest layers", "SimDiff (MSSD)"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines] == [(0.5, 2.0, 1, 1), (1.0, 1), (3, 0)]
+    assert [text.get_text().strip() for text in axes.texts] == ["9.0"]
+
+
+def test_layer_bars_are_pale_where_layers_go(axes):
+    data = pd.DataFrame({"layer": [0, 1, 2], "value": [3.0, 1.0, 2.0], "removed": [False, True, False]})
+    figures.layer_bars(axes, data, replace(METHODS["simdiff"], hollow=True))
+    assert [(bar.get_height(), bar.get_alpha(), bar.get_hatch()) for bar in axes.patches] == [
+        (3, None, "////"),
+        (1, 0.3, "////"),
+        (2, None, "////"),
+    ]
+
+
+def test_heatmap_numbers_can_be_read(axes):
     table = pd.DataFrame(np.linspace(0, 1, 20).reshape(4, 5), index=[8, 10, 12, 14], columns=[0.1, 0.2, 0.3, 0.4, 0.5])
     table.iloc[1, 2] = None
-    _, axes = figures.panels()
-    figures.heatmap(axes, table, label="accuracy", numbers=".2f", outlined=[(8, 0.5)])
+    figures.heatmap(axes, table, label="accuracy", annot=True, fmt=".2f")
     assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for value in table.to_numpy().ravel() if value == value]
     colors = axes.collections[0].get_facecolors()[table.notna().to_numpy().ravel()]
     for text, color in zip(axes.texts, colors, strict=True):
-        light, dark = sorted([figures.luminance(text.get_color()), figures.luminance(color)], reverse=True)
+        light, dark = sorted([relative_luminance(text.get_color()), relative_luminance(color)], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, "contrast that WCAG 2 asks of text"
-    (frame,) = axes.patches
-    assert frame.get_xy() == (4, 0)
     with pytest.raises(FigureError, match="no numbers"):
         figures.heatmap(axes, table * float("nan"), label="accuracy")
 
 
-def test_legend_fits_into_the_figure(rows):
-    summary = figures.spread(rows, ["method", "layers_removed"])
-    figure, axes = figures.panels(1, 2)
-    for one in axes:
-        for name in COMPARED:
-            figures.curve(one, summary[summary["method"] == "random"], name, label=f"{METHODS[name].title} and more words")
-    figures.legend(figure, columns=4)
-    figure.canvas.draw()
-    (drawn,) = figure.legends
-    assert len(drawn.get_texts()) == len(COMPARED), "every label once"
-    box = drawn.get_window_extent()
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.width
-    empty, _ = figures.panels()
-    with pytest.raises(FigureError, match="nothing in this figure has a label"):
-        figures.legend(empty)
-
-
-# -------------------------------------------------------------------------------------------------------------- saving
+def test_panels_hold_the_rows_of_their_column_and_row_and_the_legend_fits(rows):
+    summary = figures.spread(rows, ["method", "layers_removed"]).assign(half=lambda one: one["layers_removed"] > 3)
+    looks = {name: replace(METHODS[name], title=f"{METHODS[name].title} and more words") for name in METHODS}
+    grid = figures.Panels(summary, "half", "method", titles={False: "few"})
+    for axes, part in grid:
+        assert len(part) == 2
+        figures.curve(axes, part, looks[part["method"].iloc[0]])
+    drawing = grid.done(rows, x=["a", "b"], y=["c", "d", "e"], note="about", keep=["method", "value"])
+    assert [axes.get_title("left") for axes in grid.grid[0]] == ["few", "True"]
+    assert [axes.get_xlabel() for axes in grid.grid[-1]] + [axes.get_ylabel() for axes in grid.grid[:, 0]] == [*"abcde"]
+    assert list(drawing.data) == ["method", "value"]
+    grid.figure.canvas.draw()
+    (drawn,) = grid.figure.legends
+    assert len(drawn.get_texts()) == 3, "every label once"
+    assert drawn.get_title().get_text() == "about"
+    assert 0 <= drawn.get_window_extent().x0 < drawn.get_window_extent().x1 <= grid.figure.bbox.width
 
 
 def drawing(rows: pd.DataFrame, figure: bool = True, **options) -> Drawing:

@@ -5,20 +5,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from prunelib.claims.judge import (
-    PUBLISHED,
-    Measured,
-    Tables,
-    between,
-    claim,
-    mean,
-    measure,
-    median,
-    only,
-    paired,
-    percent,
-    pick,
-)
+from prunelib.claims.judge import PUBLISHED, Measured, Tables, between, claim, measure, only, paired, percent, pick, value_of
 from prunelib.lab.runs import published
 
 SIMDIFF = ["simdiff_mssd", "simdiff_masd"]
@@ -47,7 +34,7 @@ def best_alpha(table: pd.DataFrame, item: str) -> float:
 def choices(t: Tables, fair: bool = False, **where: object) -> pd.DataFrame:
     """Chosen sets of layers in the paper's protocol (one kind of text for all), or with every text different (`fair`)."""
     calibration, alpha = (t.fair_calibration, t.fair_alpha_text) if fair else (t.calibration, t.alpha_text)
-    where = {"entry": "simdiff", "role": "choice", "calibration": calibration, "alpha_corpus": alpha} | where
+    where = {"run_part": "simdiff", "role": "choice", "calibration": calibration, "alpha_corpus": alpha} | where
     return pick(t.selection, **where)
 
 
@@ -61,20 +48,20 @@ def choices(t: Tables, fair: bool = False, **where: object) -> pd.DataFrame:
 def cosine_explodes(t: Tables) -> list[Measured]:
     cosine = choices(t, metric="ppl", method="block_influence", layers_removed=12, alpha_corpus=None)
     dense = choices(t, metric="ppl", method="dense", calibration=None, alpha_corpus=None)
-    return measure(paired(cosine, dense, ["calibration_seed"], how="/"), median, draws="calibration_seed")
+    return measure(paired(cosine, dense, ["calibration_seed"], how="/"), "median", draws="calibration_seed")
 
 
 def over_cosine(t: Tables, method: str, fair: bool = False) -> list[Measured]:
     """Loss over that of the cosine rule, alpha by ternary search, mean over K."""
     rows = choices(t, fair, metric="nll_over_cosine", method=method, search="ternary", layers_removed=between(1))
-    return measure(rows, mean, draws="calibration_seed")
+    return measure(rows, "mean", draws="calibration_seed")
 
 
 for method, number in (("simdiff_mssd", "02"), ("simdiff_masd", "03")):
     claim(
         f"simdiff-{number}",
-        lambda p, method=method: mean(
-            printed_gap(p, method, "shortgpt", "layers_removed", log=True, item="fig5b", metric="ppl")
+        lambda p, method=method: value_of(
+            printed_gap(p, method, "shortgpt", "layers_removed", log=True, item="fig5b", metric="ppl"), "mean"
         ),
     )(partial(over_cosine, method=method))
 
@@ -86,13 +73,13 @@ claim("simdiff-05")(partial(over_cosine, method="simdiff_masd", fair=True))
 def masd_below_mssd(t: Tables) -> list[Measured]:
     rows = choices(t, metric="nll", search="ternary", layers_removed=12)
     gap = paired(pick(rows, method="simdiff_masd"), pick(rows, method="simdiff_mssd"), ["calibration_seed"])
-    return measure(gap, mean, draws="calibration_seed")
+    return measure(gap, "mean", draws="calibration_seed")
 
 
 def exact_alpha(t: Tables, method: str) -> list[Measured]:
     """The exact best alpha, median over K from 8 on."""
     rows = choices(t, metric="nll", method=method, search="exact", layers_removed=between(8))
-    return measure(rows.rename(columns={"value": "nll", "alpha": "value"}), median, draws="calibration_seed")
+    return measure(rows.rename(columns={"value": "nll", "alpha": "value"}), "median", draws="calibration_seed")
 
 
 claim("simdiff-07", lambda p: best_alpha(p, "fig4a"))(partial(exact_alpha, method="simdiff_mssd"))
@@ -102,7 +89,7 @@ claim("simdiff-08", lambda p: best_alpha(p, "fig4b"))(partial(exact_alpha, metho
 def printed_collapse(table: pd.DataFrame) -> float:
     """Accuracy at alpha = 1 minus that at 0.8, mean over K."""
     rows = pick(table, paper="simdiff", item="fig4a")
-    return mean(paired(pick(rows, alpha=1.0), pick(rows, alpha=0.8), ["layers_removed"]))
+    return value_of(paired(pick(rows, alpha=1.0), pick(rows, alpha=0.8), ["layers_removed"]), "mean")
 
 
 @claim("simdiff-09", printed_collapse)
@@ -111,13 +98,13 @@ def difference_alone_collapses(t: Tables) -> list[Measured]:
     alone = choices(t, role="path", alpha_high=1.0, alpha_corpus=None, **shared)
     best = choices(t, search="exact", **shared)
     gap = paired(alone, best, ["method", "layers_removed", "calibration_seed"])
-    return measure(percent(gap.drop(columns=["low", "high"], errors="ignore")), mean, draws="calibration_seed")
+    return measure(percent(gap.drop(columns=["low", "high"], errors="ignore")), "mean", draws="calibration_seed")
 
 
 @claim("simdiff-10")
 def ternary_search_finds_it(t: Tables) -> list[Measured]:
     where = {"metric": "nll", "method": SIMDIFF, "layers_removed": between(1)}
-    rows = pick(t.selection, entry="simdiff", role="choice", **where)
+    rows = pick(t.selection, run_part="simdiff", role="choice", **where)
     on = ["method", "layers_removed", "calibration", "calibration_seed", "alpha_corpus"]
     missed = paired(pick(rows, search="ternary"), pick(rows, search="exact"), on, column="alpha_nll")
     return measure(missed, lambda rows: 100 * float((rows["value"] > 0).mean()), interval="bootstrap")
@@ -125,7 +112,7 @@ def ternary_search_finds_it(t: Tables) -> list[Measured]:
 
 def answers_over_cosine(t: Tables, method: str) -> list[Measured]:
     """Mean accuracy over that of the cosine rule, in points, with 8 layers gone."""
-    rows = pick(t.tasks, entry="tables", metric="over_cosine", task="all", method=method, size=8)
+    rows = pick(t.tasks, run_part="tables", metric="over_cosine", task="all", method=method, size=8)
     return measure(percent(rows), interval="row")
 
 
@@ -138,7 +125,7 @@ for method, number in (("simdiff_mssd", "11"), ("simdiff_masd", "12")):
 
 def printed_means(item: str, other: str, tasks: list[str], **where: object) -> list[Measured]:
     """MSSD over another method in a printed table, mean over the given tasks."""
-    return measure(printed_gap(published("simdiff"), "simdiff_mssd", other, "task", item=item, task=tasks, **where), mean)
+    return measure(printed_gap(published("simdiff"), "simdiff_mssd", other, "task", item=item, task=tasks, **where), "mean")
 
 
 @claim(
@@ -151,9 +138,9 @@ def best_mean_without_boolq(t: Tables) -> list[Measured]:
 
 def mssd_over(t: Tables, other: str) -> list[Measured]:
     """Loss of MSSD over that of another rule, 8 layers gone, on the same small budget."""
-    rows = pick(t.selection, entry="rules", metric="nll", role="choice", layers_removed=8)
+    rows = pick(t.selection, run_part="rules", metric="nll", role="choice", layers_removed=8)
     gap = paired(pick(rows, method="simdiff_mssd"), pick(rows, method=other), ["calibration_seed"])
-    return measure(gap, mean, draws="calibration_seed")
+    return measure(gap, "mean", draws="calibration_seed")
 
 
 claim("simdiff-14")(partial(mssd_over, other="entropy_gain_attention"))
@@ -180,14 +167,14 @@ def retained_after_lora(t: Tables) -> list[Measured]:
 def printed_healing(table: pd.DataFrame) -> float:
     """Points that LoRA brings back, mean of both variants."""
     rows = pick(table, paper="simdiff", item="tableA7", metric="avg_acc", method=SIMDIFF)
-    return mean(paired(pick(rows, healed="lora"), pick(rows, healed="none"), ["method"]))
+    return value_of(paired(pick(rows, healed="lora"), pick(rows, healed="none"), ["method"]), "mean")
 
 
 @claim("simdiff-19", printed_healing)
 def lora_brings_accuracy_back(t: Tables) -> list[Measured]:
-    rows = pick(t.healing, entry="choices", metric="average", task="all", method=SIMDIFF)
+    rows = pick(t.healing, run_part="choices", metric="average", task="all", method=SIMDIFF)
     gap = paired(pick(rows, recipe="lora"), pick(rows, recipe="none"), ["method"])
-    return measure(percent(gap), mean)
+    return measure(percent(gap), "mean")
 
 
 @claim("simdiff-20", partial(printed, item="table4", layers_removed=12, metric="speedup"))
@@ -207,11 +194,11 @@ PUBLISHED["simdiff-22"] = partial(printed, item="text", model="Qwen2.5-3B")
 
 def perplexity_on_wikitext(t: Tables, model: str, method: str) -> list[Measured]:
     """Perplexity of a model without 8 layers, scores and alpha on WikiText-2 as in the paper."""
-    where = {"entry": "simdiff", "role": "choice", "metric": "ppl", "layers_removed": 8, "model": model, "method": method}
+    where = {"run_part": "simdiff", "role": "choice", "metric": "ppl", "layers_removed": 8, "model": model, "method": method}
     where |= {"calibration": "wikitext2", "corpus": "wikitext2"}
     if method in SIMDIFF:
         where |= {"alpha_corpus": "wikitext2", "search": "ternary"}
-    return measure(pick(t.selection, **where), median, draws="calibration_seed")
+    return measure(pick(t.selection, **where), "median", draws="calibration_seed")
 
 
 for number, model, method, where in (

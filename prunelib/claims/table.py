@@ -15,13 +15,12 @@ def number(value: float | None, digits: int) -> str:
     """A number as it is printed everywhere: fixed decimals, a true minus, no minus at zero; `–` for a missing one."""
     if value is None or not np.isfinite(value):
         return "–"
-    text = f"{value:,.{digits}f}"
-    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+    return f"{value:z,.{digits}f}".replace("-", "−")
 
 
 def words(one: Measured, digits: int) -> str:
     """`−0.27 [−0.31, −0.20]`."""
-    ends = f" [{number(one.low, digits)}, {number(one.high, digits)}]" if np.isfinite(one.low) and np.isfinite(one.high) else ""
+    ends = f" [{number(one.low, digits)}, {number(one.high, digits)}]" if np.isfinite([one.low, one.high]).all() else ""
     return number(one.value, digits) + ends
 
 
@@ -34,16 +33,18 @@ def frame(found: Sequence[Outcome]) -> pd.DataFrame:
     """One line per claim and model, one for a claim without measured values; `runs` are the run files behind a value."""
     lines = []
     for one in found:
-        facts = one.claim
-        common = {
-            name: getattr(facts, name) for name in ("id", "paper", "source", "claim", "short", "unit", "digits", "figure")
+        facts = ("id", "paper", "source", "claim", "short", "unit", "digits", "figure")
+        common = {name: getattr(one.claim, name) for name in facts}
+        common |= {
+            "tested": FORMS[one.claim.form] if one.measured else None,
+            "published": one.published,
+            "verdict": one.verdict,
         }
-        common |= {"tested": FORMS[facts.form] if one.measured else None, "published": one.published, "verdict": one.verdict}
         if not one.measured:
-            lines.append(common | {"reason": facts.reason})
+            lines.append(common | {"reason": one.claim.reason})
         for part, verdict in zip(one.measured, one.verdicts, strict=True):
             ours = {"model": part.model, "measured": part.value, "low": part.low, "high": part.high, "n": part.n}
-            ours |= {"interval": part.interval, "holds_if": facts.holds.words(), "verdict_of_model": verdict}
+            ours |= {"interval": part.interval, "holds_if": one.rule.words(), "verdict_of_model": verdict}
             lines.append(common | ours | {"runs": " ".join(part.runs)})
     return pd.DataFrame(lines).replace("", None).astype({"n": "Int64"}, errors="ignore").dropna(axis=1, how="all")
 
@@ -80,7 +81,7 @@ def _table(found: Sequence[Outcome]) -> str:
         cells = {part.model: words(part, facts.digits) for part in one.measured}
         if PRINTED in cells:  # recomputed from the paper's numbers: no model of ours
             cells = dict.fromkeys(models[:1], f"recomputed: {cells[PRINTED]}")
-        rule, verdict = f"{facts.holds.words()} {facts.unit}".strip(), f"{MARKS[one.verdict]} {one.verdict}"
+        rule, verdict = f"{one.rule.words()} {facts.unit}".strip(), f"{MARKS[one.verdict]} {one.verdict}"
         ours = [cells.get(model, "") for model in models]
         lines.append([f"`{facts.id}` {facts.claim} ({shown})", number(one.published, facts.digits), *ours, rule, verdict])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,36 +1,34 @@
 """Chapter 05: how much of what a cut costs does training bring back?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
+from prunelib.figures import style as fig
 from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
-from prunelib.figures.style import METHODS, Sketch, curve, dense_line, rows_as
 from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "05_healing"
 READS = {"healing": None}
 BLOCKS = ("angular", "deepest")
-KINDS = {"before": {"linestyle": ":", "markersize": 3.5}, "short": {"markerfacecolor": "white", "linewidth": 1.0}, "long": {}}
-MARKERS, COLORS = "os^", [METHODS[name].color for name in ("block_influence", "simdiff_mssd", "simdiff_masd")]
+KINDS = {"before": {"line": ":"}, "short": {"hollow": True}, "long": {}}  # budgets of training; `long` ones of a folder
 # Columns that a model before its training and after it have in common, and those that may lack in a table.
-CUT = ["budget", "name", "run", "method", "size", "slice_percentage", "repair"]
+CUT = ["budget", "model", "run", "method", "size", "slice_percentage", "repair"]
 OPTIONAL = ("slice_percentage", "healing_corpus", "unique", "trained_modules", "task")
 TRAINING = ["recipe", "trained_modules", "rank", "learning_rate", "healing_corpus", "unique", "healing_seed", "trainable"]
-# Studies that change one thing of the base case: their group in the figure, and what a row says of it.
+LOSSES = ["before", "after", "dense"]
+# Studies that change one thing of the base case, and what a row of the figure says of it.
 VARIANTS = {
-    "curve": ("base case", "rank {rank:.0f}, rate {learning_rate:g}"),
-    "rank": ("rank", "rank {rank:.0f}"),
-    "modules": ("modules", "{trained_modules} alone"),
-    "recipe": ("recipe", "{recipe}"),
-    "rate": ("learning rate", "{learning_rate:g}"),
-    "seed": ("seed", "seed {healing_seed:.0f}"),
-    "data": ("text", "{healing_corpus}{copies}"),
-    "unique": ("text", "{healing_corpus}{copies}"),
-    "sliced": ("width", "sliced by {slice_percentage:.0%} instead"),
+    "curve": "base: rank {rank:.0f}, rate {learning_rate:g}",
+    "rank": "rank {rank:.0f}",
+    "modules": "modules: {trained_modules} alone",
+    "recipe": "recipe: {recipe}",
+    "rate": "learning rate: {learning_rate:g}",
+    "seed": "seed {healing_seed:.0f}",
+    "data": "text: {healing_corpus}{copies}",
+    "unique": "text: {healing_corpus}{copies}",
+    "sliced": "width: sliced by {slice_percentage:.0%} instead",
 }
 
 
@@ -40,27 +38,23 @@ class Healings:
 
     rows: all rows. healed: one line per trained model and text, with the loss `before` and `after` and the `dense` model's, in
     nats per token, and the share `recovered`. base: the case that every ablation changes one thing of. texts: the
-    held-out texts, first the one that is like the training text. dense: (budget, model, text) → its loss.
+    held-out texts, first the one that is like the training text.
     """
 
     rows: pd.DataFrame
     healed: pd.DataFrame
     base: pd.DataFrame
-    dense: dict[tuple[str, str, str], float]
     texts: list[str]
 
     @property
-    def models(self) -> list[str]:
-        return list(self.rows["name"].unique())
+    def longest(self) -> str:
+        """The budget of the longest training."""
+        return self.rows["budget"].iloc[-1]
 
     @property
-    def budgets(self) -> list[str]:
-        return list(self.rows["budget"].unique())
-
-    @property
-    def titles(self) -> list[str]:
+    def titles(self) -> dict[str, str]:
         """The titles of the texts."""
-        return [f"{self.texts[0]}, as trained on", *(f"{text}, not trained on" for text in self.texts[1:])]
+        return {text: f"{text}, {'as' if text == self.texts[0] else 'not'} trained on" for text in self.texts}
 
     def tokens(self, budget: str) -> str:
         """A budget in words, by the tokens of its longest training; "before" stays as it is."""
@@ -69,10 +63,14 @@ class Healings:
         count = self.rows.loc[(self.rows["budget"] == budget) & (self.rows["recipe"] != "none"), "tokens"].max()
         return f"{count / 1e6:.1f}M tokens" if count >= 1e6 else f"{count / 1e3:.0f}k tokens"
 
-    def look(self, name: str, budget: str) -> dict:
-        """Color, marker and label of a model and a budget."""
-        index = self.models.index(name)
-        return {"marker": MARKERS[index], "color": COLORS[index], "label": f"{name}, {self.tokens(budget)}", **KINDS[budget]}
+    def looks(self) -> dict[str, fig.Method]:
+        """The look of every model and budget, as "model budget"."""
+        found = {}
+        for name, method in zip(self.rows["model"].unique(), ("block_influence", "simdiff_mssd", "simdiff_masd"), strict=False):
+            for budget in self.rows["budget"].unique():
+                title = f"{name}, {self.tokens(budget)}"
+                found[f"{name} {budget}"] = replace(fig.METHODS[method], title=title, **KINDS[budget])
+        return found
 
 
 def healings(chapter: Chapter) -> Healings:
@@ -81,24 +79,24 @@ def healings(chapter: Chapter) -> Healings:
     if chapter["converged"] is not None:
         parts["long"] = pick(chapter.table("converged"), experiment="healing").dropna(axis=1, how="all")
     rows = pd.concat([part.assign(budget=budget) for budget, part in parts.items()], ignore_index=True)
-    rows = rows.assign(model=rows["name"], **{column: np.nan for column in OPTIONAL if column not in rows})
+    rows = rows.assign(**{column: np.nan for column in OPTIONAL if column not in rows})
     rows["study"] = rows["run_part"].str.split("_").str[0]  # curve, rank, recipe, …
+    rows["kind"] = rows["budget"].where(rows["recipe"] != "none", "before")
 
     loss = pick(rows, metric="nll")
-    before = pick(loss, recipe="none")
     last = loss["step"] == loss.groupby(["budget", "run"])["step"].transform("max")
     after = loss[(loss["recipe"] != "none") & last].rename(columns={"value": "after"})
-    dense = pick(before, method="dense").groupby(["budget", "name", "text"])["value"].first().to_dict()
-    before = before.drop_duplicates([*CUT, "text"]).rename(columns={"value": "before"})
-
-    healed = after.merge(before[[*CUT, "text", "before"]], on=[*CUT, "text"], how="left")
-    healed["dense"] = [dense[place] for place in zip(healed["budget"], healed["name"], healed["text"], strict=True)]
-    healed["nats_over_dense"] = healed["after"] - healed["dense"]
+    before = pick(loss, recipe="none").rename(columns={"value": "before"})
+    where = ["budget", "model", "text"]
+    dense = pick(before, method="dense").groupby(where)["before"].first().rename("dense").reset_index()
+    before = before.drop_duplicates([*CUT, "text"])[[*CUT, "text", "before"]]
+    healed = after.merge(before, on=[*CUT, "text"], how="left").merge(dense, on=where, how="left")
     lost = healed["before"] - healed["dense"]
-    healed["recovered"] = ((healed["before"] - healed["after"]) / lost).where(lost > 0.01)
+    recovered = ((healed["before"] - healed["after"]) / lost).where(lost > 0.01)
+    healed = healed.assign(nats_over_dense=healed["after"] - healed["dense"], recovered=recovered)
     base = pick(healed, study="curve", method="angular", repair="none")
-    base = base[base["size"] == base["name"].map(pick(healed, study="rank").groupby("name")["size"].max())]
-    return Healings(rows, healed, base, dense, list(rows["text"].dropna().unique()))
+    base = base[base["size"] == base["model"].map(pick(healed, study="rank").groupby("model")["size"].max())]
+    return Healings(rows, healed, base, list(rows["text"].dropna().unique()))
 
 
 def answers(rows: pd.DataFrame) -> pd.DataFrame:
@@ -107,34 +105,36 @@ def answers(rows: pd.DataFrame) -> pd.DataFrame:
     return mean if len(mean) else rows[rows["task"].notna() & (rows["metric"] == "acc")]
 
 
-def _curves(ax: Axes, part: pd.DataFrame, found: Healings) -> None:
-    """One line per rule and kind (before, short, long) of `part`: `value` over `fraction`."""
-    for (rule, kind), line in part.groupby(["method", "kind"]):
-        label = f"{METHODS[rule].title.split(' (')[0]}, {'healed, ' * (kind != 'before')}{found.tokens(kind)}"
-        curve(ax, line, rule, x="fraction", label=label, **KINDS[kind])
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+def _by_rule(data: pd.DataFrame, found: Healings) -> tuple[pd.DataFrame, dict[str, fig.Method]]:
+    """Numbers with a column `line` for their rule and kind (before, short, long), and the looks of these lines."""
+    looks = {}
+    for method, kind in data[["method", "kind"]].drop_duplicates().itertuples(index=False):
+        title = f"{fig.METHODS[method].title.split(' (')[0]}, {'healed, ' * (kind != 'before')}{found.tokens(kind)}"
+        looks[f"{method} {kind}"] = replace(fig.METHODS[method], title=title, **KINDS[kind])
+    return data.assign(line=data["method"] + " " + data["kind"]), looks
 
 
 @figure("deeper_layers_fig3_healed_loss", reads=READS)
 def fig3_healed_loss(chapter: Chapter) -> Drawing:
     """Loss over the logarithm of the vocabulary size before and after, against the fraction of layers removed."""
     found = healings(chapter)
-    widest, scales = found.budgets[-1], pick(found.rows, metric="log_vocabulary").groupby("name")["value"].first()
     rows = pick(found.healed, study="curve", text=found.texts[0])
-    losses = ["before", "after", "dense"]
-    rows[losses] = rows[losses].div(rows["name"].map(scales), axis=0)
+    scales = pick(found.rows, metric="log_vocabulary").groupby("model")["value"].first()
+    rows[LOSSES] = rows[LOSSES].div(rows["model"].map(scales), axis=0)
     data = pick(rows, method=BLOCKS)
-    before = pick(data, budget=widest).assign(kind="before", value=lambda one: one["before"])
+    before = pick(data, budget=found.longest).assign(kind="before", value=lambda one: one["before"])
     start = before.drop_duplicates(["model", "method"]).assign(fraction=0.0, value=lambda one: one["dense"])
-    lines = pd.concat([start, before, data.assign(kind=data["budget"], value=data["after"])])
-    sketch = Sketch(found.models, height=3.4, sharey=True)
-    for (ax,), name in sketch:
-        dense_line(ax, pick(start, model=name)["dense"].iloc[0], label="dense")
-        _curves(ax, pick(lines, model=name), found)
-        for value in pick(rows, model=name, method="dense", budget=widest, may_be_empty=True)["after"]:
-            ax.axhline(value, color="#888888", linestyle="--", linewidth=1, label="dense, trained as well")
-    sketch.keep(data[["model", "method", "budget", "tokens", "fraction", "before", "after"]])
-    return sketch.done(rows, x="fraction of layers removed", y="loss / log vocabulary size")
+    lines, looks = _by_rule(pd.concat([start, before, data.assign(kind=data["budget"], value=data["after"])]), found)
+    grid = fig.Panels(lines, "model", height=3.4, sharey=True)
+    for axes, part in grid:
+        fig.level(axes, part["dense"].iloc[0], "dense")
+        fig.lines(axes, part, looks, x="fraction", series="line")
+        trained = pick(rows, model=part["model"].iloc[0], method="dense", budget=found.longest, may_be_empty=True)["after"]
+        for value in trained:
+            fig.level(axes, value, "dense, trained as well", "#888888", "--")
+    grid.data = data
+    keep = ["model", "method", "budget", "tokens", "fraction", "before", "after"]
+    return grid.done(rows, x="layers removed, %", y="loss / log(vocabulary)", keep=keep)
 
 
 @figure("deeper_layers_fig2_healed_accuracy", reads=READS)
@@ -147,96 +147,94 @@ def fig2_healed_accuracy(chapter: Chapter) -> Drawing:
     asked = answers(found.rows).merge(bounds, how="left", on=keys).assign(panel="tasks")
     asked = asked[(asked["study"] == "curve") | (asked["method"] == "dense")]
     next_token = pick(found.rows, metric="accuracy", text=found.texts[0], study="curve").assign(panel="next token")
-    longest = next_token["budget"] == found.budgets[-1]
-    last = next_token["step"] == next_token.groupby(["budget", "name", "method"])["step"].transform("max")
+    longest = next_token["budget"] == found.longest
+    last = next_token["step"] == next_token.groupby(["budget", "model", "method"])["step"].transform("max")
     rows = pd.concat([asked, next_token[np.where(next_token["recipe"] == "none", longest, last)]])
-    rows["kind"] = rows["budget"].where(rows["recipe"] != "none", "before")
-    data = pick(rows, method=BLOCKS)
-    places = list(data[["model", "panel"]].drop_duplicates().itertuples(index=False, name=None))
-    sketch = Sketch(places, titles=[", ".join(place) for place in places], height=4.0)
-    for (ax,), (name, panel) in sketch:
-        _curves(ax, pick(data, model=name, panel=panel), found)
-        dense_line(ax, pick(rows, name=name, panel=panel, method="dense", recipe="none")["value"].iloc[0], label="dense")
-        if panel == "tasks":
-            ax.axhline(0.25, color="#333333", linestyle="--", linewidth=1, label="chance")
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="", decimals=0))
-    sketch.keep(data[["model", "panel", "method", "kind", "fraction", "value", "low", "high", "n"]])
+    rows["title"] = rows["model"] + ", " + rows["panel"]
+    data, looks = _by_rule(pick(rows, method=BLOCKS), found)
+    grid = fig.Panels(data, "title", height=4.0)
+    for axes, part in grid:
+        fig.lines(axes, part, looks, x="fraction", series="line")
+        fig.level(axes, pick(rows, title=part["title"].iloc[0], method="dense", recipe="none")["value"].iloc[0], "dense")
+        if "tasks" in set(part["panel"]):
+            fig.level(axes, 0.25, "chance", "#333333", "--")
+        fig.percent(axes.yaxis)
     note = "tasks: mean of the tasks, 95 % interval over their items"
-    return sketch.done(data, x="fraction of layers removed", y="accuracy, %", note=note)
+    keep = ["model", "panel", "method", "kind", "fraction", "value", "low", "high", "n"]
+    return grid.done(data, x="layers removed, %", y="accuracy, %", note=note, keep=keep)
 
 
 @figure("own_healing_tokens", reads=READS)
 def healing_tokens(chapter: Chapter) -> Drawing:
     """Loss over the dense model against the tokens of the training, for every way to choose the layers."""
     found = healings(chapter)
-    text, budget = found.texts[0], found.budgets[-1]
-    rows = pick(found.rows, metric="nll", text=text, budget=budget, study=("choices", "curve"))
+    rows = pick(found.rows, metric="nll", text=found.texts[0], budget=found.longest, study=("choices", "curve"))
+    dense = pick(rows, method="dense", recipe="none").groupby("model")["value"].first()
     rows = rows[rows["method"].isin(rows.loc[rows["recipe"] != "none", "method"])]
-    sizes = pick(rows, study="choices").groupby("name", sort=False)["size"].max().astype(int)
-    rows = rows[(rows["size"] == rows["name"].map(sizes)) | (rows["method"] == "dense")]
-    rows = rows.drop_duplicates(["name", "method", "step", "recipe"])
-    over = rows["value"] - [found.dense[budget, name, text] for name in rows["name"]]
-    data = rows.assign(layers_removed=rows["name"].map(sizes), nats_over_dense=over)
-    # Where zero tokens are drawn on a logarithmic axis.
+    sizes = pick(rows, study="choices").groupby("model", sort=False)["size"].max().astype(int)
+    rows = rows[(rows["size"] == rows["model"].map(sizes)) | (rows["method"] == "dense")]
+    rows = rows.drop_duplicates(["model", "method", "step", "recipe"])
+    data = rows.assign(layers_removed=rows["model"].map(sizes), nats_over_dense=rows["value"] - rows["model"].map(dense))
+    # Where zero tokens are drawn on a logarithmic axis; a method of several sets has its number in its name.
     data["place"] = data["tokens"].clip(lower=data.loc[data["tokens"] > 0, "tokens"].min() / 3)
-    titles = [f"{name}, {size} layers removed" for name, size in sizes.items()]
-    sketch = Sketch(list(sizes.index), titles=titles, height=3.5, sharey=True)
-    for (ax,), name in sketch:
-        for method, line in pick(data, model=name).groupby("method", sort=False):
-            look = METHODS[method.split(" ")[0]]
-            style = {"label": "dense, trained as well", "linestyle": "-"} if method == "dense" else {}
-            curve(ax, line, look, x="place", y="nats_over_dense", marker=look.marker, markersize=4, **style)
-        ax.axhline(0, color="black", linestyle=":", linewidth=1)
-        ax.set_xscale("log")
-    sketch.keep(data[["model", "method", "layers_removed", "tokens", "nats_over_dense"]])
-    return sketch.done(rows, x="tokens of training (left end: none)", y="nats per token over dense")
+    looks = {method: replace(fig.METHODS[method.split()[0]], line="-") for method in data["method"].unique()}
+    looks["dense"] = fig.Method("dense, trained as well", "#000000", "")
+    titles = {name: f"{name}, {size} layers removed" for name, size in sizes.items()}
+    grid = fig.Panels(data, "model", titles=titles, height=3.5, sharey=True)
+    for axes, part in grid:
+        for method, line in part.groupby("method", sort=False):
+            fig.curve(axes, line, looks[method], x="place", y="nats_over_dense", markersize=4)
+        axes.axhline(0, color="black", linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+    keep = ["model", "method", "layers_removed", "tokens", "nats_over_dense"]
+    return grid.done(rows, x="tokens of training (left end: none)", y="nats per token over dense", keep=keep)
 
 
 @figure("own_healing_ablations", reads=READS)
 def healing_ablations(chapter: Chapter) -> Drawing:
     """Share of the lost nats that a training wins back; every line changes one thing of the base case."""
     found = healings(chapter)
-    data = pd.concat([found.base, pick(found.healed, study=[*VARIANTS][1:], repair="none")])
+    data = pd.concat([found.base, pick(found.healed, study=(*VARIANTS,)[1:], repair="none")])
     data["copies"] = np.where(data["unique"].astype(str) == "True", ", deduplicated", "")
-    data["group"] = data["study"].map(lambda study: VARIANTS[study][0])
-    data["variant"] = [VARIANTS[row["study"]][1].format(**row).replace("_", " ") for row in data.to_dict("records")]
-    lines, groups = data[["group", "variant"]].drop_duplicates(), [group for group, _ in VARIANTS.values()]
-    number = lines["variant"].str.extract(r"(\d+)")[0].astype(float).where(lines["group"] == "rank", 0)
-    lines = lines.assign(place=lines["group"].map(groups.index), number=number).sort_values(["place", "number"], kind="stable")
-    lines["y"] = np.arange(len(lines))
-    data = data[np.isfinite(data["recovered"])].merge(lines[["group", "variant", "y"]])
-    sketch = Sketch(found.texts, titles=found.titles, height=0.25 * len(lines) + 1.6, sharey=True)
-    for (ax,), text in sketch:
-        for (name, budget), part in pick(data, text=text).groupby(["model", "budget"], sort=False):
-            shift = 0.18 * (found.models.index(name) - (budget == "short"))
-            ax.plot(part["recovered"], part["y"] + shift, **found.look(name, budget) | {"linestyle": "", "markersize": 5})
-        ax.axvline(1, color="black", linestyle=":", linewidth=1, label="dense")
-        ax.axvline(0, color="#333333", linestyle="--", linewidth=1, label="not healed")
-        for first in lines.loc[lines["place"].diff() > 0, "y"]:
-            ax.axhline(first - 0.5, color="#cccccc", linewidth=0.7)
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        pairs = zip(lines["group"], lines["variant"], strict=True)
-        rows_as(ax, [b if b.startswith(a) else f"{a.removesuffix(' case')}: {b}" for a, b in pairs])
-    sketch.keep(data[["text", "group", "variant", "model", "tokens", "before", "after", "dense", "recovered"]])
-    return sketch.done(data, x="share of the lost nats recovered")
+    data["variant"] = [VARIANTS[row["study"]].format(**row).replace("_", " ") for row in data.to_dict("records")]
+    rows = data.drop_duplicates("variant")
+    group = rows["study"].replace("unique", "data").map(list(VARIANTS).index)
+    rows = rows.assign(group=group, number=rows["rank"].where(rows["study"] == "rank", 0))
+    rows = rows.sort_values(["group", "number"], kind="stable")
+    data, models = data[np.isfinite(data["recovered"])], list(found.rows["model"].unique())
+    grid = fig.Panels(data, "text", titles=found.titles, height=0.25 * len(rows) + 1.6, sharey=True)
+    for axes, part in grid:
+        for series, look in found.looks().items():
+            one = part[(part["model"] + " " + part["budget"]) == series]
+            if len(one):
+                shift = 0.18 * (models.index(one["model"].iloc[0]) - look.hollow)
+                style = {"markerfacecolor": "white" if look.hollow else look.color, "markersize": 5, "label": look.title}
+                places = one["variant"].map(list(rows["variant"]).index) + shift
+                axes.plot(one["recovered"], places, look.marker, color=look.color, **style)
+        axes.axvline(1, color="black", linestyle=":", linewidth=1, label="dense")
+        axes.axvline(0, color="#333333", linestyle="--", linewidth=1, label="not healed")
+        axes.hlines(np.flatnonzero(rows["group"].diff() > 0) - 0.5, *axes.get_xlim(), color="#cccccc", linewidth=0.7)
+        fig.percent(axes.xaxis)
+        fig.titled_rows(axes, list(rows["variant"]))
+    keep = ["text", "study", "variant", "model", "tokens", *LOSSES, "recovered"]
+    return grid.done(data, x="share of the lost nats recovered, %", keep=keep)
 
 
 @figure("deeper_layers_fig9_rank", reads=READS)
 def fig9_rank(chapter: Chapter) -> Drawing:
     """Loss over the dense model against the rank of the adapters, on both held-out texts."""
     found = healings(chapter)
-    keys = ["name", "budget", "text"]
-    data = pd.concat([pick(found.healed, study="rank", repair="none"), found.base]).sort_values("rank", kind="stable")
-    data = data.drop_duplicates([*keys, "rank"])
+    keys = ["model", "budget", "text"]
+    data = pd.concat([pick(found.healed, study="rank", repair="none"), found.base]).drop_duplicates([*keys, "rank"])
     data = data[data.groupby(keys)["rank"].transform("size") > 1]
-    sketch = Sketch(found.texts, titles=found.titles, height=3.2, sharey=True)
-    for (ax,), text in sketch:
-        for (name, budget), part in pick(data, text=text).groupby(["model", "budget"]):
-            ax.plot(part["rank"], part["nats_over_dense"], **found.look(name, budget))
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(data["rank"].unique(), [f"{rank:.0f}" for rank in data["rank"].unique()])
-    sketch.keep(data[[*keys, "tokens", "method", "size", "rank", "before", "after", "dense", "nats_over_dense"]])
-    return sketch.done(data, x="rank of the adapters", y="nats per token over dense")
+    data = data.assign(line=data["model"] + " " + data["budget"]).sort_values(["line", "rank"], kind="stable")
+    grid = fig.Panels(data, "text", titles=found.titles, height=3.2, sharey=True)
+    for axes, part in grid:
+        fig.lines(axes, part, found.looks(), x="rank", y="nats_over_dense", series="line")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(data["rank"].unique(), [f"{rank:.0f}" for rank in data["rank"].unique()])
+    keep = [*keys, "tokens", "method", "size", "rank", *LOSSES, "nats_over_dense"]
+    return grid.done(data, x="rank of the adapters", y="nats per token over dense", keep=keep)
 
 
 @figure("own_healing_repair", reads=READS)
@@ -245,30 +243,24 @@ def healing_repair(chapter: Chapter) -> Drawing:
     found = healings(chapter)
     repaired = pick(found.healed, study="repair", text=found.texts[0])
     rows = pd.concat([pick(found.base, recipe="lora", text=found.texts[0]), repaired[repaired["repair"] != "none"]])
-    first = rows.drop_duplicates(["name", "repair"], keep="last")  # before training: measured with the longest budget
+    first = rows.drop_duplicates(["model", "repair"], keep="last")  # before training: measured with the longest budget
     before = first.assign(training="before", nats_over_dense=first["before"] - first["dense"])
     data = pd.concat([before, rows.assign(training=rows["budget"])])
     repairs = ["none", *sorted(set(data["repair"]) - {"none"})]
-    titles = [f"{name}, {pick(data, model=name)['size'].max():.0f} layers removed" for name in found.models]
-    sketch = Sketch(found.models, titles=titles, height=2.9, sharey=True)
-    for ((ax,), name), color in zip(sketch, COLORS, strict=False):
-        looks = {"before": ("#777777", "#bbbbbb"), "short": (color, "white"), "long": (color, color)}
-        here = pick(data, model=name)
-        places = here["repair"].map(repairs.index)
-        spans = here.groupby(places)["nats_over_dense"].agg(["min", "max"])
-        ax.hlines(spans.index, spans["min"], spans["max"], color="#bbbbbb", linewidth=1.5, zorder=1)
-        for training, part in here.groupby("training", sort=False):
-            edge, face = looks[training]
-            style = {"color": edge, "markerfacecolor": face, "label": found.tokens(training)}
-            ax.plot(part["nats_over_dense"], places[here["training"] == training], "o", **style)
-        ax.axvline(0, color="black", linestyle=":", linewidth=1)
-        rows_as(ax, ["no repair", *(name.replace("_", " + ") for name in repairs[1:])])
-    sketch.keep(data[["model", "repair", "training", "nats_over_dense"]])
-    return sketch.done(rows, x="nats per token over dense")
-
-
-def _average(table: pd.DataFrame) -> pd.DataFrame:
-    return pick(table, task="avg8", metric="avg_acc")
+    titles = {name: f"{name}, {size:.0f} layers removed" for name, size in data.groupby("model")["size"].max().items()}
+    grid = fig.Panels(data, "model", titles=titles, height=2.9, sharey=True)
+    for axes, part in grid:
+        places = part["repair"].map(repairs.index)
+        spans = part.groupby(places)["nats_over_dense"].agg(["min", "max"])
+        axes.hlines(spans.index, spans["min"], spans["max"], color="#bbbbbb", linewidth=1.5, zorder=1)
+        for training, face in (("before", "#bbbbbb"), ("short", "white"), ("long", "#0072b2")):
+            here = part["training"] == training
+            style = {"color": "#777777" if training == "before" else "#0072b2", "markerfacecolor": face}
+            label = found.tokens(training) if here.any() else None
+            axes.plot(part.loc[here, "nats_over_dense"], places[here], "o", label=label, **style)
+        axes.axvline(0, color="black", linestyle=":", linewidth=1)
+        fig.titled_rows(axes, ["no repair", *(name.replace("_", " + ") for name in repairs[1:])])
+    return grid.done(rows, x="nats per token over dense", keep=["model", "repair", "training", "nats_over_dense"])
 
 
 def _simdiff(found: Healings) -> pd.DataFrame:
@@ -276,14 +268,15 @@ def _simdiff(found: Healings) -> pd.DataFrame:
 
     Table A.7 prints the dense row of another model: the right one is in Table 3.
     """
-    paper = _average(published("simdiff", "tableA7"))
-    dense = pick(_average(published("simdiff", "table3")), model="Llama-3.1-8B", method="dense")["value"].iloc[0]
-    paper = paper[paper["method"] != "dense"].assign(healed=paper["healed"] != "none", source="published", level=dense)
+    paper = pick(published("simdiff"), item=("table3", "tableA7"), task="avg8", metric="avg_acc")
+    dense = pick(paper, item="table3", model="Llama-3.1-8B", method="dense")["value"].iloc[0]
+    paper = paper[(paper["item"] == "tableA7") & (paper["method"] != "dense")]
+    paper = paper.assign(healed=paper["healed"] != "none", source="published", level=dense)
     rows = answers(found.rows)
-    start = pick(rows, method="dense", recipe="none")["value"].mean()
+    start = 100 * pick(rows, method="dense", recipe="none")["value"].mean()
     kept = pick(rows, study="choices", method=("simdiff_mssd", "simdiff_masd", "block_influence", "greedy"))
     ours = kept.assign(healed=kept["recipe"] != "none").groupby(["method", "healed"], sort=False)["value"].mean().mul(100)
-    ours = ours.reset_index().assign(source="ours", level=100 * start)
+    ours = ours.reset_index().assign(source="ours", level=start)
     data = pd.concat([paper[list(ours)], ours], ignore_index=True)
     levels = data.drop_duplicates("source").assign(method="dense", healed=False)
     data = pd.concat([data, levels.assign(value=levels["level"])]).rename(columns={"value": "accuracy_percent"})
@@ -295,24 +288,22 @@ def fig3_healing(chapter: Chapter) -> Drawing:
     """SimDiff's Figure 3: accuracy before and after healing, published and ours."""
     found = healings(chapter)
     data, rows = _simdiff(found), pick(found.rows, study=("choices", "curve"))
-    names = ", ".join(answers(rows)["name"].unique())
-    sketch = Sketch.pair("Llama-3.1-8B, K = 12", f"{names}, {found.tokens('short')}", height=3.2)
-    for (ax,), source in sketch:
-        here = pick(data, source=source)
-        bars, level = here[here["method"] != "dense"], here["level"].iloc[0]
-        methods = list(bars["method"].unique())
-        for row in bars.itertuples():
-            look, place = METHODS[row.method], methods.index(row.method) + (0.2 if row.healed else -0.2)
-            style = {"color": look.color} if row.healed else {"color": "white", "hatch": "///"}
-            ax.bar_label(ax.bar(place, row.accuracy_percent, 0.36, edgecolor=look.color, **style), fmt="%.1f", fontsize=8)
-        ax.bar(0, 0, color="white", edgecolor="#555555", hatch="///", label="before")
-        ax.bar(0, 0, color="#555555", label="healed (LoRA)")
-        dense_line(ax, level, label="dense")
-        ax.set_xticks(range(len(methods)), [METHODS[method].title.replace(" (", "\n(") for method in methods])
-        ax.set_ylim(0, 1.12 * level)
-        ax.grid(axis="x", visible=False)
-    sketch.keep(data.drop(columns="level"))
-    return sketch.done(rows, y="mean accuracy, %", published=[PUBLISHED])
+    names = ", ".join(answers(rows)["model"].unique())
+    titles = ("published: Llama-3.1-8B, K = 12", f"ours: {names}, {found.tokens('short')}")
+    grid = fig.Panels(data, "source", titles=titles, height=3.2)
+    for axes, part in grid:
+        fig.level(axes, part["level"].iloc[0], "dense")
+        bars = part[part["method"] != "dense"].pivot(index="method", columns="healed", values="accuracy_percent")
+        for healed, shift, style in ((False, -0.2, {"color": "white", "hatch": "///"}), (True, 0.2, {})):
+            colors = [fig.METHODS[method].color for method in bars.index]
+            drawn = axes.bar(np.arange(len(bars)) + shift, bars[healed], 0.36, edgecolor=colors, **{"color": colors, **style})
+            axes.bar_label(drawn, fmt="%.1f", fontsize=8)
+            axes.bar(0, 0, edgecolor="#555555", label="healed (LoRA)" if healed else "before", **{"color": "#555555", **style})
+        axes.set_xticks(range(len(bars)), [fig.METHODS[method].title.replace(" (", "\n(") for method in bars.index], fontsize=8)
+        axes.set_ylim(0, 1.12 * part["level"].iloc[0])
+        axes.grid(axis="x", visible=False)
+    keep = ["method", "healed", "accuracy_percent", "source", "retained_percent"]
+    return grid.done(rows, y="mean accuracy, %", keep=keep, published=[PUBLISHED])
 
 
 @figure("simdiff_tablea7_healing", reads=READS)
@@ -333,9 +324,9 @@ def table_recovered(chapter: Chapter) -> Drawing:
     found = healings(chapter)
     rows = pick(found.healed, text=found.texts[0])
     rows = rows.assign(per_thousand_tokens=rows["recovered"] / (rows["tokens"] / 1000))
-    losses = ["before", "after", "dense", "recovered", "per_thousand_tokens"]
-    data = rows[["name", "budget", "study", *CUT[3:], *TRAINING, "tokens", *losses]]
-    brief = pick(data, study=("curve", "choices"), repair="none").sort_values(["budget", "name", "size", "after"])
-    digits = {"per_thousand_tokens": 5} | dict.fromkeys(losses[:4], 3)
-    text = markdown(brief[["name", "budget", "method", "size", *losses]], digits=digits)
+    values = [*LOSSES, "recovered", "per_thousand_tokens"]
+    data = rows[["model", "budget", "study", *CUT[3:], *TRAINING, "tokens", *values]]
+    brief = pick(data, study=("curve", "choices"), repair="none").sort_values(["budget", "model", "size", "after"])
+    digits = {"per_thousand_tokens": 5} | dict.fromkeys(values[:4], 3)
+    text = markdown(brief[["model", "budget", "method", "size", *values]], digits=digits)
     return Drawing(None, data.dropna(axis=1, how="all"), rows, text)

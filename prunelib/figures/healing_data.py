@@ -1,32 +1,29 @@
 """Chapter 06: what is in the text of a healing twice, and how much of the evaluation text is in it?"""
 
 import pandas as pd
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from prunelib.figures import style as fig
 from prunelib.figures.healing import healings
 from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
-from prunelib.figures.style import Method, Sketch, curve
 
 CHAPTER = "06_healing_data"
 READS = {"duplicates": None}
 LOOKS = [("#d55e00", "s", "-"), ("#0072b2", "o", "--"), ("#009e73", "^", "-."), ("#8c6d1f", "D", ":"), ("#882255", "v", "-")]
 
 
-def searched(chapter: Chapter) -> tuple[pd.DataFrame, dict[str, Method]]:
-    """The rows of the first model (one scores the texts) with a column `text`, and the look of every text."""
+def _searched(chapter: Chapter) -> pd.DataFrame:
+    """The rows of the first model (one scores the texts) with a column `text`."""
     rows = chapter.table("duplicates")
-    rows = pick(rows, run=rows["run"].iloc[0]).assign(text=rows["corpus"] + ", " + rows["split"])
-    texts = rows["text"].dropna().unique()
-    return rows, {text: Method(text, text, *look) for text, look in zip(texts, LOOKS, strict=False)}
+    return pick(rows, run=rows["run"].iloc[0]).assign(text=lambda one: one["corpus"] + ", " + one["split"])
 
 
 @figure("own_table_largest_clusters", reads=READS)
 def table_largest_clusters(chapter: Chapter) -> Drawing:
     """One document of each of the largest clusters."""
-    rows, looks = searched(chapter)
+    rows = _searched(chapter)
     largest = pick(rows, metric="largest", may_be_empty=True).sort_values("value", ascending=False, kind="stable")
     if largest.empty:
-        return Drawing(None, pd.DataFrame({"text": list(looks), "documents": 1}), rows)  # no text has a near-copy
+        return Drawing(None, pd.DataFrame({"text": rows["text"].dropna().unique(), "documents": 1}), rows)  # no near-copies
     data = largest.rename(columns={"value": "documents", "sources": "found in"}).astype({"documents": int, "characters": int})
     data = data[["text", "documents", "characters", "found in", "excerpt"]]
     quoted = [f"`{' '.join(one.replace('`', ' ').split())}`" for one in data["excerpt"]]  # Markdown must not read them
@@ -36,49 +33,46 @@ def table_largest_clusters(chapter: Chapter) -> Drawing:
 @figure("own_overlap", reads=READS)
 def overlap(chapter: Chapter) -> Drawing:
     """Share of the evaluation documents, and of the task items, whose 25-grams occur in the other texts."""
-    rows, looks = searched(chapter)
-    target = rows["target"].dropna().iloc[0]
+    rows = _searched(chapter)
+    evaluation = rows["target"].dropna().iloc[0]
     data = pick(rows, metric="share", state="raw")
-    most = data[(data["target"] != target) & (data["least"] == 0.8)]
-    tasks = list(most["target"].unique())
-    titles = (f"documents: {target.replace(' ', ', ')}", "task items, 80 % or more of them")
-    sketch = Sketch(("documents", "items"), titles=titles, height=3.2, width_ratios=(1.15, 1) if tasks else (1, 0.01))
-    left, right = sketch.grid[0]
-    for text, part in pick(data, target=target).groupby("text", sort=False):
-        curve(left, part, looks[text], x="least", markersize=4.5)
-    left.set(ylim=(0, None), ylabel="documents, %", xlabel="part that occurs, at least, %")
-    for axis in (left.xaxis, left.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    width = 0.8 / len(looks)
-    for text, part in most.groupby("text", sort=False):
-        place = part["target"].map(tasks.index) + (list(looks).index(text) - (len(looks) - 1) / 2) * width
-        right.bar(place, 100 * part["value"], 0.9 * width, color=looks[text].color)
-    right.set_xticks(range(len(tasks)), [task.removeprefix("pydocs_").replace("_", " ") for task in tasks])
-    right.set(ylabel="items, %", visible=bool(tasks))
-    right.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    right.grid(False, axis="x")
-    sketch.keep(data[["text", "target", "least", "value", "n"]])
-    return sketch.done(data, columns=2)
+    data = data.assign(panel=(data["target"] == evaluation).map({True: "documents", False: "task items"}), item=data["target"])
+    data["item"] = data["item"].str.removeprefix("pydocs_").str.replace("_", " ")
+    looks = {text: fig.Method(text, *look) for text, look in zip(rows["text"].dropna().unique(), LOOKS, strict=False)}
+    titles = {"documents": f"documents: {evaluation.replace(' ', ', ')}", "task items": "task items, 80 % or more of them"}
+    grid = fig.Panels(data, "panel", titles=titles, height=3.2)
+    for axes, part in grid:
+        if "documents" in set(part["panel"]):
+            fig.lines(axes, part, looks, x="least", series="text", markersize=4.5)
+            fig.percent(axes.xaxis)
+            axes.set(xlabel="share of a document that is found, at least, %", ylabel="share of all, %", ylim=(0, None))
+        else:
+            bars = part[part["least"] == 0.8].pivot(index="item", columns="text", values="value")
+            bars = bars.reindex(index=part["item"].unique(), columns=list(looks))
+            bars.plot.bar(ax=axes, color=[look.color for look in looks.values()], legend=False, rot=0, width=0.8, label="")
+            axes.set_xlabel("")
+            axes.grid(visible=False, axis="x")
+        fig.percent(axes.yaxis)
+    return grid.done(data, keep=["text", "target", "least", "value", "n"])
 
 
 @figure("own_table_deduplication", reads={"duplicates": None, "healing": None})
 def table_deduplication(chapter: Chapter) -> Drawing:
     """What deduplication removes, and the loss after healing on either text, at the same tokens of the same recipe."""
-    rows, _ = searched(chapter)
+    rows = _searched(chapter)
     kinds = ("documents", "characters", "clusters", "kept_characters", "clusters_thorough")
     counts = pick(rows, metric=kinds).pivot(index="text", columns="metric", values="value")
     near = pick(rows, metric="near_duplicates", target=rows["target"].dropna().iloc[0], may_be_empty=True)
-    texts = counts[["documents"]].assign(
-        **{
-            "million characters": counts["characters"] / 1e6,
-            "documents that go, %": 100 * (1 - counts["clusters"] / counts["documents"]),
-            "characters that go, %": 100 * (1 - counts["kept_characters"] / counts["characters"]),
-            "missed by the bands": counts["clusters"] - counts["clusters_thorough"],
-            "near-copies of the evaluation text": near.groupby("text")["value"].first(),
-        }
-    )
+    texts = {
+        "documents": counts["documents"],
+        "million characters": counts["characters"] / 1e6,
+        "documents that go, %": 100 * (1 - counts["clusters"] / counts["documents"]),
+        "characters that go, %": 100 * (1 - counts["kept_characters"] / counts["characters"]),
+        "missed by the bands": counts["clusters"] - counts["clusters_thorough"],
+        "near-copies of the evaluation text": near.groupby("text")["value"].first(),
+    }
     whole = ("documents", "missed by the bands", "near-copies of the evaluation text")
-    texts = texts.rename_axis(columns=None).reset_index().astype(dict.fromkeys(whole, "Int64"))
+    texts = pd.DataFrame(texts).reset_index().astype(dict.fromkeys(whole, "Int64"))
     used = rows[rows["metric"] != "largest"]
     pairs, healed = _paired(chapter)
     if pairs.empty:
@@ -93,7 +87,7 @@ def _paired(chapter: Chapter) -> tuple[pd.DataFrame, pd.DataFrame]:
         return pd.DataFrame(), pd.DataFrame()
     healed = pick(healings(chapter).healed, repair="none")
     healed = healed[healed["unique"].notna()].astype({"unique": str})
-    shown = ["name", "method", "size", "recipe", "healing_corpus", "healing_seed", "tokens", "text"]
+    shown = ["model", "method", "size", "recipe", "healing_corpus", "healing_seed", "tokens", "text"]
     same = [*shown, "rank", "trained_modules", "learning_rate"]
     healed = healed.drop_duplicates([*same, "unique"])
     raw = pick(healed, unique="False", may_be_empty=True).rename(columns={"after": "raw"})
@@ -101,5 +95,5 @@ def _paired(chapter: Chapter) -> tuple[pd.DataFrame, pd.DataFrame]:
     pairs = raw[[*same, "before", "raw"]].merge(kept[[*same, "deduplicated"]], on=same)
     pairs = pairs.assign(difference=pairs["deduplicated"] - pairs["raw"]).drop(columns=same[len(shown) :])
     pairs = pairs.astype({"size": int, "healing_seed": int, "tokens": int})
-    names = {"name": "model", "size": "layers removed", "text": "measured on"}
+    names = {"size": "layers removed", "text": "measured on"}
     return pairs.rename(columns=names), healed[healed["healing_corpus"].isin(pairs["healing_corpus"])]

@@ -1,8 +1,4 @@
-"""One function per figure: from the tables of results to the files of a stem, with the origin of every number.
-
-A module of this package draws the figures of one chapter. Each of its functions is marked with `figure` and named by its stem:
-it takes a `Chapter` (where the tables are, and the settings) and returns a `Drawing`: the matplotlib figure, the plotted
-numbers, and the rows of results behind them. Calling it writes `<stem>.png`, `.pdf`, `.csv` and `.json`.
+"""Figures and tables by their stem, and their files: png, pdf, the plotted numbers (csv) and where these come from (json).
 
 The same data gives the same bytes: no dates in any of the files, and files that would not change are left as they are. The json
 names the code by hashes instead of the git commit: a file cannot hold the commit that it becomes part of.
@@ -19,7 +15,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +25,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from prunelib import claims
 from prunelib.io import at_root, file_sha256, from_root, leftovers, temporary_prefix, write_json
-from prunelib.lab.runs import PAPERS, PATHS, ResultError, collect, read_table, write_table
+from prunelib.lab.runs import PAPERS, PATHS, ResultError, write_table
 
 LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
-STEM = re.compile(r"own_[a-z0-9_]+|[a-z][a-z0-9_]*_(?:fig|table)[a-z0-9]+_[a-z0-9_]+")
+STEM = re.compile(r"own_[a-z0-9_]+|(?P<paper>[a-z][a-z0-9_]*?)_(?P<number>(?:fig|table)[a-z0-9]+)_[a-z0-9_]+")
 
 
 class FigureError(ValueError):
@@ -43,48 +39,29 @@ class FigureError(ValueError):
 
 @dataclass
 class Chapter:
-    """What a chapter draws from.
-
-    folder: where the figures go. parameters: all of the chapter's; those that name tables are read by `table`, the others are
-    settings, recorded with each figure.
-    """
+    """What a chapter draws from: its parameters, tables among them, and the folder that its figures go to."""
 
     folder: str | os.PathLike
     parameters: dict[str, Any] = field(default_factory=dict)
     _tables: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Any:
-        """A parameter. Raises FigureError naming those there are."""
         if name not in self.parameters:
             raise FigureError(f"no parameter {name!r} in this chapter; there are: {', '.join(self.parameters)}")
         return self.parameters[name]
 
     def table(self, name: str) -> pd.DataFrame:
-        """The table behind a parameter: the path of a CSV, a folder with run files, or a list of run files. Read once.
-
-        It has two columns more: `name`, the last part of the model's name, and `run_part`, the entry of the profile that the
-        run belongs to. The digits are the same whether it is read from its CSV or from run files.
-        """
+        """The table behind a parameter, read once: the path of a CSV, a folder with run files, or a list of run files."""
         if name not in self._tables:
-            source = self[name]
             try:
-                if isinstance(source, str | os.PathLike) and Path(source).suffix == ".csv":
-                    found = read_table(source)
-                else:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # several versions of the library: the figure's record names them
-                        found = collect(source)
-                    found = pd.read_csv(io.StringIO(found.to_csv(index=False, float_format="%.10g")), low_memory=False)
+                self._tables[name] = claims.load(self[name])
             except (FileNotFoundError, ResultError) as error:
-                raise FigureError(f"{name} = {source!r}: {error}; run the experiment or pass its table") from None
-            model = found["model"].str.rsplit("/", n=1).str[-1]
-            found = found.assign(name=model, run_part=found["run"].str.split("__").str[1])
-            self._tables[name] = found
+                raise FigureError(f"{name} = {self[name]!r}: {error}; run the experiment or pass its table") from None
         return self._tables[name].copy()
 
     def models(self, table: str) -> list[str]:
         """Names of the models in a table, in its order."""
-        return list(dict.fromkeys(self.table(table)["name"]))
+        return list(self.table(table)["model"].unique())
 
 
 @dataclass(frozen=True)
@@ -127,9 +104,8 @@ FIGURES: dict[str, Entry] = {}
 
 def registry() -> dict[str, Entry]:
     """`FIGURES` with the entries of every module of this package."""
-    here = Path(__file__).resolve().parent
-    for module in sorted({path.stem for path in here.glob("*.py")} - {"__init__", "__main__"}):
-        importlib.import_module(f"prunelib.figures.{module}")
+    for path in sorted(Path(__file__).resolve().parent.glob("[!_]*.py")):
+        importlib.import_module(f"prunelib.figures.{path.stem}")
     return FIGURES
 
 
@@ -140,12 +116,10 @@ def figure_suffixes(stem: str) -> tuple[str, ...]:
 
 def figure_stems(notebook: str | os.PathLike) -> list[str]:
     """Stems of the figures and tables that a chapter shows: the names in backticks in its headings."""
-    found = []
-    for cell in json.loads(at_root(notebook).read_text(encoding="utf-8"))["cells"]:
-        lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "markdown" else []
-        for line in lines:
-            found += [name for name in re.findall(r"`([^`]+)`", line) if line.startswith("#") and STEM.fullmatch(name)]
-    return list(dict.fromkeys(found))
+    cells = json.loads(at_root(notebook).read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines()]
+    names = [name for line in lines if line.startswith("#") for name in re.findall(r"`([^`]+)`", line)]
+    return list(dict.fromkeys(name for name in names if STEM.fullmatch(name)))
 
 
 def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int | tuple[str, int] | None = None) -> Callable:
@@ -164,27 +138,27 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
             save(drawing, stem, chapter.folder, provenance=origin(draw, chapter, drawing))
             return drawing
 
-        module = sys.modules[draw.__module__]
-        FIGURES[stem] = Entry(stem, module.CHAPTER, drawn, reads, models)
+        FIGURES[stem] = Entry(stem, sys.modules[draw.__module__].CHAPTER, drawn, reads, models)
         return drawn
 
     return decorate
 
 
 def pick(table: pd.DataFrame, *, may_be_empty: bool = False, **where: Any) -> pd.DataFrame:
-    """Rows of a table where every given column has the given value, or one of several values (tuple, list, set).
+    """Rows of a table where every given column has the given value, one of several (tuple, set), or one of a list.
 
-    Raises FigureError for an unknown column and, unless `may_be_empty`, when no row is left: it names the first condition that
-    nothing meets and the values that there are.
+    Raises FigureError for an unknown column and, unless `may_be_empty`, when no row is left or a value of a list has no row: it
+    names the first condition that nothing meets and the values that there are.
     """
     for column, value in where.items():
         if column not in table:
             raise FigureError(f"the table has no column {column!r}; it has {', '.join(map(str, table))}")
-        found = table[table[column].isin(value) if isinstance(value, tuple | list | set) else table[column] == value]
-        if found.empty and not may_be_empty:
+        found = claims.pick(table, **{column: value})
+        lacking = [one for one in value if not (found[column] == one).any()] if isinstance(value, list) else []
+        if (found.empty or lacking) and not may_be_empty:
             there = ", ".join(map(str, table[column].dropna().unique()[:20]))
-            conditions = ", ".join(f"{name} = {wanted!r}" for name, wanted in where.items())
-            raise FigureError(f"no rows of results for {conditions}: {column} is one of {there or 'nothing'}")
+            wanted = ", ".join(f"{name} = {one!r}" for name, one in (where | {column: lacking or value}).items())
+            raise FigureError(f"no rows of results for {wanted}: {column} is one of {there or 'nothing'}")
         table = found
     return table
 
@@ -194,35 +168,24 @@ def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
     missing = {"run", "code"} - set(drawing.rows)
     if missing:
         raise FigureError(f"`rows` has no column {', '.join(sorted(missing))}: give rows of results, published ones apart")
-    places = (*PATHS, "figures")
-    settings = {
-        name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-        for name, value in chapter.parameters.items()
-        if name == "model" or (name not in places and not _is_place(value))
-    }
+    settings = {}
+    for name, value in sorted(chapter.parameters.items()):
+        # Tables are recorded by the runs in them, wherever they lie.
+        place = name in (*PATHS, "figures") or isinstance(value, list) or (isinstance(value, str) and "/" in value)
+        if name == "model" or not place:
+            settings[name] = Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    # What draws a figure: its module, the style and this one. An edit elsewhere does not change its record.
+    sources = {path.name: path for path in map(Path, (__file__, sys.modules[draw.__module__].__file__))}
+    sources["style.py"] = Path(__file__).with_name("style.py")
+    code = b"".join(sources[name].read_bytes().replace(b"\r\n", b"\n") for name in sorted(sources))
     return {
         "function": f"{draw.__module__}.{draw.__qualname__}",
-        "drawing_code_sha256": _drawing_code(draw.__module__),
-        "parameters": dict(sorted(settings.items())),
+        "drawing_code_sha256": hashlib.sha256(code).hexdigest(),
+        "parameters": settings,
         "inputs": {from_root(at_root(path)): file_sha256(at_root(path)) for path in sorted(drawing.published)},
         "runs": sorted(drawing.rows["run"].dropna().unique().tolist()),
         "run_code": sorted(drawing.rows["code"].dropna().unique().tolist()),
     }
-
-
-def _is_place(value: Any) -> bool:
-    """Whether a parameter names files: tables are recorded by the runs in them, wherever they lie."""
-    return isinstance(value, list) or (isinstance(value, str) and "/" in value)
-
-
-def _drawing_code(module: str) -> str:
-    """sha256 over what draws a figure: its module, the style and this one. An edit elsewhere does not change its record."""
-    digest = hashlib.sha256()
-    here = Path(__file__).resolve().parent
-    for path in sorted({here / "save.py", here / "style.py", Path(sys.modules[module].__file__)}):
-        content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-        digest.update(f"{path.name}\0{content}\n".encode())
-    return digest.hexdigest()
 
 
 def save(drawing: Drawing, stem: str, folder: str | os.PathLike, *, provenance: Mapping[str, Any]) -> list[Path]:
@@ -233,9 +196,10 @@ def save(drawing: Drawing, stem: str, folder: str | os.PathLike, *, provenance: 
     Raises FigureError, before anything is written, when the stem does not follow `<paper>_fig<n>_<what>`,
     `<paper>_table<n>_<what>` or `own_<what>`, or the data are empty, have a column without any value or an infinite number.
     """
-    about, data, suffixes = _about(stem), _plain_table(drawing.data, stem), figure_suffixes(stem)
+    about, suffixes = _about(stem), figure_suffixes(stem)
     if (".png" in suffixes) != (drawing.figure is not None):
         raise FigureError(f"{stem} is the stem of a {'figure' if '.png' in suffixes else 'table'}, the drawing is not")
+    _check_numbers(drawing.data, stem)
     folder = at_root(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for left in leftovers(folder / stem):
@@ -245,7 +209,7 @@ def save(drawing: Drawing, stem: str, folder: str | os.PathLike, *, provenance: 
         *pictures, csv, record = staged
         for path in pictures:
             write_picture(drawing.figure, path)
-        write_table(data, csv)
+        write_table(drawing.data, csv)
         files = {path.suffix.removeprefix("."): file_sha256(path) for path in sorted((*pictures, csv))}
         libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
         write_json(record, {**about, **provenance, "libraries": libraries, "files": files})
@@ -270,44 +234,38 @@ def write_picture(figure: Figure, path: str | os.PathLike) -> Path:
     return path
 
 
-def markdown(data: pd.DataFrame, *, digits: int | Mapping[str, int] = 2, missing: str = "–") -> str:
+def markdown(data: pd.DataFrame, *, digits: int | Mapping[str, int] = 2) -> str:
     """A table in Markdown: numbers to the right with `digits` decimals (for all, or one per column), whole ones as they are."""
-    names = [str(name) for name in data.columns]
-    places = [digits if isinstance(digits, int) else digits.get(name, 2) for name in names]
-    rule = ["---:" if pd.api.types.is_numeric_dtype(data[name]) else "---" for name in data.columns]
-    lines = [[_cell(*cell, missing) for cell in zip(row, places, strict=True)] for row in data.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [names, rule, *lines])
+    columns = {}
+    for name, column in data.items():
+        places = digits if isinstance(digits, int) else digits.get(name, 2)
+        rule = "---:" if pd.api.types.is_numeric_dtype(column) else "---"
+        columns[str(name)] = [rule, *(_cell(value, places) for value in column)]
+    rule, *lines = zip(*columns.values(), strict=True)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *lines])
 
 
-def _cell(value: Any, digits: int, missing: str) -> str:
+def _cell(value: Any, digits: int) -> str:
     if pd.isna(value):
-        return missing
-    if isinstance(value, float | np.floating):
-        return f"{value:,.{digits}f}"
-    return str(value).replace("|", "\\|")
+        return "–"
+    return f"{value:,.{digits}f}" if isinstance(value, float | np.floating) else str(value).replace("|", "\\|")
 
 
 def _about(stem: str) -> dict:
     """Paper, number and content that a stem names."""
     rule = "a stem is <paper>_<fig|table><n>_<what> or own_<what>, in lower case"
-    if not STEM.fullmatch(stem):
+    if not (parts := STEM.fullmatch(stem)):
         raise FigureError(f"{stem!r} names no figure: {rule}")
-    if stem.startswith("own_"):
-        return {"figure": stem, "paper": None, "number": None}
-    parts = re.fullmatch(r"(?P<paper>[a-z0-9_]+?)_(?P<number>(?:fig|table)[a-z0-9]+)_[a-z0-9_]+", stem)
-    if parts is None or parts["paper"] not in PAPERS:
+    if parts["paper"] not in (None, *PAPERS):
         raise FigureError(f"{stem!r} names no known paper ({', '.join(PAPERS)}): {rule}")
-    return {"figure": stem, "paper": PAPERS[parts["paper"]], "number": parts["number"]}
+    return {"figure": stem, "paper": PAPERS.get(parts["paper"]), "number": parts["number"]}
 
 
-def _plain_table(data: pd.DataFrame, stem: str) -> pd.DataFrame:
-    """The table as it goes into the csv: index levels with names become columns."""
-    data = data.reset_index() if data.index.names != [None] else data
+def _check_numbers(data: pd.DataFrame, stem: str) -> None:
     if data.empty:
         raise FigureError(f"{stem}: the plotted data are empty; nothing is written without numbers")
-    for name in data.columns:
-        if data[name].isna().all():
+    for name, column in data.items():
+        if column.isna().all():
             raise FigureError(f"{stem}: column {name!r} of the plotted data has no value; leave it out")
-        if pd.api.types.is_float_dtype(data[name]) and np.isinf(data[name].dropna().to_numpy(dtype=float)).any():
+        if pd.api.types.is_float_dtype(column) and np.isinf(column.dropna().to_numpy(dtype=float)).any():
             raise FigureError(f"{stem}: column {name!r} of the plotted data is infinite somewhere; draw its logarithm")
-    return data
