@@ -20,10 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import write_report
+from report import options, write_report
 
 from prunelib import models
-from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
+from prunelib.speed.shapes import random_model, shape_configuration
 
 TOKENIZER = "data/reference/ref-llama-32l"
 
@@ -42,17 +42,10 @@ def healed(model: Path, out: Path, processes: int, steps: int, settings: argpars
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(models.DTYPES), default="float32", help="of the weights in memory")
-    parser.add_argument("--corpus", default="pydocs")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step, over all processes")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rows that a process takes at once")
-    parser.add_argument("--tokens", type=int, default=128, help="of a row")
+    # micro_batch: rows that a process takes at once
+    sizes = {"processes": 2, "batch": 8, "micro_batch": 4, "tokens": 128}
+    parser = options(__doc__, shape="ref-llama-32l", device="cpu", dtype="float32", corpus="pydocs", **sizes)
     parser.add_argument("--steps", type=int, nargs=2, default=[4, 12], metavar=("FEW", "MORE"))
-    parser.add_argument("--output", type=Path, help="JSON file of the numbers")
     settings = parser.parse_args()
     (few, more), several = settings.steps, settings.processes
 

@@ -7,13 +7,12 @@ profile (8 windows of 256 tokens); then one forward pass of such a batch by each
 that a slow moment of the machine meets both; the ratio is the median over the rounds of `nn.Linear` over `OneDnnLinear`.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from report import write_report
+from report import options, write_report
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,12 +37,7 @@ def compared(usual: Callable[[], object], ours: Callable[[], object], rounds: in
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="JSON file of the medians and ratios")
+    parser = options(__doc__, threads=1, windows=8, seq_len=256, rounds=15)
     args = parser.parse_args()
     args.device = "cpu"
     torch.set_num_threads(args.threads)

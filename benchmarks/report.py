@@ -28,6 +28,15 @@ def measured(device: torch.device, run: Callable[[], Any]) -> tuple[Any, dict[st
     return result, {"seconds": seconds, "peak_gib": peak / 2**30}
 
 
+def options(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with an option for each of these, of the type of its default, and --output."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default: {default}")
+    parser.add_argument("--output", type=Path, help="JSON file of the numbers")
+    return parser
+
+
 def write_report(
     output: Path | None,
     given: argparse.Namespace,

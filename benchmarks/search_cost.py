@@ -10,22 +10,20 @@ layers that candidates have in common once, which about halves them. Printed are
 layer forwards in units of the whole calibration set. On a machine that is busy with other work compare the counts.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from jaxtyping import Int64
-from report import measured, write_report
+from report import measured, options, write_report
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from prunelib import models
 from prunelib.depth import LayerSet, LayerSetLoss, greedy
 from prunelib.evaluation import perplexity
-from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
+from prunelib.speed.shapes import random_model, shape_configuration
 from prunelib.text import corpora
 from prunelib.text.windows import sample_windows
 
@@ -50,19 +48,10 @@ def naive(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub name of a model; random weights if left out")
-    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l", help="of the random weights")
-    parser.add_argument("--corpus", default="pydocs", help="text of the windows of --model, its calibration split")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers-removed", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=1)
+    sizes = {"layers_removed": 8, "windows": 8, "seq_len": 128, "batch_size": 1}
+    parser = options(__doc__, shape="ref-llama-32l", device="cpu", dtype="float32", threads=1, corpus="pydocs", **sizes)
+    parser.add_argument("--model", help="folder or hub name of a model; random weights of the shape if left out")
     parser.add_argument("--only", nargs="+", help="some of the variants")
-    parser.add_argument("--output", type=Path, help="file for the numbers")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -87,11 +76,11 @@ def main() -> None:
         return naive(model, layers_removed, windows, args.batch_size)
 
     variants = {"naive": plain, "nll": ours("nll"), "kl": ours("kl")}
-    found = []
+    found, device = [], torch.device(args.device)
     for name in args.only or variants:
         variants[name](1)  # warm-up: kernels are chosen, memory is taken
         cpu_started = time.process_time()
-        (removed, forwards), cost = measured(torch.device(args.device), lambda: variants[name](args.layers_removed))  # noqa: B023
+        (removed, forwards), cost = measured(device, lambda: variants[name](args.layers_removed))  # noqa: B023
         cpu = time.process_time() - cpu_started
         seconds = cost["seconds"]
         found.append({"variant": name, "seconds": seconds, "cpu_seconds": cpu, "layer_forwards": forwards, "removed": removed})

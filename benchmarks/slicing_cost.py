@@ -9,16 +9,14 @@ one eigendecomposition in float64 of every place's moments. Published for Llama-
 2,048 tokens.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
-from report import measured, write_report
+from report import measured, options, write_report
 from transformers import PreTrainedModel
 
 from prunelib.slicing import constant, count_parameters, slice_model
-from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
+from prunelib.speed.shapes import random_model, shape_configuration
 
 
 @torch.no_grad()
@@ -42,17 +40,9 @@ def floor(model: PreTrainedModel, windows: torch.Tensor, batch: int, device: tor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the work is done")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, which feeds a GPU")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--slice", type=float, default=0.3)
+    machine = {"device": torch.device("cpu"), "dtype": "float32", "threads": torch.get_num_threads()}
+    parser = options(__doc__, shape="ref-llama-32l", **machine, samples=32, tokens=256, batch=8, slice=0.3)
     parser.add_argument("--no-floor", action="store_true", help="for models that do not fit on the device")
-    parser.add_argument("--output", type=Path, help="JSON file of the numbers")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     device = settings.device

@@ -13,7 +13,6 @@ It departs from the dense model in two ways that ours takes over here for the co
 of every model (`subtract_mean`), and its norms have an epsilon of 1e-5 whatever the model's (`ours_as_is_ppl`: neither).
 Every repetition times one after the other; printed are the medians and the median ratio. The clone collects garbage several
 times a layer, which small models feel most: `speed_without_cleanup` leaves that time out.
-
 Measured, in data/benchmarks/slicing_vs_reference_*.json, on a processor and on one H200:
 
     --samples 16 --cpu-time --slices 0.2 0.3 --output …_ref-llama-32l.json
@@ -25,7 +24,6 @@ Where a layer is left wider than there are different tokens in the calibration w
 determined and the two choose differently: at 25 % the perplexities differed by 1e-3, at 5.1 times the speed.
 """
 
-import argparse
 import copy
 import importlib
 import inspect
@@ -38,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from report import write_report
+from report import options, write_report
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from prunelib.evaluation.perplexity import perplexity
@@ -79,10 +77,11 @@ class Reference:
     def __getattr__(self, name: str) -> types.ModuleType:
         return importlib.import_module(f"slicegpt.{name}")
 
-    def files(self) -> list[Path]:
-        """The clone's files that were imported."""
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the clone's files that were imported."""
         modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("slicegpt.")]
-        return [Path(module.__file__) for module in modules if getattr(module, "__file__", None)]
+        files = [Path(module.__file__) for module in modules if getattr(module, "__file__", None)]
+        return {f"reference {path.name}": file_sha256(path) for path in files}
 
     def sliced(self, model: PreTrainedModel, windows: torch.Tensor, width: int, batch: int, device: torch.device):
         """The model itself, sliced in place to the same width everywhere, by the steps of the clone's script."""
@@ -97,9 +96,8 @@ class Reference:
         batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(batch)]
         self.layernorm_fusion.replace_layers(adapter)
         self.layernorm_fusion.fuse_modules(adapter)
-        self.rotate.rotate_and_slice(
-            adapter, batches, self.slicing_scheduler.ConstSlicingScheduler(width), final_orientation="pca"
-        )
+        schedule = self.slicing_scheduler.ConstSlicingScheduler(width)
+        self.rotate.rotate_and_slice(adapter, batches, schedule, final_orientation="pca")
         return adapter.model.to(device).eval()
 
 
@@ -154,18 +152,11 @@ def random_model(name: str) -> PreTrainedModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"samples": 64, "tokens": 256, "batch": 8, "repeats": 3}
+    parser = options(__doc__, model=EMBEDDED, device=torch.device("cpu"), threads=1, **sizes)
     parser.add_argument("--reference", type=Path, required=True, help="folder of the clone")
-    parser.add_argument("--model", default=EMBEDDED, help=f"folder or hub name of a model, or {', '.join(RANDOM)}")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the work is done")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--slices", type=float, nargs="+", default=[0.2, 0.25, 0.3])
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="of the process instead of the wall, on a busy machine")
-    parser.add_argument("--output", type=Path, help="JSON file of the report")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     clock = time.process_time if settings.cpu_time else time.perf_counter
@@ -186,7 +177,7 @@ def main() -> None:
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = EPSILON
 
-    options = {"batch_size": settings.batch, "device": settings.device, "progress": False}
+    how = {"batch_size": settings.batch, "device": settings.device, "progress": False}
 
     def ppl(model: PreTrainedModel) -> float:
         return perplexity(model.to(settings.device), held_out, batch_size=settings.batch).ppl
@@ -209,7 +200,7 @@ def main() -> None:
             theirs, taken = timed(lambda: reference.sliced(copied, windows, width, settings.batch, settings.device))  # noqa: B023
             seconds["reference"].append(taken)
             seconds["cleanup"].append(reference.cleanup_seconds)
-            sliced, taken = timed(lambda: slice_model(alike, plan, windows, subtract_mean=True, **options))  # noqa: B023
+            sliced, taken = timed(lambda: slice_model(alike, plan, windows, subtract_mean=True, **how))  # noqa: B023
             seconds["ours"].append(taken)
         reference_ppl, ours_ppl = ppl(theirs), ppl(sliced)
         case = {
@@ -219,7 +210,7 @@ def main() -> None:
             "reference_ppl": reference_ppl,
             "ours_ppl": ours_ppl,
             "relative_difference": abs(ours_ppl / reference_ppl - 1),
-            "ours_as_is_ppl": ppl(slice_model(dense, plan, windows, **options)),
+            "ours_as_is_ppl": ppl(slice_model(dense, plan, windows, **how)),
             "reference_s": statistics.median(seconds["reference"]),
             "ours_s": statistics.median(seconds["ours"]),
             "speed": statistics.median(a / b for a, b in zip(seconds["reference"], seconds["ours"], strict=True)),
@@ -227,8 +218,7 @@ def main() -> None:
         }
         cases.append(case)
         print(json.dumps(case, indent=2), flush=True)
-    files = {f"reference {path.name}": file_sha256(path) for path in reference.files()}
-    write_report(settings.output, settings, {"cases": cases}, without=("reference",), data=files)
+    write_report(settings.output, settings, {"cases": cases}, without=("reference",), data=reference.hashes())
 
 
 if __name__ == "__main__":

@@ -10,22 +10,20 @@ medians of the ratios within a repetition. The target is at most 1.03 times the 
 busy machine only the CPU time with --threads 1 means anything: waiting threads count as busy ones.
 """
 
-import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from report import write_report
+from report import options, write_report
 
 import prunelib.criteria.statistics
 from prunelib.criteria.statistics import LayerStats, collect
 from prunelib.models import load
-from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
+from prunelib.speed.shapes import random_model, shape_configuration
 from prunelib.speed.timing import interleaved
 
 
@@ -40,17 +38,9 @@ def largest_differences(found: LayerStats, expected: LayerStats) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub name of a model; random weights if left out")
-    parser.add_argument("--shape", choices=SHAPES, default="ref-llama-32l", help="of the random weights")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="JSON file of the medians and ratios")
+    sizes = {"samples": 16, "seq_len": 256, "batch_size": 8, "repeats": 15}
+    parser = options(__doc__, shape="ref-llama-32l", device="cpu", dtype="float32", threads=2, **sizes)
+    parser.add_argument("--model", help="folder or hub name of a model; random weights of the shape if left out")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

@@ -8,39 +8,30 @@ clock runs. On a GPU both run once on a few windows first, and the allocator is 
 calibration set has 512 samples of 2048 tokens. Peaks on a CPU are those of the whole process, both models included.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import measured, write_report
+from report import measured, options, write_report
 from statistics_cost import largest_differences
 
 from prunelib import evaluation, models
 from prunelib.criteria import statistics
 from prunelib.scale import offload
-from prunelib.speed.shapes import SHAPES, random_model, shape_configuration
+from prunelib.speed.shapes import random_model, shape_configuration
 
 GIB = 2**30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    machine = {"device": torch.device("cpu"), "dtype": "bfloat16", "threads": torch.get_num_threads()}
+    sizes = {"samples": 512, "perplexity_windows": 64, "seq_len": 2048, "batch_size": 4, "resident_batch_size": 8}
+    parser = options(__doc__, shape="llama-3.1-8b", **machine, **sizes)
     parser.add_argument("folder", type=Path, nargs="?", help="of the checkpoint")
     parser.add_argument("--make", type=Path, help="write a random checkpoint of --shape to this folder, and stop")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, which feeds a GPU")
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--perplexity-windows", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--resident-batch-size", type=int, default=8)
     parser.add_argument("--windows-at-once", type=int)
     parser.add_argument("--device-limit", type=float)
-    parser.add_argument("--output", type=Path, help="JSON file of the report")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, cuda = args.device, args.device.type == "cuda"

@@ -204,18 +204,19 @@ def linear_names(model: PreTrainedModel, roles: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for index, layer in enumerate(decoder_layers(model)):
-        attention = set(sublayers_of(model, index)["attn"].modules())
-        linear = {
-            f"{layers_path(model)}.{index}.{name}": "attention" if module in attention else "mlp"
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        for role in set(roles) - set(linear.values()):
-            raise UnsupportedModel(
-                f"model type {model.config.model_type!r}: the {role} of layer {index} has no linear map to adapt; "
-                "train all weights instead (recipe 'full')"
-            )
-        found += [name for name, role in linear.items() if role in roles]
+        attention, mlp = sublayers_of(model, index).values()
+        # OPT's layer holds the two matrices of its MLP itself.
+        mlps = {*layer.children()} - {attention} if isinstance(mlp, nn.Linear) else {*mlp.modules()}
+        parts = {"attention": {*attention.modules()}, "mlp": mlps}
+        linear = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for role in roles:
+            here = [f"{layers_path(model)}.{index}.{name}" for name, module in linear.items() if module in parts[role]]
+            if not here:
+                raise UnsupportedModel(
+                    f"model type {model.config.model_type!r}: the {role} of layer {index} has no linear map to adapt; "
+                    "train all weights instead (recipe 'full')"
+                )
+            found += here
     return found
 
 
