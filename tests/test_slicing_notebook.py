@@ -117,6 +117,6 @@ def test_tasks_are_scored_on_every_plan_of_the_sweep(place):
 def test_statistics_of_another_text_are_one_clear_error(place):
     with pytest.raises(NotebookError, match="none of the 1 statistics is of redundancy_corpus='pydocs'"):
         run(place, "wrong.json", redundancy_corpus="pydocs")
-    with pytest.raises(NotebookError, match=r"control_base = 0.2: give one of slice_percentages = \[0.25\]"):
+    with pytest.raises(NotebookError, match=r"control_base = 0.2: one of slice_percentages = \[0.25\]"):
         run(place, "wrong.json", control_base=0.2)
     assert not (place / "wrong.json").exists()
