@@ -333,7 +333,7 @@ def test_pick_names_what_is_missing(rows):
     assert len(save.pick(rows, method=("random", "simdiff_mssd"), layers_removed=4)) == 10
     with pytest.raises(FigureError, match="no rows of results for method = 'cosine': method is one of random, block_influence"):
         save.pick(rows, method="cosine")
-    with pytest.raises(FigureError, match="no column 'corpus'; it has method, layers_removed"):
+    with pytest.raises(FigureError, match="no column 'corpus'; it has run, code"):
         save.pick(rows, corpus="pydocs")
     assert save.pick(rows, may_be_empty=True, method="cosine").empty
 
