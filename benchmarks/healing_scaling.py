@@ -42,7 +42,6 @@ def healed(model: Path, out: Path, processes: int, steps: int, settings: argpars
 
 
 def main() -> None:
-    # micro_batch: rows that a process takes at once
     sizes = {"processes": 2, "batch": 8, "micro_batch": 4, "tokens": 128}
     parser = options(__doc__, shape="ref-llama-32l", device="cpu", dtype="float32", corpus="pydocs", **sizes)
     parser.add_argument("--steps", type=int, nargs=2, default=[4, 12], metavar=("FEW", "MORE"))

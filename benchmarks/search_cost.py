@@ -81,8 +81,7 @@ def main() -> None:
         variants[name](1)  # warm-up: kernels are chosen, memory is taken
         cpu_started = time.process_time()
         (removed, forwards), cost = measured(device, lambda: variants[name](args.layers_removed))  # noqa: B023
-        cpu = time.process_time() - cpu_started
-        seconds = cost["seconds"]
+        cpu, seconds = time.process_time() - cpu_started, cost["seconds"]
         found.append({"variant": name, "seconds": seconds, "cpu_seconds": cpu, "layer_forwards": forwards, "removed": removed})
         gain, share = found[0]["seconds"] / seconds, forwards / found[0]["layer_forwards"]
         print(f"{name:6s} {seconds:8.2f} s, speed-up {gain:.2f}; {forwards} layer forwards, {share:.3f} of them; {removed}")
