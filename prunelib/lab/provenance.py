@@ -91,7 +91,7 @@ def record(*, data: Mapping[str, str] | None = None, model: Mapping | None = Non
         "git": _git(),
         "source_sha256": source_sha256(),
         "python": platform.python_version(),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if accelerator else device,
@@ -131,4 +131,11 @@ def _git() -> dict | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # else unpacked inside some other repository
             return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
+    return None
+
+
+def _version(name: str) -> str | None:
+    """None where it is not installed: a GPU machine may have less than the lock, and this runs after the computation."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
     return None
