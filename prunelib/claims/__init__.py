@@ -1,8 +1,7 @@
-"""What does a paper say, and what do the tables say to it? One function per claim, marked with `claim`."""
+"""What does a paper say, and what do the tables say to it? `published` and `measures` of each paper have an entry per claim."""
 
-from prunelib.claims import deeper_layers, simdiff, slicing  # noqa: F401 (each enters its claims)
-from prunelib.claims.judge import CLAIMS, PRINTED, VERDICTS, ClaimError, Outcome, Tables, claim, load, outcomes, pick
-from prunelib.claims.table import BEGIN, END, MARKS, counts, frame, markdown, number
+from prunelib.claims.judge import PRINTED, ClaimError, Tables, load, pick
+from prunelib.claims.table import BEGIN, END, MARKS, VERDICTS, counts, markdown, number, outcomes
 
-__all__ = ["BEGIN", "CLAIMS", "END", "MARKS", "PRINTED", "VERDICTS", "ClaimError", "Outcome", "Tables", "claim", "counts"]
-__all__ += ["frame", "load", "markdown", "number", "outcomes", "pick"]
+__all__ = ["BEGIN", "END", "MARKS", "PRINTED", "VERDICTS", "ClaimError", "Tables", "counts", "load", "markdown"]
+__all__ += ["number", "outcomes", "pick"]

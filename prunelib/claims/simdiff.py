@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from prunelib.claims.judge import PUBLISHED, Measured, Tables, between, claim, measure, only, paired, percent, pick, value_of
-from prunelib.lab.runs import published
+from prunelib.claims.judge import Tables, between, measure, only, paired, percent, pick
+from prunelib.lab import runs
 
 SIMDIFF = ["simdiff_mssd", "simdiff_masd"]
 SEVEN_TASKS = ["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mathqa"]  # Table 3 without BoolQ
@@ -14,185 +14,125 @@ NINE_TASKS = ["cmnli", "hellaswag", "piqa", "coqa", "boolq", "race_middle", "rac
 
 
 def printed(table: pd.DataFrame, **where: object) -> float:
-    """The only published value of SimDiff that fits."""
-    return only(pick(table, paper="simdiff", **where))
+    """The only published value that fits."""
+    return only(pick(table, **where))
 
 
-def printed_gap(table: pd.DataFrame, method: str, other: str, *on: str, log: bool = False, **where: object) -> pd.DataFrame:
-    """Differences between two methods in a published table, of the logarithms if asked."""
-    rows = pick(table, paper="simdiff", **where).drop(columns="model")
-    rows = rows.assign(value=np.log(rows["value"])) if log else rows
-    return paired(pick(rows, method=method), pick(rows, method=other), on)
+def gap(table: pd.DataFrame, method: str, other: str, on: str = "item", **where: object) -> pd.DataFrame:
+    """Differences between two methods in a published table; of perplexities those of the logarithms."""
+    rows = pick(table, **where).drop(columns="model")
+    rows = rows.assign(value=np.log(rows["value"])) if where["metric"] == "ppl" else rows
+    return paired(pick(rows, method=method), pick(rows, method=other), [on])
 
 
 def best_alpha(table: pd.DataFrame, item: str) -> float:
     """The alpha of the greatest accuracy at K = 8 in a published heat map."""
-    rows = pick(table, paper="simdiff", item=item, layers_removed=8)
+    rows = pick(table, item=item, layers_removed=8)
     return float(rows.loc[rows["value"] == rows["value"].max(), "alpha"].mean())  # the middle of a plateau
 
 
-def choices(t: Tables, fair: bool = False, **where: object) -> pd.DataFrame:
-    """Chosen sets of layers in the paper's protocol (one kind of text for all), or with every text different (`fair`)."""
-    calibration, alpha = (t.fair_calibration, t.fair_alpha_text) if fair else (t.calibration, t.alpha_text)
-    where = {"run_part": "simdiff", "role": "choice", "calibration": calibration, "alpha_corpus": alpha} | where
-    return pick(t.selection, **where)
+def published() -> dict[str, float]:
+    """What the paper prints, or what follows from its numbers, by claim."""
+    p = runs.published("simdiff")
+    dense = printed(p, item="table2", method="dense", metric="ppl", model="Mistral-7B-v0.3")
+    line, healed = pick(p, item="fig4a"), pick(p, item="tableA7", metric="avg_acc", method=SIMDIFF)
+    collapse = paired(pick(line, alpha=1.0), pick(line, alpha=0.8), ["layers_removed"])
+    by_size = {"on": "layers_removed", "item": "fig5b", "metric": "ppl"}
+    at_8 = {"item": "table3", "metric": "avg_acc", "layers_removed": 8}
+    speedup = {"item": "table4", "metric": "speedup"}
+    ppl = partial(printed, p, layers_removed=8, metric="ppl")
+    return {
+        "simdiff-01": printed(p, item="fig5a", method="shortgpt", layers_removed=12) / dense,
+        "simdiff-02": gap(p, "simdiff_mssd", "shortgpt", **by_size)["value"].mean(),
+        "simdiff-03": gap(p, "simdiff_masd", "shortgpt", **by_size)["value"].mean(),
+        "simdiff-06": only(gap(p, *SIMDIFF[::-1], item="fig5a", metric="ppl", layers_removed=12)),
+        "simdiff-07": best_alpha(p, "fig4a"),
+        "simdiff-08": best_alpha(p, "fig4b"),
+        "simdiff-09": collapse["value"].mean(),
+        "simdiff-11": only(gap(p, "simdiff_mssd", "shortgpt", **at_8)),
+        "simdiff-12": only(gap(p, "simdiff_masd", "shortgpt", **at_8)),
+        "simdiff-13": only(gap(p, "simdiff_mssd", "entrodrop", **at_8 | {"layers_removed": 10})),
+        "simdiff-15": only(gap(p, "simdiff", "sleb", item="table2", metric="ppl")),
+        "simdiff-16": printed(p, item="table1", method="simdiff_mssd", metric="retained_percent"),
+        "simdiff-17": only(gap(p, "simdiff_mssd", "shortgpt", item="table1", metric="avg_acc")),
+        "simdiff-18": printed(p, item="tableA7", method="simdiff_mssd", healed="lora", metric="retained_percent"),
+        "simdiff-19": paired(pick(healed, healed="lora"), pick(healed, healed="none"), ["method"])["value"].mean(),
+        "simdiff-20": printed(p, layers_removed=12, **speedup),
+        "simdiff-21": printed(p, layers_removed=4, **speedup),
+        "simdiff-22": printed(p, item="text", model="Qwen2.5-3B"),
+        "simdiff-23": ppl(item="table5", model="Qwen2.5-0.5B", method=["simdiff", "simdiff_mssd"]),
+        "simdiff-24": ppl(item="fig5b", method="simdiff_mssd"),
+        "simdiff-25": ppl(item="fig5a", method="simdiff_masd"),
+        "simdiff-26": ppl(item="fig5b", method="shortgpt"),
+    }
 
 
-@claim(
-    "simdiff-01",
-    lambda p: (
-        printed(p, item="fig5a", method="shortgpt", layers_removed=12)
-        / printed(p, item="table2", method="dense", metric="ppl", model="Mistral-7B-v0.3")
-    ),
-)
-def cosine_explodes(t: Tables) -> list[Measured]:
-    cosine = choices(t, metric="ppl", method="block_influence", layers_removed=12, alpha_corpus=None)
-    dense = choices(t, metric="ppl", method="dense", calibration=None, alpha_corpus=None)
-    return measure(paired(cosine, dense, ["calibration_seed"], how="/"), "median", draws="calibration_seed")
+def measures(t: Tables) -> dict[str, pd.DataFrame]:
+    """Our values, by claim."""
+    budget = pick(t.selection, run_part="rules", metric="nll", role="choice", layers_removed=8)  # the same for every rule
+    tasks = percent(pick(t.tasks, run_part="tables", metric="over_cosine", task="all", size=8))
+    healed = pick(t.healing, run_part="choices", metric="average", task="all", method=SIMDIFF)
+    healed = paired(pick(healed, recipe="lora"), pick(healed, recipe="none"), ["method"])
+    faster = pick(t.gpu, role="speed", phase="generation", setting="16x4x2048", mode="graph", layers_removed=12)
+    return (
+        _choices(t)
+        | _arithmetic()
+        | {
+            "simdiff-11": measure(pick(tasks, method="simdiff_mssd"), interval="row"),
+            "simdiff-12": measure(pick(tasks, method="simdiff_masd"), interval="row"),
+            "simdiff-14": _loss_over(budget, "simdiff_mssd", "entropy_gain_attention"),
+            "simdiff-15": _loss_over(budget, "simdiff_mssd", "greedy"),
+            "simdiff-19": measure(percent(healed), "mean"),
+            "simdiff-20": measure(pick(faster, metric="speedup"), interval="row_quartiles"),
+            "simdiff-23": _on_wikitext(t, "Qwen2.5-0.5B", "simdiff_mssd"),
+            "simdiff-24": _on_wikitext(t, "Llama-3.1-8B", "simdiff_mssd"),
+            "simdiff-25": _on_wikitext(t, "Mistral-7B-v0.3", "simdiff_masd"),
+            "simdiff-26": _on_wikitext(t, "Llama-3.1-8B", "block_influence"),
+        }
+    )
 
 
-def over_cosine(t: Tables, method: str, fair: bool = False) -> list[Measured]:
-    """Loss over that of the cosine rule, alpha by ternary search, mean over K."""
-    rows = choices(t, fair, metric="nll_over_cosine", method=method, search="ternary", layers_removed=between(1))
-    return measure(rows, "mean", draws="calibration_seed")
-
-
-for method, number in (("simdiff_mssd", "02"), ("simdiff_masd", "03")):
-    claim(
-        f"simdiff-{number}",
-        lambda p, method=method: value_of(
-            printed_gap(p, method, "shortgpt", "layers_removed", log=True, item="fig5b", metric="ppl"), "mean"
-        ),
-    )(partial(over_cosine, method=method))
-
-claim("simdiff-04")(partial(over_cosine, method="simdiff_mssd", fair=True))
-claim("simdiff-05")(partial(over_cosine, method="simdiff_masd", fair=True))
-
-
-@claim("simdiff-06", lambda p: only(printed_gap(p, *SIMDIFF[::-1], log=True, item="fig5a", metric="ppl", layers_removed=12)))
-def masd_below_mssd(t: Tables) -> list[Measured]:
-    rows = choices(t, metric="nll", search="ternary", layers_removed=12)
-    gap = paired(pick(rows, method="simdiff_masd"), pick(rows, method="simdiff_mssd"), ["calibration_seed"])
-    return measure(gap, "mean", draws="calibration_seed")
-
-
-def exact_alpha(t: Tables, method: str) -> list[Measured]:
-    """The exact best alpha, median over K from 8 on."""
-    rows = choices(t, metric="nll", method=method, search="exact", layers_removed=between(8))
-    return measure(rows.rename(columns={"value": "nll", "alpha": "value"}), "median", draws="calibration_seed")
-
-
-claim("simdiff-07", lambda p: best_alpha(p, "fig4a"))(partial(exact_alpha, method="simdiff_mssd"))
-claim("simdiff-08", lambda p: best_alpha(p, "fig4b"))(partial(exact_alpha, method="simdiff_masd"))
-
-
-def printed_collapse(table: pd.DataFrame) -> float:
-    """Accuracy at alpha = 1 minus that at 0.8, mean over K."""
-    rows = pick(table, paper="simdiff", item="fig4a")
-    return value_of(paired(pick(rows, alpha=1.0), pick(rows, alpha=0.8), ["layers_removed"]), "mean")
-
-
-@claim("simdiff-09", printed_collapse)
-def difference_alone_collapses(t: Tables) -> list[Measured]:
+def _choices(t: Tables) -> dict[str, pd.DataFrame]:
+    """From the sets of layers chosen in the paper's protocol, with one kind of text for all, or every text different (fair)."""
+    draws = {"draws": "calibration_seed"}
+    rows = pick(t.selection, run_part="simdiff")
+    chosen = pick(rows, role="choice")
+    paper = pick(chosen, calibration=t.calibration, alpha_corpus=t.alpha_text)
+    fair = pick(chosen, calibration=t.fair_calibration, alpha_corpus=t.fair_alpha_text)
+    cosine = pick(chosen, metric="ppl", method="block_influence", layers_removed=12, calibration=t.calibration)
+    dense = pick(chosen, metric="ppl", method="dense", calibration=None)
+    over_cosine = {"metric": "nll_over_cosine", "search": "ternary", "layers_removed": between(1)}
+    alpha = pick(paper, metric="nll", search="exact", layers_removed=between(8))
+    alpha = alpha.assign(value=alpha.get("alpha"))
     shared = {"metric": "accuracy", "method": SIMDIFF, "layers_removed": between(8)}
-    alone = choices(t, role="path", alpha_high=1.0, alpha_corpus=None, **shared)
-    best = choices(t, search="exact", **shared)
-    gap = paired(alone, best, ["method", "layers_removed", "calibration_seed"])
-    return measure(percent(gap.drop(columns=["low", "high"], errors="ignore")), "mean", draws="calibration_seed")
-
-
-@claim("simdiff-10")
-def ternary_search_finds_it(t: Tables) -> list[Measured]:
-    where = {"metric": "nll", "method": SIMDIFF, "layers_removed": between(1)}
-    rows = pick(t.selection, run_part="simdiff", role="choice", **where)
+    alone = pick(rows, role="path", calibration=t.calibration, alpha_corpus=None, alpha_high=1.0, **shared)
+    collapse = paired(alone, pick(paper, search="exact", **shared), ["method", "layers_removed", "calibration_seed"])
+    searches = pick(chosen, metric="nll", method=SIMDIFF, layers_removed=between(1))
     on = ["method", "layers_removed", "calibration", "calibration_seed", "alpha_corpus"]
-    missed = paired(pick(rows, search="ternary"), pick(rows, search="exact"), on, column="alpha_nll")
-    return measure(missed, lambda rows: 100 * float((rows["value"] > 0).mean()), interval="bootstrap")
+    missed = paired(pick(searches, search="ternary"), pick(searches, search="exact"), on, column="alpha_nll")
+    return {
+        "simdiff-01": measure(paired(cosine, dense, ["calibration_seed"], how="/"), "median", **draws),
+        "simdiff-02": measure(pick(paper, method="simdiff_mssd", **over_cosine), "mean", **draws),
+        "simdiff-03": measure(pick(paper, method="simdiff_masd", **over_cosine), "mean", **draws),
+        "simdiff-04": measure(pick(fair, method="simdiff_mssd", **over_cosine), "mean", **draws),
+        "simdiff-05": measure(pick(fair, method="simdiff_masd", **over_cosine), "mean", **draws),
+        "simdiff-06": _loss_over(
+            pick(paper, metric="nll", search="ternary", layers_removed=12), "simdiff_masd", "simdiff_mssd"
+        ),
+        "simdiff-07": measure(pick(alpha, method="simdiff_mssd"), "median", **draws),
+        "simdiff-08": measure(pick(alpha, method="simdiff_masd"), "median", **draws),
+        "simdiff-09": measure(percent(collapse.drop(columns=["low", "high"], errors="ignore")), "mean", **draws),
+        "simdiff-10": measure(missed.assign(value=100.0 * (missed["value"] > 0)), "mean", interval="bootstrap"),
+    }
 
 
-def answers_over_cosine(t: Tables, method: str) -> list[Measured]:
-    """Mean accuracy over that of the cosine rule, in points, with 8 layers gone."""
-    rows = pick(t.tasks, run_part="tables", metric="over_cosine", task="all", method=method, size=8)
-    return measure(percent(rows), interval="row")
+def _loss_over(rows: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
+    """Loss of one rule's choices over that of another's, from the same calibration draws."""
+    pairs = paired(pick(rows, method=method), pick(rows, method=other), ["calibration_seed"])
+    return measure(pairs, "mean", draws="calibration_seed")
 
 
-for method, number in (("simdiff_mssd", "11"), ("simdiff_masd", "12")):
-    claim(
-        f"simdiff-{number}",
-        lambda p, method=method: only(printed_gap(p, method, "shortgpt", item="table3", metric="avg_acc", layers_removed=8)),
-    )(partial(answers_over_cosine, method=method))
-
-
-def printed_means(item: str, other: str, tasks: list[str], **where: object) -> list[Measured]:
-    """MSSD over another method in a printed table, mean over the given tasks."""
-    return measure(printed_gap(published("simdiff"), "simdiff_mssd", other, "task", item=item, task=tasks, **where), "mean")
-
-
-@claim(
-    "simdiff-13",
-    lambda p: only(printed_gap(p, "simdiff_mssd", "entrodrop", item="table3", metric="avg_acc", layers_removed=10)),
-)
-def best_mean_without_boolq(t: Tables) -> list[Measured]:
-    return printed_means("table3", "entrodrop", SEVEN_TASKS, metric="acc", layers_removed=10)
-
-
-def mssd_over(t: Tables, other: str) -> list[Measured]:
-    """Loss of MSSD over that of another rule, 8 layers gone, on the same small budget."""
-    rows = pick(t.selection, run_part="rules", metric="nll", role="choice", layers_removed=8)
-    gap = paired(pick(rows, method="simdiff_mssd"), pick(rows, method=other), ["calibration_seed"])
-    return measure(gap, "mean", draws="calibration_seed")
-
-
-claim("simdiff-14")(partial(mssd_over, other="entropy_gain_attention"))
-claim("simdiff-15", lambda p: only(printed_gap(p, "simdiff", "sleb", log=True, item="table2", metric="ppl")))(
-    partial(mssd_over, other="greedy")
-)
-
-
-@claim("simdiff-17", lambda p: only(printed_gap(p, "simdiff_mssd", "shortgpt", item="table1", metric="avg_acc")))
-def best_mean_without_wsc(t: Tables) -> list[Measured]:
-    return printed_means("table1", "shortgpt", NINE_TASKS, metric=["acc", "score"])
-
-
-PUBLISHED["simdiff-16"] = partial(printed, item="table1", method="simdiff_mssd", metric="retained_percent")
-
-
-@claim("simdiff-18", partial(printed, item="tableA7", method="simdiff_mssd", healed="lora", metric="retained_percent"))
-def retained_after_lora(t: Tables) -> list[Measured]:
-    rows = pick(published("simdiff"), metric="avg_acc").drop(columns="model")
-    healed = pick(rows, item="tableA7", method="simdiff_mssd", healed="lora")
-    return measure(percent(paired(healed, pick(rows, item="table3", method="dense"), how="/")))
-
-
-def printed_healing(table: pd.DataFrame) -> float:
-    """Points that LoRA brings back, mean of both variants."""
-    rows = pick(table, paper="simdiff", item="tableA7", metric="avg_acc", method=SIMDIFF)
-    return value_of(paired(pick(rows, healed="lora"), pick(rows, healed="none"), ["method"]), "mean")
-
-
-@claim("simdiff-19", printed_healing)
-def lora_brings_accuracy_back(t: Tables) -> list[Measured]:
-    rows = pick(t.healing, run_part="choices", metric="average", task="all", method=SIMDIFF)
-    gap = paired(pick(rows, recipe="lora"), pick(rows, recipe="none"), ["method"])
-    return measure(percent(gap), "mean")
-
-
-@claim("simdiff-20", partial(printed, item="table4", layers_removed=12, metric="speedup"))
-def faster_without_12_layers(t: Tables) -> list[Measured]:
-    rows = pick(t.gpu, role="speed", phase="generation", setting="16x4x2048", mode="graph", layers_removed=12)
-    return measure(pick(rows, metric="speedup"), interval="row_quartiles")
-
-
-@claim("simdiff-21", partial(printed, item="table4", layers_removed=4, metric="speedup"))
-def faster_without_4_layers(t: Tables) -> list[Measured]:
-    rates = pick(published("simdiff"), item="table4", metric="tokens_per_s").drop(columns="model")
-    return measure(paired(pick(rates, layers_removed=4), pick(rates, layers_removed=0), how="/"))
-
-
-PUBLISHED["simdiff-22"] = partial(printed, item="text", model="Qwen2.5-3B")
-
-
-def perplexity_on_wikitext(t: Tables, model: str, method: str) -> list[Measured]:
+def _on_wikitext(t: Tables, model: str, method: str) -> pd.DataFrame:
     """Perplexity of a model without 8 layers, scores and alpha on WikiText-2 as in the paper."""
     where = {"run_part": "simdiff", "role": "choice", "metric": "ppl", "layers_removed": 8, "model": model, "method": method}
     where |= {"calibration": "wikitext2", "corpus": "wikitext2"}
@@ -201,12 +141,16 @@ def perplexity_on_wikitext(t: Tables, model: str, method: str) -> list[Measured]
     return measure(pick(t.selection, **where), "median", draws="calibration_seed")
 
 
-for number, model, method, where in (
-    ("23", "Qwen2.5-0.5B", "simdiff_mssd", {"item": "table5", "model": "Qwen2.5-0.5B", "method": ["simdiff", "simdiff_mssd"]}),
-    ("24", "Llama-3.1-8B", "simdiff_mssd", {"item": "fig5b", "method": "simdiff_mssd"}),
-    ("25", "Mistral-7B-v0.3", "simdiff_masd", {"item": "fig5a", "method": "simdiff_masd"}),
-    ("26", "Llama-3.1-8B", "block_influence", {"item": "fig5b", "method": "shortgpt"}),
-):
-    claim(f"simdiff-{number}", partial(printed, layers_removed=8, metric="ppl", **where))(
-        partial(perplexity_on_wikitext, model=model, method=method)
-    )
+def _arithmetic() -> dict[str, pd.DataFrame]:
+    """The paper's own numbers, recomputed."""
+    p = runs.published("simdiff")
+    over = partial(gap, p, "simdiff_mssd", on="task")
+    rows = pick(p, metric=["avg_acc", "tokens_per_s"]).drop(columns="model")
+    healed, rates = pick(rows, item="tableA7", method="simdiff_mssd", healed="lora"), pick(rows, item="table4")
+    retained = paired(healed, pick(rows, item="table3", method="dense"), how="/")
+    return {
+        "simdiff-13": measure(over("entrodrop", item="table3", task=SEVEN_TASKS, metric="acc", layers_removed=10), "mean"),
+        "simdiff-17": measure(over("shortgpt", item="table1", task=NINE_TASKS, metric=["acc", "score"]), "mean"),
+        "simdiff-18": measure(percent(retained)),
+        "simdiff-21": measure(paired(pick(rates, layers_removed=4), pick(rates, layers_removed=0), how="/")),
+    }

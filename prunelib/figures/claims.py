@@ -14,24 +14,24 @@ READS = dict.fromkeys(("statistics", "selection", "blocks", "tasks", "slicing", 
 COLORS = {"holds": "#a8d8c2", "fails": "#f3b9a0", "differs": "#f1e3a4"}
 
 
-def _measured(chapter: Chapter) -> tuple[list[papers.Outcome], pd.DataFrame, pd.DataFrame]:
-    """The claims of a chapter: outcomes, one line per claim and model, and the runs behind them."""
+def _measured(chapter: Chapter) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The claims of a chapter, one line per claim and model, and the runs behind them."""
     tables = papers.Tables(chapter.parameters)
     found = papers.outcomes(tables)
-    return found, papers.frame(found), tables.code({run for one in found for part in one.measured for run in part.runs})
+    return found, tables.code(" ".join(found["runs"].dropna()).split())
 
 
 @figure("own_table_claims", reads=READS)
 def table_claims(chapter: Chapter) -> Drawing:
     """Every claim with its value, interval and verdict on every model, and the run files behind it."""
-    found, data, rows = _measured(chapter)
-    return Drawing(None, data.drop(columns="short"), rows, text=papers.markdown(found, PAPERS), published=[PUBLISHED])
+    found, rows = _measured(chapter)
+    return Drawing(None, found.drop(columns="short"), rows, text=papers.markdown(found, PAPERS), published=[PUBLISHED])
 
 
 @figure("own_claims", reads=READS)
 def claims(chapter: Chapter) -> Drawing:
     """One line per claim that could be tested, one column per model: verdict by color and sign, and the measured value."""
-    _, everything, rows = _measured(chapter)
+    everything, rows = _measured(chapter)
     data = everything[everything["measured"].notna()]
     data = data.assign(line=data["id"] + "   " + data["short"].fillna(data["claim"]))
     marks, numbers = data["verdict_of_model"].map(papers.MARKS), map(papers.number, data["measured"], data["digits"])
