@@ -43,11 +43,7 @@ CONTROLS = {
     "inverted": fig.Method("LR inverted", "#333333"),
     "random_axes": fig.Method("constant, random axes", "#333333"),
 }
-SHORTCUTS = {
-    "full": fig.Method("a matrix at every connection (SliceGPT)", "#882255"),
-    "folded": fig.Method("folded where possible", BLUE),
-    "shared_basis": fig.Method("one basis, no shortcuts", "#e69f00"),
-}
+SHORTCUTS = {"full": "(a matrix at every connection)", "folded": "(half of them folded)", "shared_basis": "(one basis, none)"}
 
 
 @dataclass(frozen=True)
@@ -68,13 +64,6 @@ class Slicing:
         base = self.percentage if method == "constant" else self.base
         first = pick(self.plans, part="sweep", method=method, slice_percentage=self.percentage, slice_base=base)
         return pd.concat([first, pick(self.plans, may_be_empty=True, part="windows", method=method)])
-
-    def layers(self, *metrics: str) -> pd.DataFrame:
-        """One number per layer, text, draw and variant, the text that the plans use first."""
-        rows = pick(self.rows, role="layer", metric=list(metrics))
-        rows = rows.assign(other=rows["calibration"] != rows["redundancy_corpus"])
-        order = ["model", "other", "calibration", "calibration_seed", "layer"]
-        return rows.astype({"layer": int}).sort_values(order, kind="stable")
 
 
 def slicing(chapter: Chapter) -> Slicing:
@@ -104,7 +93,9 @@ def fig1_lr(chapter: Chapter) -> Drawing:
     shares = (lr - lr.min()) / (lr - lr.min()).mean() * (found.percentage - found.base)
     theirs = pd.DataFrame({"layer_redundancy": lr, "redundancy_slice": shares, "final_slice": shares + found.base})
     theirs = theirs.rename_axis("layer").reset_index().melt("layer", var_name="metric").assign(model=authors)
-    rows = found.layers(*SCORES)
+    rows = pick(found.rows, role="layer", metric=list(SCORES)).astype({"layer": int})
+    rows["other"] = rows["calibration"] != rows["redundancy_corpus"]  # the text that the plans use first
+    rows = rows.sort_values(["model", "other", "calibration", "calibration_seed", "layer"], kind="stable")
     ours = rows[(rows["metric"] == "block_influence") | (rows["normalize"] == "minmax")]
     data = pd.concat([theirs, ours.drop_duplicates(["model", "metric", "layer"])[list(theirs)]])
     titles = {authors: "published: Mistral-7B"} | {name: f"ours: {name}" for name in rows["model"].unique()}
@@ -146,10 +137,8 @@ def _sweep(found: Slicing, name: str, numbers: dict[float, int]) -> Drawing:
     if "tasks" in metrics:
         for end in ("low", "high"):
             parts[0][end] = parts[0]["value"] + 100 * (plans[f"tasks_over_{end}"] - plans["tasks_over"])
-    titles = {}
-    for percentage in plans["slice_percentage"].unique():
-        number = next((f" (Figure {one})" for key, one in numbers.items() if np.isclose(key, percentage)), "")
-        titles[percentage] = f"$S_P$ = {percentage:g}{number}"
+    titles = {one: f"$S_P$ = {one:g}" for one in plans["slice_percentage"]}
+    titles |= {one: f"{titles[one]} (Figure {number})" for one, number in numbers.items() if one in titles}
     several = pick(found.draws("constant"), model=name)
     grid = fig.Panels(pd.concat(parts), "slice_percentage", "metric", titles=titles, height=1.75, sharex="col")
     for axes, part in grid:
@@ -164,43 +153,35 @@ def _sweep(found: Slicing, name: str, numbers: dict[float, int]) -> Drawing:
     grid.data = plans
     measured = [*metrics, "tasks_over", "tasks_over_low", "tasks_over_high", "items", "nll", "removed"]
     keep = [name for name in [*PLAN, *measured] if name in plans]
-    note = _sweep_note(found, name, len(several))
-    return grid.done(plans, x="slice base $S_B$", y=list(metrics.values()), keep=keep, note=note)
-
-
-def _sweep_note(found: Slicing, name: str, draws: int) -> str:
-    notes = [f"band: min–max of {draws} draws of calibration windows"] if draws > 1 else []
-    if "tasks" in found.plans:
+    notes = [f"band: min–max of {len(several)} draws of calibration windows"] if len(several) > 1 else []
+    if "tasks" in metrics:
         means = pick(found.rows, role="task", task="all", metric="average", model=name).groupby("method")["value"].first()
         ends = ", ".join(f"{method} {100 * means[method]:.0f} %" for method in ("dense", "chance") if method in means)
         items = int(found.plans["items"].max())
         notes.append(f"tasks: {ends}; bars: 95 % interval of the difference to constant, {items} items")
-    return "\n".join(notes)
+    return grid.done(plans, x="slice base $S_B$", y=list(metrics.values()), keep=keep, note="\n".join(notes))
 
 
 @figure("dynamic_slicing_table1_constant_vs_dynamic", reads=READS)
 def table1_constant_vs_dynamic(chapter: Chapter) -> Drawing:
     """Constant slicing against the dynamic plan of the lowest perplexity, at each mean slice."""
-    found, lines = slicing(chapter), []
-    for (name, percentage), plans in found.plans.groupby(["model", "slice_percentage"]):
-        swept = pick(plans, part="sweep", may_be_empty=True)
-        if swept.empty:
-            continue
-        flat, moving = pick(swept, method="constant").iloc[0], pick(swept, method="dynamic").sort_values("nll")
-        spared = pick(plans, part="control", method="keep_first_full", slice_base=0).iloc[0]
-        best, worst = moving.iloc[0], moving.iloc[-1]
-        line = {"model": name, "S_P": percentage, "constant: ppl": flat["ppl"], "best dynamic: ppl": best["ppl"]}
-        line |= {"its S_B": best["slice_base"], "change of ppl, %": 100 * (best["ppl"] / flat["ppl"] - 1)}
-        line |= {"worst dynamic: ppl": worst["ppl"], "layer 0 spared: ppl": spared["ppl"]}
-        line["constant: next token, %"] = 100 * flat["accuracy"]
-        line["best dynamic: next token, %"] = 100 * best["accuracy"]
-        if "tasks" in plans:
-            line |= {"constant: tasks, %": 100 * flat["tasks"], "best dynamic: tasks, %": 100 * best["tasks"]}
-            line |= {"difference, points": 100 * best["tasks_over"], "95 % from": 100 * best["tasks_over_low"]}
-            line |= {"95 % to": 100 * best["tasks_over_high"], "layer 0 spared: tasks, %": 100 * spared["tasks"]}
-        line["constant: parameters removed, %"] = 100 * flat["removed"]
-        lines.append({**line, "best dynamic: parameters removed, %": 100 * best["removed"]})
-    numbers = pd.DataFrame(lines)
+    plans = slicing(chapter).plans
+    keys, swept = ["model", "slice_percentage"], pick(plans, part="sweep")
+    moving = pick(swept, method="dynamic").sort_values("nll").groupby(keys)
+    spared = pick(plans, part="control", method="keep_first_full", slice_base=0)
+    flat, spared = (rows.set_index(keys) for rows in (pick(swept, method="constant"), spared))
+    best, worst = moving.first(), moving.last()
+    data = {"constant: ppl": flat["ppl"], "best dynamic: ppl": best["ppl"], "its S_B": best["slice_base"]}
+    data |= {"change of ppl, %": 100 * (best["ppl"] / flat["ppl"] - 1), "worst dynamic: ppl": worst["ppl"]}
+    data |= {"layer 0 spared: ppl": spared["ppl"], "constant: next token, %": 100 * flat["accuracy"]}
+    data["best dynamic: next token, %"] = 100 * best["accuracy"]
+    if "tasks" in plans:
+        data |= {"constant: tasks, %": 100 * flat["tasks"], "best dynamic: tasks, %": 100 * best["tasks"]}
+        data |= {"difference, points": 100 * best["tasks_over"], "95 % from": 100 * best["tasks_over_low"]}
+        data |= {"95 % to": 100 * best["tasks_over_high"], "layer 0 spared: tasks, %": 100 * spared["tasks"]}
+    data["constant: parameters removed, %"] = 100 * flat["removed"]
+    data["best dynamic: parameters removed, %"] = 100 * best["removed"]
+    numbers = pd.DataFrame(data).loc[flat.index].reset_index().rename(columns={"slice_percentage": "S_P"})
     digits = {name: 2 if name.endswith("ppl") or name in ("S_P", "its S_B") else 1 for name in numbers}
     keys, losses = ["model", "S_P", "its S_B"], [name for name in numbers if "ppl" in name]
     split = (losses, [name for name in numbers if name not in (*losses, *keys)])
@@ -208,36 +189,7 @@ def table1_constant_vs_dynamic(chapter: Chapter) -> Drawing:
     variable = published("slicegpt", "table6").pivot_table(index="model", columns="method", values="value")
     trials = "; ".join(f"{row.Index} {row.slicegpt:.2f} → {row.slicegpt_variable:.2f}" for row in variable.itertuples())
     trials = f"SliceGPT's own trial of levels per layer (published WikiText-2 perplexity, constant → by variance): {trials}."
-    return Drawing(None, numbers, pick(found.plans, part=("sweep", "control")), f"{text}\n\n{trials}")
-
-
-@figure("own_equal_parameters", reads=READS)
-def equal_parameters(chapter: Chapter) -> Drawing:
-    """Dynamic over constant slicing at equal mean slice and at equal parameters: its loss, and what it removes."""
-    plans = slicing(chapter).plans
-    flat = pick(plans, part="sweep", method="constant").set_index(["model", "slice_percentage"])
-    bases = pick(plans, part="equal_parameters")["slice_base"].unique()
-    rows = pick(plans, part=("sweep", "equal_parameters"), method="dynamic", slice_base=tuple(bases))
-    rows = rows.assign(comparison=rows["part"].map({"sweep": "equal mean slice", "equal_parameters": "equal parameters"}))
-    beside = flat.loc[pd.MultiIndex.from_frame(rows[["model", "slice_percentage"]])]
-    for column, name in (("nll", "over_constant"), ("removed", "more")):
-        rows[name] = rows[column] - beside[column].to_numpy()
-    rows["line"] = rows["comparison"] + rows["slice_base"].map(", $S_B$ = {:g}".format)
-    looks = {}
-    for line, one in rows.groupby("line"):
-        color, hollow = BLUE if one["slice_base"].iloc[0] == bases.min() else GREEN, one["part"].iloc[0] != "sweep"
-        looks[line] = fig.Method(line, color, "o", "--" if hollow else "-", hollow)
-    data = pd.concat(
-        [rows.assign(what="over", value=rows["over_constant"]), rows.assign(what="removed", value=100 * rows["more"])]
-    )
-    grid = fig.Panels(data, "model", "what", height=2.0, sharex="col", sharey="row")
-    for axes, part in grid:
-        fig.lines(axes, part, looks, x="slice_percentage", series="line")
-        axes.axhline(0, color="black", linewidth=0.8)
-    grid.data = rows
-    labels = ["nats over\nconstant", "parameters removed\nbeyond constant, %"]
-    keep = ["model", "slice_percentage", "slice_base", "comparison", "mean_slice", "over_constant", "removed"]
-    return grid.done(rows, x="mean slice $S_P$", y=labels, keep=keep)
+    return Drawing(None, numbers, pick(plans, part=("sweep", "control")), f"{text}\n\n{trials}")
 
 
 @figure("own_slicing_controls", reads=READS)
@@ -302,32 +254,26 @@ def depth_vs_slicing(chapter: Chapter) -> Drawing:
     grid.data = data
     note = f"whole layers: median of {depth['calibration_seed'].nunique()} calibration draws; slices: one draw"
     labels = {"x": list(titles.values()), "y": [f"{name}\nnats over dense" for name in data["model"].unique()], "note": note}
+    labels["text"] = _sizes(found)
     keep = ["model", "method", *titles, "value", "slice_percentage", "layers_removed", "low", "high", "n"]
     return grid.done(pd.concat([found.plans, depth]), **labels, keep=keep)
 
 
-@figure("own_shortcuts", reads=READS)
-def shortcuts(chapter: Chapter) -> Drawing:
-    """Mean slice minus the parameters that are really gone, by kind of shortcut; and what one basis for all layers costs."""
-    found = slicing(chapter)
-    counted = pick(found.rows, role="count", metric="removed", shortcuts=tuple(SHORTCUTS), method=("constant", "dynamic"))
-    gone = counted["slice_percentage"] - counted["value"]
-    above = counted.assign(what="removed", x=100 * counted["slice_percentage"], y=100 * gone)
-    flat = pick(found.plans, part=("sweep", "size", "bare"))
-    flat = flat[(flat["part"] == "bare") | (flat["method"] == "constant")]
-    flat = flat.assign(shortcuts=np.where(flat["part"] == "bare", "shared_basis", "folded"))
-    below = flat.assign(what="over dense", value=flat["over_dense"], x=100 * flat["removed"], y=flat["over_dense"])
-    data = pd.concat([above.assign(removed=np.nan), below])
-    grid = fig.Panels(data, "model", "what", height=2.4, sharey="row")
-    for axes, part in grid:
-        dashed = {method: replace(look, line="--", marker="", title="dashed: dynamic") for method, look in SHORTCUTS.items()}
-        moving = (part["method"] == "dynamic") & (part["what"] == "removed")
-        fig.lines(axes, part[~moving], SHORTCUTS, x="x", y="y", series="shortcuts", markersize=3.5)
-        fig.lines(axes, part[moving], dashed, x="x", y="y", series="shortcuts")
-        if moving.any():
-            top = axes.get_ylim()[1]
-            axes.fill_between([0, top], [0, top], [top, top], color="#bbbbbb", alpha=0.35, linewidth=0, label="the model grows")
-            axes.set(xlabel="mean slice, %", ylim=(0, top), xlim=(0, None))
-    labels = ["nominal slice minus\nparameters removed\n(points)", "nats per token over dense"]
-    keep = ["model", "method", "shortcuts", "slice_percentage", "value", "what", "removed"]
-    return grid.done(data, x="parameters removed, %", y=labels, keep=keep)
+def _sizes(found: Slicing) -> str:
+    """In Markdown: how many parameters a slice removes, and dynamic over constant slicing where as many are gone."""
+    counted = pick(found.rows, role="count", metric="removed", method="constant")
+    counted = counted[np.isclose(counted["slice_percentage"], found.percentage)]
+    bases, lines = pick(found.plans, part="equal_parameters")["slice_base"], []
+    for name, plans in found.plans.groupby("model"):
+        gone = pick(counted, model=name).groupby("shortcuts")["value"].first()
+        flat = pick(plans, part="sweep", method="constant").set_index("slice_percentage")["nll"]
+        parts = [f"{gone[kind]:.1%} {words}" for kind, words in SHORTCUTS.items() if kind in gone]
+        bare = pick(plans, part="bare", slice_percentage=found.percentage, may_be_empty=True)["nll"] - flat[found.percentage]
+        line = f"- {name}: a slice of {found.percentage:.0%} removes {', '.join(parts)} of the parameters"
+        line += f"; one basis costs {bare.iloc[0]:+.2f} nats." if len(bare) else "."
+        for part, words in {"sweep": "at equal mean slice", "equal_parameters": "at equal parameters"}.items():
+            moving = pick(plans, part=part, method="dynamic", slice_base=tuple(bases))
+            over = moving["nll"] - moving["slice_percentage"].map(flat)
+            line += f" Dynamic over constant slicing {words}: {over.min():+.2f} to {over.max():+.2f} nats."
+        lines.append(line)
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from prunelib.figures import style as fig
-from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
+from prunelib.figures.save import Chapter, Drawing, figure, pick
 from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "05_healing"
@@ -16,7 +16,6 @@ KINDS = {"before": {"line": ":"}, "short": {"hollow": True}, "long": {}}  # budg
 # Columns that a model before its training and after it have in common, and those that may lack in a table.
 CUT = ["budget", "model", "run", "method", "size", "slice_percentage", "repair"]
 OPTIONAL = ("slice_percentage", "healing_corpus", "unique", "trained_modules", "task")
-TRAINING = ["recipe", "trained_modules", "rank", "learning_rate", "healing_corpus", "unique", "healing_seed", "trainable"]
 LOSSES = ["before", "after", "dense"]
 # Studies that change one thing of the base case, and what a row of the figure says of it.
 VARIANTS = {
@@ -37,19 +36,15 @@ class Healings:
     """The healing runs of a chapter: `short` ones of the profile, and `long` ones where it names a folder of them.
 
     rows: all rows. healed: one line per trained model and text, with the loss `before` and `after` and the `dense` model's, in
-    nats per token, and the share `recovered`. base: the case that every ablation changes one thing of. texts: the
-    held-out texts, first the one that is like the training text.
+    nats per token, and the share `recovered`. base: the case that every ablation changes one thing of. longest: the budget of
+    the longest training. texts: the held-out texts, first the one that is like the training text.
     """
 
     rows: pd.DataFrame
     healed: pd.DataFrame
     base: pd.DataFrame
+    longest: str
     texts: list[str]
-
-    @property
-    def longest(self) -> str:
-        """The budget of the longest training."""
-        return self.rows["budget"].iloc[-1]
 
     @property
     def titles(self) -> dict[str, str]:
@@ -96,7 +91,7 @@ def healings(chapter: Chapter) -> Healings:
     healed = healed.assign(nats_over_dense=healed["after"] - healed["dense"], recovered=recovered)
     base = pick(healed, study="curve", method="angular", repair="none")
     base = base[base["size"] == base["model"].map(pick(healed, study="rank").groupby("model")["size"].max())]
-    return Healings(rows, healed, base, list(rows["text"].dropna().unique()))
+    return Healings(rows, healed, base, rows["budget"].iloc[-1], list(rows["text"].dropna().unique()))
 
 
 def answers(rows: pd.DataFrame) -> pd.DataFrame:
@@ -217,7 +212,24 @@ def healing_ablations(chapter: Chapter) -> Drawing:
         fig.percent(axes.xaxis)
         fig.titled_rows(axes, list(rows["variant"]))
     keep = ["text", "study", "variant", "model", "tokens", *LOSSES, "recovered"]
-    return grid.done(data, x="share of the lost nats recovered, %", keep=keep)
+    return grid.done(data, x="share of the lost nats recovered, %", keep=keep, text=_repaired(found))
+
+
+def _repaired(found: Healings) -> str:
+    """In Markdown: the base case before and after training, and the best closed-form repair of the same cut."""
+    base = pick(found.base, recipe="lora", text=found.texts[0])
+    repaired = pick(found.healed, study="repair", text=found.texts[0], may_be_empty=True)
+    repaired, lines = repaired[repaired["repair"] != "none"].sort_values("before"), []
+    for one in base.to_dict("records"):
+        line = f"- {one['model']}, {one['size']:.0f} layers removed: {one['before'] - one['dense']:.2f} nats over dense, "
+        line += (
+            f"{one['nats_over_dense']:.2f} after {found.tokens(one['budget'])} of training ({one['recovered']:.0%} recovered)"
+        )
+        for best in pick(repaired, model=one["model"], budget=one["budget"], may_be_empty=True).head(1).to_dict("records"):
+            line += f"; repaired in closed form ({best['repair'].replace('_', ' + ')}) {best['before'] - best['dense']:.2f}, "
+            line += f"after the same training {best['nats_over_dense']:.2f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 @figure("deeper_layers_fig9_rank", reads=READS)
@@ -235,32 +247,6 @@ def fig9_rank(chapter: Chapter) -> Drawing:
         axes.set_xticks(data["rank"].unique(), [f"{rank:.0f}" for rank in data["rank"].unique()])
     keep = [*keys, "tokens", "method", "size", "rank", *LOSSES, "nats_over_dense"]
     return grid.done(data, x="rank of the adapters", y="nats per token over dense", keep=keep)
-
-
-@figure("own_healing_repair", reads=READS)
-def healing_repair(chapter: Chapter) -> Drawing:
-    """The same cut repaired in closed form, trained, and both."""
-    found = healings(chapter)
-    repaired = pick(found.healed, study="repair", text=found.texts[0])
-    rows = pd.concat([pick(found.base, recipe="lora", text=found.texts[0]), repaired[repaired["repair"] != "none"]])
-    first = rows.drop_duplicates(["model", "repair"], keep="last")  # before training: measured with the longest budget
-    before = first.assign(training="before", nats_over_dense=first["before"] - first["dense"])
-    data = pd.concat([before, rows.assign(training=rows["budget"])])
-    repairs = ["none", *sorted(set(data["repair"]) - {"none"})]
-    titles = {name: f"{name}, {size:.0f} layers removed" for name, size in data.groupby("model")["size"].max().items()}
-    grid = fig.Panels(data, "model", titles=titles, height=2.9, sharey=True)
-    for axes, part in grid:
-        places = part["repair"].map(repairs.index)
-        spans = part.groupby(places)["nats_over_dense"].agg(["min", "max"])
-        axes.hlines(spans.index, spans["min"], spans["max"], color="#bbbbbb", linewidth=1.5, zorder=1)
-        for training, face in (("before", "#bbbbbb"), ("short", "white"), ("long", "#0072b2")):
-            here = part["training"] == training
-            style = {"color": "#777777" if training == "before" else "#0072b2", "markerfacecolor": face}
-            label = found.tokens(training) if here.any() else None
-            axes.plot(part.loc[here, "nats_over_dense"], places[here], "o", label=label, **style)
-        axes.axvline(0, color="black", linestyle=":", linewidth=1)
-        fig.titled_rows(axes, ["no repair", *(name.replace("_", " + ") for name in repairs[1:])])
-    return grid.done(rows, x="nats per token over dense", keep=["model", "repair", "training", "nats_over_dense"])
 
 
 def _simdiff(found: Healings) -> pd.DataFrame:
@@ -316,17 +302,3 @@ def tablea7_healing(chapter: Chapter) -> Drawing:
     data = pd.concat([printed, right]).replace({"healed": {True: "lora", False: "no"}})
     data = data.rename(columns={"avg_acc": "mean accuracy", "retained_percent": "RP"})
     return Drawing(None, data, pick(found.rows, study=("choices", "curve")), published=[PUBLISHED])
-
-
-@figure("own_table_recovered", reads=READS)
-def table_recovered(chapter: Chapter) -> Drawing:
-    """Loss before and after every healing, the share of the lost nats recovered, and that per thousand tokens."""
-    found = healings(chapter)
-    rows = pick(found.healed, text=found.texts[0])
-    rows = rows.assign(per_thousand_tokens=rows["recovered"] / (rows["tokens"] / 1000))
-    values = [*LOSSES, "recovered", "per_thousand_tokens"]
-    data = rows[["model", "budget", "study", *CUT[3:], *TRAINING, "tokens", *values]]
-    brief = pick(data, study=("curve", "choices"), repair="none").sort_values(["budget", "model", "size", "after"])
-    digits = {"per_thousand_tokens": 5} | dict.fromkeys(values[:4], 3)
-    text = markdown(brief[["model", "budget", "method", "size", *values]], digits=digits)
-    return Drawing(None, data.dropna(axis=1, how="all"), rows, text)

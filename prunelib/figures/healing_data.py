@@ -2,13 +2,11 @@
 
 import pandas as pd
 
-from prunelib.figures import style as fig
 from prunelib.figures.healing import healings
 from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
 
 CHAPTER = "06_healing_data"
 READS = {"duplicates": None}
-LOOKS = [("#d55e00", "s", "-"), ("#0072b2", "o", "--"), ("#009e73", "^", "-."), ("#8c6d1f", "D", ":"), ("#882255", "v", "-")]
 
 
 def _searched(chapter: Chapter) -> pd.DataFrame:
@@ -30,32 +28,6 @@ def table_largest_clusters(chapter: Chapter) -> Drawing:
     return Drawing(None, data, largest, markdown(data.assign(excerpt=quoted)))
 
 
-@figure("own_overlap", reads=READS)
-def overlap(chapter: Chapter) -> Drawing:
-    """Share of the evaluation documents, and of the task items, whose 25-grams occur in the other texts."""
-    rows = _searched(chapter)
-    evaluation = rows["target"].dropna().iloc[0]
-    data = pick(rows, metric="share", state="raw")
-    data = data.assign(panel=(data["target"] == evaluation).map({True: "documents", False: "task items"}), item=data["target"])
-    data["item"] = data["item"].str.removeprefix("pydocs_").str.replace("_", " ")
-    looks = {text: fig.Method(text, *look) for text, look in zip(rows["text"].dropna().unique(), LOOKS, strict=False)}
-    titles = {"documents": f"documents: {evaluation.replace(' ', ', ')}", "task items": "task items, 80 % or more of them"}
-    grid = fig.Panels(data, "panel", titles=titles, height=3.2)
-    for axes, part in grid:
-        if "documents" in set(part["panel"]):
-            fig.lines(axes, part, looks, x="least", series="text", markersize=4.5)
-            fig.percent(axes.xaxis)
-            axes.set(xlabel="share of a document that is found, at least, %", ylabel="share of all, %", ylim=(0, None))
-        else:
-            bars = part[part["least"] == 0.8].pivot(index="item", columns="text", values="value")
-            bars = bars.reindex(index=part["item"].unique(), columns=list(looks))
-            bars.plot.bar(ax=axes, color=[look.color for look in looks.values()], legend=False, rot=0, width=0.8, label="")
-            axes.set_xlabel("")
-            axes.grid(visible=False, axis="x")
-        fig.percent(axes.yaxis)
-    return grid.done(data, keep=["text", "target", "least", "value", "n"])
-
-
 @figure("own_table_deduplication", reads={"duplicates": None, "healing": None})
 def table_deduplication(chapter: Chapter) -> Drawing:
     """What deduplication removes, and the loss after healing on either text, at the same tokens of the same recipe."""
@@ -75,9 +47,10 @@ def table_deduplication(chapter: Chapter) -> Drawing:
     texts = pd.DataFrame(texts).reset_index().astype(dict.fromkeys(whole, "Int64"))
     used = rows[rows["metric"] != "largest"]
     pairs, healed = _paired(chapter)
-    if pairs.empty:
-        return Drawing(None, texts, used)
-    text = "\n\n".join((markdown(texts), markdown(pairs, digits=3)))
+    overlap = 100 * pick(rows, metric="share", state="raw", least=0.5).pivot(index="text", columns="target", values="value")
+    parts = [markdown(texts), markdown(pairs, digits=3)] if len(pairs) else [markdown(texts)]
+    parts += ["Share (%) of the evaluation documents, and of the task items, of which half of the 25-grams occur in a text:"]
+    text = "\n\n".join([*parts, markdown(overlap.reset_index(), digits=1)])
     return Drawing(None, pd.concat([texts, pairs]), pd.concat([used, healed]), text)
 
 

@@ -23,7 +23,6 @@ FORMATS = {
     "int8": fig.Method("int8", "#0072b2", "s"),
     "nf4": fig.Method("nf4", "#d55e00", "^"),
 }
-DRAFTS = {"none": ("unhealed", "#d55e00"), "distillation": ("distilled", "#0072b2")}
 COLUMNS = {  # of the tables: a column of `Timings.times`, its name and its decimals
     "mode": ("steps", 2),
     "layers_removed": ("layers removed", 0),
@@ -182,53 +181,30 @@ def prune_and_quantize(chapter: Chapter) -> Drawing:
     less, more = (gap["high"] < 0).sum(), (gap["low"] > 0).sum()
     text = (
         f"In {len(gap) - less - more} of {len(gap)} combinations the interval of the interaction holds 0; in {less} both "
-        f"together cost less than the sum, in {more} more. The largest interaction is {gap['value'].abs().max():.3f} nats."
+        f"together cost less than the sum, in {more} more. The largest interaction is {gap['value'].abs().max():.3f} nats.\n\n"
     )
+    text += _drafts(table)
     labels = {"x": grid.columns, "y": [f"{name}\nnats" for name in grid.rows], "text": text}
     note = "error bars: 95 % bootstrap interval over windows; along a line more and more layers are removed"
     return grid.done(pd.concat([gap, formats]), **labels, note=note, keep=[*keys, "what", "x", "value", "low", "high", "n"])
 
 
-@figure("own_speculative_decoding", reads=COMBINING)
-def speculative_decoding(chapter: Chapter) -> Drawing:
-    """Pruned models as drafts: how often the dense model accepts their tokens, and the speed of decoding with them."""
-    table = chapter.table("combining")
-    drafts, decoding = pick(table, role="draft"), pick(table, role="decoding")
-    accepted = pick(drafts, metric="acceptance_greedy").assign(what="tokens accepted", proposals=0)
-    half = 1.96 * accepted["stderr"].fillna(0)
-    accepted = accepted.assign(low=accepted["value"] - half, high=accepted["value"] + half)
-    speeds = pick(decoding, metric=("speedup", "expected_speedup")).assign(what="speed of decoding, dense alone = 1")
-    data, looks = pd.concat([accepted, speeds]), {}
-    data["line"] = data[["model", "recipe", "metric"]].agg(" ".join, axis=1) + data["proposals"].astype(str)
-    for line, one in data.drop_duplicates("line").set_index("line").iterrows():
-        marker = "os^D"[list(data["model"].unique()).index(one["model"])]
-        recipe, color = DRAFTS.get(one["recipe"], (one["recipe"], "#009e73"))
-        count = f", {one['proposals']:.0f} proposal{'s' * (one['proposals'] > 1)}" if one["proposals"] else ""
-        looks[line] = fig.Method(f"{one['model']}, {recipe}{count}", color, marker, {4: "--"}.get(one["proposals"], "-"))
-        if one["metric"] == "expected_speedup":
-            looks[line] = fig.Method("expected from acceptance and cost", "#777777", "_", "")
-    grid = fig.Panels(data, "what", height=3.4)
-    for axes, part in grid:
-        fig.lines(axes, part, looks, x="fraction", series="line", linewidth=1.0)
-        if "tokens accepted" in set(part["what"]):
-            axes.plot([0, 1], [1, 0], color="#333333", linestyle=":", label="cost of a step, if time goes with layers")
-            axes.set_ylim(0, 1.02)
-        else:
-            axes.axhline(1, color="#333333", linestyle=":")
-        axes.set(xlim=(0, 0.8), ylim=(0, None))
-    wide = pd.concat([drafts, decoding[decoding["proposals"].isna()]])
-    wide = wide.pivot_table(index=["model", "method", "size", "recipe"], columns="metric", values="value")
-    pays, measured = wide["acceptance_greedy"] > wide["draft_over_dense"], pick(decoding, metric="speedup")["value"]
+def _drafts(table: pd.DataFrame) -> str:
+    """In words: whether pruned models pay as drafts that propose tokens to the dense model."""
+    keys = ["model", "method", "size", "recipe"]
+    decoding = pick(table, role="decoding", may_be_empty=True)
+    drafts = pd.concat([pick(table, role="draft", may_be_empty=True), decoding[decoding["proposals"].isna()]])
+    if drafts.empty:
+        return ""
+    wide = drafts.pivot_table(index=keys, columns="metric", values="value")
+    pays, speeds = wide["acceptance_greedy"] > wide["draft_over_dense"], pick(decoding, metric="speedup")["value"]
     same = pick(decoding, metric=("same_text", "same_text_assisted"))["value"]
-    text = (
-        f"{pays.sum()} of {len(pays)} drafts are accepted more often than their step costs, the condition for any gain. The "
-        f"speed is {measured.min():.2f} to {measured.max():.2f} of the dense model's. The text was the dense model's in "
+    return (
+        f"{pays.sum()} of {len(pays)} pruned drafts are accepted more often than their step costs, the condition for any gain "
+        f"(acceptance {wide['acceptance_greedy'].min():.0%} to {wide['acceptance_greedy'].max():.0%}). Decoding with them has "
+        f"{speeds.min():.2f} to {speeds.max():.2f} of the dense model's speed. The text was the dense model's in "
         f"{(same == 1).sum()} of {len(same)} comparisons, those with transformers' assisted generation among them."
     )
-    note = "error bars: 1.96 standard errors over windows"
-    keep = ["model", "role", "method", "size", "fraction", "recipe", "proposals", "metric", "value", "stderr", "n"]
-    grid.data = pd.concat([drafts, decoding])
-    return grid.done(grid.data, x="layers removed, %", note=note, text=text, keep=keep)
 
 
 def devices(chapter: Chapter) -> str:
