@@ -77,22 +77,6 @@ def test_yes_is_right_for_the_own_summary_and_exactly_half_of_the_time(documents
         assert texts[item.document].startswith(told + "\n") == bool(item.label)
 
 
-def test_next_line_on_a_written_example():
-    lines = [
-        "Walk along a road that leads from one town to the next and",
-        "count every tree that stands on the left side of the road as",
-        "well as every stone that lies in the grass behind the trees, but",
-        "leave the flowers alone because nobody would ever believe them",
-        "and the numbers would be far too large for a simple little sum.",
-        "At last the two sums are added and the larger one is returned",
-        "together with the name of the town where the road comes to an end.",
-    ]
-    (item,) = docitems.build("pydocs_next_line", [pydocs.Document("p/m.py:walk", "\n".join(lines))])
-    answer = lines.index(item.choices[item.label])
-    assert item.query.splitlines()[-1] == lines[answer - 1]
-    assert not docitems.build("pydocs_next_line", [pydocs.Document("p/m.py:walk", "\n".join(lines[:3]))])
-
-
 def test_a_shared_description_is_no_answer():
     text = (
         "Mix two colors.\n\nParameters\n----------\na : float\n    Weight of the first color.\n"
@@ -111,8 +95,6 @@ def test_a_shared_description_is_no_answer():
 def test_unknown_task_and_poor_corpus(monkeypatch):
     with pytest.raises(ValueError, match="pydocs_next_line"):
         docitems.items("pydocs_last_line")
-    with pytest.raises(ValueError, match="unknown split 'test'"):
-        docitems.items("pydocs_summary", "test")
     monkeypatch.setattr(docitems, "ITEMS", 100_000)
     with pytest.raises(ValueError, match=r"requirements\.lock"):
-        docitems.items("pydocs_summary")
+        docitems.items.__wrapped__("pydocs_summary")

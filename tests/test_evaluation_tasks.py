@@ -1,8 +1,6 @@
-"""Tasks through lm-eval: the same numbers as by hand, as lm-eval's own route, and as the saved model; and the paired tests."""
+"""Tasks through lm-eval: the same numbers as by lm-eval's own route, whatever is asked together; and the paired tests."""
 
-import hashlib
 import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -27,29 +25,16 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def small() -> LlamaForCausalLM:
     """A random model for the tokenizer of the embedded models."""
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.5,  # so that the choices differ by more than rounding
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=4096, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, **sizes)
     with torch.random.fork_rng():
-        torch.manual_seed(3)
         return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
-def stories():
+def stories(shared_data):
     """A real tiny model with a Llama tokenizer, which puts BOS before every text by itself."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260k"
-    if not folder.is_dir():
-        pytest.skip("needs the development data beside the repository")
+    folder = shared_data / "models" / "stories260k"
     return models.load(folder), models.load_tokenizer(folder)
 
 
@@ -74,36 +59,12 @@ def scripted(monkeypatch, small, tokenizer):
 
 
 def test_a_model_that_prefers_the_answer_is_right_and_one_that_avoids_it_wrong(scripted):
-    right = scripted(lambda request: 0.0 if request.idx == request.doc["label"] else -1e6, "embedded", limit=40)
-    assert [(result.task, result.n, result.value()) for result in right.tasks.values()] == [
-        (name, 40, 1.0) for name in tasks.EMBEDDED
-    ]
-    assert right["pydocs_next_line"].value("acc_norm") == 1.0
-    assert "acc_norm" not in right["pydocs_summary"].scores  # one text is scored for all choices: there is nothing to normalize
-    wrong = scripted(lambda request: -1e6 if request.idx == request.doc["label"] else 0.0, "embedded", limit=40)
-    assert [result.value() for result in wrong.tasks.values()] == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.slow
-def test_random_scores_give_chance_and_every_item_is_asked(scripted):
-    def noise(request):
-        return -float(int(hashlib.sha256(repr(request.args).encode()).hexdigest()[:8], 16))
-
-    for result in scripted(noise, "embedded").tasks.values():
-        assert result.n >= 500 and len(set(result.items)) >= result.n // 2
-        assert result.chance == 0.25 and abs(result.value() - 0.25) < 3.5 * result.stderr()
-        assert result.constant_answer is None and result.best_constant is None
-
-
-def test_in_memory_equals_saved_and_reloaded(small, tokenizer, tmp_path):
-    pruned = models.remove_layers(small, [1])
-    here = evaluate_tasks(pruned, tokenizer, "embedded", bos=True, limit=12, progress=False)
-    models.save(pruned, tokenizer, tmp_path / "pruned")
-    folder = tmp_path / "pruned"
-    there = evaluate_tasks(models.load(folder), models.load_tokenizer(folder), "embedded", bos=True, limit=12, progress=False)
-    for name in tasks.EMBEDDED:
-        assert here[name] == there[name]
-    assert here.settings == there.settings
+    for value, score in ((1.0, 1e6), (0.0, -1e6)):
+        found = scripted(lambda request, score=score: score * (request.idx == request.doc["label"]), "embedded", limit=10)
+        assert [(one.task, one.n, one.value()) for one in found.tasks.values()] == [
+            (name, 10, value) for name in tasks.EMBEDDED
+        ]
+    assert "acc_norm" not in found["pydocs_summary"].scores  # one text is scored for all choices: there is nothing to normalize
 
 
 def test_bos_is_there_or_not_whatever_the_tokenizer_does(small, tokenizer, stories):
@@ -119,23 +80,7 @@ def test_bos_is_there_or_not_whatever_the_tokenizer_does(small, tokenizer, stori
             assert lm.tok_encode("a tree", add_special_tokens=False) == plain
             context, continuation = lm._encode_pair("a tree", " stands")
             assert context == wanted and continuation == words.encode("a tree stands", add_special_tokens=False)[len(plain) :]
-            ids, mask = lm.tok_batch_encode(["a tree", "a tree stands here"])
-            assert int((ids[1] == words.bos_token_id)[mask[1].bool()].sum()) == int(bos)
     assert tokenizer.pad_token is None  # lm-eval gave one to its own copy
-
-
-def test_settings_are_stated_and_the_callers_generators_left_alone(small, tokenizer):
-    states = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
-    results = evaluate_tasks(small, tokenizer, ["pydocs_summary"], bos=False, limit=3, seed=9, progress=False)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
-    state = random.getstate()  # not around a whole call: the type checks of the tests draw from this generator
-    with tasks._seeded(9):
-        assert random.random() == random.Random(9).random()
-    assert state == random.getstate()
-    stated = {"bos": False, "limit": 3, "num_fewshot": 0, "dtype": "float32", "truncated_requests": 0}
-    assert {name: results.settings[name] for name in stated} == stated
-    assert results.settings["seeds"] == {"random": 9, "numpy": 9, "torch": 9, "fewshot": 9}
 
 
 def test_examples_are_answered_questions_from_other_documents(scripted):
@@ -176,87 +121,34 @@ def test_layer_sets_equal_one_pruned_model_at_a_time(stories, shared_data, bos, 
         assert found[removed].settings == alone.settings
         for name, theirs in alone.tasks.items():
             ours = found[removed][name]
-            assert (ours.predicted, ours.items_sha256, ours.settings) == (
-                theirs.predicted,
-                theirs.items_sha256,
-                theirs.settings,
-            )
-            assert ours.scores.keys() == theirs.scores.keys()
+            for same in ("predicted", "items_sha256", "settings"):
+                assert getattr(ours, same) == getattr(theirs, same)
             for metric, scores in theirs.scores.items():  # LAMBADA's log-likelihoods are equal but for rounding
                 assert ours.scores[metric] == pytest.approx(scores, rel=1e-5)
     assert found.layer_forwards < found.layer_forwards_alone
 
 
-@pytest.mark.parametrize(
-    ("task_set", "layer_sets", "settings", "message"),
-    [
-        (["pydocs_summary", "xsum"], [(1,)], {}, r"'xsum' asks for generate_until.*evaluate_tasks"),
-        ("embedded", [(1,), (4,)], {}, r"removed \(4,\)"),
-        ("embedded", [(0, 1, 2, 3)], {}, "cannot remove 4 of 4 layers"),
-        ("embedded", [(1,)], {"limit": 0}, "limit=0"),
-    ],
-)
-def test_layer_sets_refuse_what_they_cannot_do(small, tokenizer, tmp_path, task_set, layer_sets, settings, message):
-    offline_copy(tmp_path / "xsum", test=[{"document": "A tree stood.", "summary": "A tree.", "id": "1"}])
-    with pytest.raises(ValueError, match=message):
-        evaluate_layer_sets(small, tokenizer, task_set, layer_sets, bos=True, data_dir=tmp_path, progress=False, **settings)
-
-
-def by_hand(model, tokenizer, context: str, continuations: list[str], bos: bool) -> list[float]:
-    """Log-likelihood of each continuation, one unpadded sequence at a time."""
-    first = [tokenizer.bos_token_id] if bos else []
-    found = []
-    for continuation in continuations:
-        before = first + tokenizer.encode(context, add_special_tokens=False)
-        ids = torch.tensor([first + tokenizer.encode(context + continuation, add_special_tokens=False)])
-        with torch.inference_mode():
-            likelihood = model(ids).logits[0, :-1].double().log_softmax(-1)
-        tail = slice(len(before) - 1, None)
-        found.append(float(likelihood[tail].gather(-1, ids[0, 1:][tail, None]).sum()))
-    return found
-
-
-@pytest.mark.parametrize("bos", [True, False])
-def test_twenty_items_of_piqa_equal_a_computation_by_hand(stories, shared_data, bos):
-    model, tokenizer = stories
-    result = evaluate_tasks(model, tokenizer, "piqa", bos=bos, limit=20, data_dir=shared_data / "benchmarks", progress=False)[
-        "piqa"
-    ]
-    lines = (shared_data / "benchmarks" / "piqa" / "validation.jsonl").read_text().splitlines()[:20]
-    predicted, normed, answers = [], [], []
-    for row in map(json.loads, lines):
-        choices = [row["sol1"], row["sol2"]]
-        scores = by_hand(model, tokenizer, f"Question: {row['goal']}\nAnswer:", [f" {choice}" for choice in choices], bos)
-        predicted.append(int(np.argmax(scores)))
-        normed.append(int(np.argmax([score / len(choice) for score, choice in zip(scores, choices, strict=True)])))
-        answers.append(row["label"])
-    assert result.predicted == tuple(predicted)
-    assert result.answers == tuple(answers)
-    assert result.value() == np.mean([p == a for p, a in zip(predicted, answers, strict=True)])
-    assert result.value("acc_norm") == np.mean([p == a for p, a in zip(normed, answers, strict=True)])
-    assert (result.n, result.chance) == (20, 0.5)
-
-
-def test_equals_lm_evals_own_route(stories, shared_data):
+@pytest.mark.slow
+@pytest.mark.parametrize(("bos", "shots"), [(True, 1), (False, 0)])
+def test_equals_lm_evals_own_route(stories, shared_data, bos, shots):
     """`simple_evaluate` with the overrides that lm-eval documents for local files."""
     import lm_eval
 
     model, tokenizer = stories
-    ours = evaluate_tasks(
-        model, tokenizer, "arc_easy", bos=True, limit=20, num_fewshot=1, data_dir=shared_data / "benchmarks", progress=False
-    )["arc_easy"]
+    settings = {"bos": bos, "limit": 20, "num_fewshot": shots, "data_dir": shared_data / "benchmarks", "progress": False}
+    states = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    results = evaluate_tasks(model, tokenizer, "arc_easy", **settings)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    ours, said = results["arc_easy"], {"bos": bos, "limit": 20, "num_fewshot": shots, "dtype": "float32"}
+    assert said.items() <= results.settings.items()
     files = {path.stem: str(path) for path in (shared_data / "benchmarks" / "arc_easy").glob("*.jsonl")}
     local = {"task": "arc_easy", "dataset_path": "json", "dataset_name": None, "validation_split": None}
     local["dataset_kwargs"] = {"data_files": files}
-    theirs = lm_eval.simple_evaluate(
-        model=lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
-        tasks=[{"group": "local", "task": [local]}],
-        task_manager=tasks.task_manager(),
-        num_fewshot=1,
-        limit=20,
-        fewshot_random_seed=1234,
-        log_samples=False,
-    )["results"]["arc_easy"]
+    own = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, add_bos_token=bos)
+    how = {"num_fewshot": shots, "limit": 20, "fewshot_random_seed": 1234, "log_samples": False}
+    groups = [{"group": "local", "task": [local]}]
+    theirs = lm_eval.simple_evaluate(own, tasks=groups, task_manager=tasks.task_manager(), **how)["results"]["arc_easy"]
     assert ours.value() == theirs["acc,none"] and ours.value("acc_norm") == theirs["acc_norm,none"]
     assert ours.stderr() == pytest.approx(theirs["acc_stderr,none"], rel=1e-12)
 
@@ -265,13 +157,8 @@ def test_equals_lm_evals_own_route(stories, shared_data):
 def test_every_family_of_official_tasks_runs_offline(stories, shared_data):
     names = [*(name for name in tasks.TASK_SETS["simdiff_zero_shot"] if name != "boolq"), "mmlu", "lambada_openai", "wsc273"]
     results = evaluate_tasks(*stories, names, bos=True, limit=1, data_dir=shared_data / "benchmarks", progress=False)
-    assert list(results.tasks) == names
-    counts = {name: result.n for name, result in results.tasks.items()}
-    assert counts.pop("mmlu") == 57
-    assert set(counts.values()) == {1}
-    mmlu = results["mmlu"]
-    assert mmlu.chance == 0.25 and len(mmlu.settings["members"]) == 57
-    assert {"mmlu_anatomy/0", "mmlu_astronomy/0"} < set(mmlu.items)
+    assert {name: result.n for name, result in results.tasks.items()} == {**dict.fromkeys(names, 1), "mmlu": 57}
+    assert results["mmlu"].chance == 0.25 and {"mmlu_anatomy/0", "mmlu_astronomy/0"} < set(results["mmlu"].items)
     assert results["lambada_openai"].chance is None and "log_likelihood" in results["lambada_openai"].scores
     text = json.dumps([results.settings, [one.settings for one in results.tasks.values()], results.rows()])
     assert str(shared_data) not in text and str(Path.home()) not in text
@@ -286,8 +173,6 @@ def test_constant_yes_on_boolq_is_seen(scripted, shared_data):
     assert boolq.n == 3270
     assert round(100 * boolq.value(), 2) == 62.17  # SimDiff, Table 2: SLEB 62.17
     assert boolq.constant_answer == "yes" and boolq.best_constant == boolq.value()
-    rows = {row["metric"]: row["value"] for row in boolq.rows()}
-    assert rows["constant_share"] == 1.0 and rows["best_constant"] == boolq.value()
     half = scripted(lambda request: float(len(request.args[0]) % 2 == request.idx), "boolq", limit=50, **copies)["boolq"]
     assert half.constant_answer is None and 0.2 < half.constant_share < 0.8
 
@@ -318,29 +203,16 @@ def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tm
     offline_copy(tmp_path / "commonsense_qa", validation=[{"question": "How many?", "choices": five, "answerKey": "B"}] * 2)
     names = ["cmnli", "c3", "race_middle", "xsum", "gsm8k", "wsc", "race", "commonsense_qa"]
     results = evaluate_tasks(small, tokenizer, names, bos=True, limit=2, num_fewshot=0, data_dir=tmp_path, progress=False)
-    assert results["cmnli"].answers == (0, 1) and results["cmnli"].chance == pytest.approx(1 / 3)
-    assert results["c3"].answers == (1, 1) and results["c3"].chance == pytest.approx((1 / 3 + 1 / 2) / 2)
-    assert results["race_middle"].answers == (2, 0)
+    expected = {"cmnli": ((0, 1), 1 / 3), "c3": ((1, 1), 5 / 12), "race_middle": ((2, 0), 1 / 4), "wsc": ((1, 0), 1 / 2)}
+    expected |= {"race": ((3, 3), 1 / 4), "commonsense_qa": ((1, 1), 1 / 5)}
+    for name, (answers, chance) in expected.items():
+        assert (results[name].answers, results[name].chance) == (answers, pytest.approx(chance))
     assert results["xsum"].metric == "rouge1" and 0 <= results["xsum"].value() <= 1
     assert set(results["gsm8k"].scores) == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    assert results["wsc"].answers == (1, 0) and results["wsc"].choices == ("no", "yes") and results["wsc"].best_constant == 0.5
-    assert results["race"].answers == (3, 3) and results["race"].chance == 0.25
-    assert results["commonsense_qa"].answers == (1, 1) and results["commonsense_qa"].chance == 0.2
-    assert [average.n for average in results.averages().values()] == [len(names), len(names) - 1]
-
-
-def test_every_task_of_every_set_resolves():
-    for name, members in tasks.TASK_SETS.items():
-        assert tasks.task_names(name) == members
-        leaves = {member: tasks.leaf_tasks(member, tasks.task_manager().task_index) for member in members}
-        assert all(leaves.values())
-    assert len(tasks.leaf_tasks("mmlu", tasks.task_manager().task_index)) == 57
-    assert tasks.task_manager() is tasks.task_manager()
-
-
-def test_without_hub_and_copy_there_is_one_clear_error(small, tokenizer):
-    with pytest.raises(RuntimeError, match=r"openbookqa.*Hub.*data_dir"):
-        evaluate_tasks(small, tokenizer, "openbookqa", bos=True, progress=False)
+    assert results["wsc"].choices == ("no", "yes") and results["wsc"].best_constant == 0.5
+    article = ["pydocs_summary", "xsum"]
+    with pytest.raises(ValueError, match=r"'xsum' asks for generate_until.*evaluate_tasks"):
+        evaluate_layer_sets(small, tokenizer, article, [(1,)], bos=True, data_dir=tmp_path, progress=False)
 
 
 def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
@@ -349,19 +221,18 @@ def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"piqa/validation\.jsonl"):
         run()
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        run(data_dir=tmp_path / "absent")
+    with pytest.raises(RuntimeError, match=r"openbookqa.*Hub.*data_dir"):
+        run("openbookqa", data_dir=None)
     with pytest.raises(ValueError, match="limit=0"):
         run(limit=0)
+    with pytest.raises(ValueError, match=r"removed \(4,\)"):
+        evaluate_layer_sets(small, tokenizer, "embedded", [(1,), (4,)], bos=True, progress=False)
     with pytest.raises(ValueError, match="piqa is named twice"):
         run(["piqa", "simdiff_zero_shot"])
     row = {"goal": "Cut bread.", "sol1": "Use a knife.", "sol2": "Use a spoon.", "label": 0}
     offline_copy(tmp_path / "piqa", validation=[row, row])
     with pytest.raises(ValueError, match="evaluated items themselves"):
         run(num_fewshot=1)
-    (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": \n')
-    with pytest.raises(ValueError, match=r"line 1 of validation\.jsonl is not valid JSON"):
-        run()
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "Cut bread.", "label": 0}\n')
     with pytest.raises(ValueError, match=r"piqa.*reads the column 'sol1'"):
         run()
@@ -371,24 +242,18 @@ def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):
         evaluate_tasks(small, bare, "embedded", bos=True)
 
 
-def result(task: str, correct: list[int], *, items: tuple[str, ...] | None = None, sha: str = "s") -> TaskResult:
-    scores = {"acc": tuple(map(float, correct))}
-    names = items or tuple(map(str, range(len(correct))))
-    return TaskResult(task, scores, names, 0.5, (), (), (), sha, {})
+def result(task: str, correct: list[int], sha: str = "s") -> TaskResult:
+    return TaskResult(task, {"acc": tuple(map(float, correct))}, tuple(map(str, range(len(correct)))), 0.5, (), (), (), sha, {})
 
 
 def test_averages_with_and_without_the_two_tasks():
-    three = TaskResults(
-        {"wsc": result("wsc", [1, 1, 0, 1]), "boolq": result("boolq", [0, 1]), "piqa": result("piqa", [0, 0, 1])}, {}
-    )
-    found = three.averages()
+    answered = {"wsc": [1, 1, 0, 1], "boolq": [0, 1], "piqa": [0, 0, 1]}
+    found = TaskResults({name: result(name, correct) for name, correct in answered.items()}, {}).averages()
     assert found["average"].value == pytest.approx((0.75 + 0.5 + 1 / 3) / 3)
     assert found["average_without_wsc"].value == pytest.approx((0.5 + 1 / 3) / 2)
     assert found["average_without_boolq"].n == 2
     assert found["average_without_wsc_boolq"].value == pytest.approx(1 / 3)
     assert all(average.low <= average.value <= average.high for average in found.values())
-    assert three.averages() == found
-    assert [row["metric"] for row in three.rows() if row["task"] == "all"][:3] == ["average", "average_low", "average_high"]
     assert list(TaskResults({"boolq": result("boolq", [0, 1])}, {}).averages()) == ["average"]
 
 

@@ -12,22 +12,16 @@ from prunelib import models
 from prunelib.models import CheckpointError, load, remove_layers, save
 
 
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=ids, use_cache=False).logits
-
-
-IDS = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(7))
-
-
 def test_save_does_not_overwrite_unless_told(tiny_llama, tmp_path):
     save(tiny_llama, None, tmp_path / "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
+    pruned = remove_layers(tiny_llama, (0,))
     with pytest.raises(ValueError, match="not empty"):
-        save(remove_layers(tiny_llama, (0,)), None, tmp_path / "model")
+        save(pruned, None, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
-    save(remove_layers(tiny_llama, (0,)), None, tmp_path / "model", overwrite=True)
-    assert load(tmp_path / "model").config.num_hidden_layers == 5
+    save(pruned, None, tmp_path / "model", overwrite=True)
+    model = load(tmp_path / "model", dtype="bfloat16")
+    assert (model.config.num_hidden_layers, model.training, model.dtype) == (5, False, torch.bfloat16)
     assert not (tmp_path / "model" / "notes.txt").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
@@ -49,18 +43,13 @@ def test_a_failed_save_leaves_what_was_there(tiny_llama, tmp_path, monkeypatch, 
         assert load(tmp_path / "model").config.num_hidden_layers == 6
 
 
-def overflowing(model):
-    model.model.norm.weight.data.fill_(3e38)
-    model.lm_head.weight.data.fill_(9)
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda model: model.model.layers.pop(5), r"9 missing \(model.layers.5"),
         (lambda model: setattr(model.config, "rms_norm_eps", 0.5), "other logits"),  # the norms in memory keep the old value
         (lambda model: model.lm_head.weight.data[0, 0].fill_(float("nan")), r"'lm_head.weight'.*\(or is not finite\)"),
-        (overflowing, "logits that are not finite"),
+        (lambda model: model.model.norm.weight.data.fill_(3e38), "logits that are not finite"),
     ],
 )
 def test_a_model_that_would_not_load_as_it_is_is_not_saved(tiny_llama, tmp_path, spoil, message):
@@ -96,14 +85,6 @@ def edit_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_load_gives_the_model_ready_to_evaluate(saved, tiny_llama):
-    model = load(saved)
-    assert not model.training
-    assert model.dtype == torch.float32
-    assert torch.equal(logits(model, IDS), logits(tiny_llama, IDS))
-    assert load(str(saved), dtype="bfloat16").dtype == load(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
 def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -115,10 +96,6 @@ def lose_a_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def spoil(name, value):
-    return lambda folder: edit_weights(folder, lambda weights: weights[name][2].fill_(float(value)))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -127,11 +104,7 @@ def spoil(name, value):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "truncated or damaged"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled weights are not read"),
         (lose_a_shard, r"model-00002-of-00002\.safetensors' is missing"),
-        (
-            spoil("model.layers.3.mlp.up_proj.weight", "nan"),
-            r"'model\.layers\.3\.mlp\.up_proj\.weight' holds 32 NaN or infinite",
-        ),
-        (spoil("lm_head.weight", "inf"), r"'lm_head\.weight' holds 32 NaN"),
+        (lambda folder: edit_weights(folder, lambda old: old["lm_head.weight"][2].fill_(float("inf"))), "holds 32 NaN or"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
         (lambda folder: edit_config(folder, model_type="llamma"), "llamma"),
@@ -153,19 +126,3 @@ def test_bad_arguments_of_load(saved, arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=f"{name} {value!r}"):
         load(saved, **arguments)
-
-
-@pytest.mark.parametrize("name", ["stories260k", "babyllama105"])
-def test_a_trained_model(shared_data, name, tmp_path):
-    model, tokenizer = load(shared_data / "models" / name), models.load_tokenizer(shared_data / "models" / name)
-    ids = torch.tensor([tokenizer("Once upon a time, there was a little girl named Lily.")["input_ids"]])
-    pruned = remove_layers(model, (2,))
-    save(pruned, tokenizer, tmp_path / name)
-    again, words = load(tmp_path / name), models.load_tokenizer(tmp_path / name)
-    assert torch.equal(logits(again, ids), logits(pruned, ids))
-    assert words("Lily said hello.")["input_ids"] == tokenizer("Lily said hello.")["input_ids"]
-    assert 0.05 < models.removed_fraction(model, again) < 0.25
-    # A trained model predicts its own kind of text; one layer less costs something, but not everything.
-    with torch.no_grad():
-        losses = [float(candidate(ids, labels=ids, use_cache=False).loss) for candidate in (model, again)]
-    assert losses[0] < losses[1] < 6.5

@@ -1,11 +1,12 @@
 """The engine against whole models, in every family, and the layers that removals share: what runs, and how often."""
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import hooks
 from architectures import ARCHITECTURES, build
+from model_helpers import random_windows
 
 from prunelib.models import UnsupportedModel, decoder_layers, final_norm, remove_layers
 from prunelib.models.layerwise import (
@@ -16,10 +17,6 @@ from prunelib.models.layerwise import (
     shared_layer_forwards,
 )
 from prunelib.models.sublayers import all_sublayers
-
-
-def random_windows(count: int = 5, length: int = 13) -> torch.Tensor:
-    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def run(engine: LayerwiseModel, hidden: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
@@ -48,42 +45,10 @@ def test_embed_layers_and_head_are_the_model(name):
     assert torch.equal(run(engine, states[2], first=2)[-1], states[-1])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.inference_mode()
-def test_padding_changes_nothing(name, side):
-    model, ids = build(name), random_windows(1, 12)
-    engine = LayerwiseModel(model)
-    alone = run(engine, engine.embed(ids))[-1]
-    real = slice(3, None) if side == "left" else slice(0, 12)
-    padded, mask = torch.zeros(2, 15, dtype=torch.int64), torch.zeros(2, 15, dtype=torch.bool)
-    padded[0, real], mask[0, real], mask[1] = ids[0], True, True
-    found = run(engine, engine.embed(padded, mask))[-1][0, real]
-    torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=1e-5)
-
-
-def test_layers_without_weights_are_needed_once_for_each_class():
-    model, entered = build("qwen3_moe_mlp_only"), []
-
-    @contextmanager
-    def ready(index):
-        entered.append(index)
-        yield
-
-    LayerwiseModel(model, ready=ready)
-    assert entered == [0]
-
-
-def test_gradients_flow_through_the_engine(tiny_llama):
-    engine = LayerwiseModel(tiny_llama)
-    engine.head(run(engine, engine.embed(random_windows() % 97))[-1]).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in tiny_llama.parameters())
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
 @torch.inference_mode()
 def test_logits_of_sets_are_those_of_pruned_models(name):
-    model, windows, sets, seen = build(name), random_windows(), [(), (1,), (0, 4), (1,)], []
+    model, windows, sets, seen = build(name), random_windows(5), [(), (1,), (0, 4), (1,)], []
     runs = SharedPrefixEvaluator(model, sets)
     for start, ids, removed, logits in runs.logits(windows, batch_size=2):
         assert torch.equal(ids, windows[start : start + 2])
@@ -141,7 +106,6 @@ def test_models_that_cannot_run_layer_by_layer_are_refused_before_work():
 @pytest.mark.parametrize("removed", [(0, 4), ((3, "mlp"),)])
 def test_hooks_of_a_model_spread_over_devices_change_nothing(removed):
     """As accelerate places a model: hooks that rewrite `forward` of the whole and of its parts. All on the CPU here."""
-    hooks = pytest.importorskip("accelerate.hooks")
     model, windows = build("llama"), random_windows()
 
     def logits():
@@ -149,9 +113,8 @@ def test_hooks_of_a_model_spread_over_devices_change_nothing(removed):
         return torch.stack([logits for *_, logits in runs.logits(windows, batch_size=5)])
 
     expected = logits()
-    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.model.rotary_emb, model.lm_head]
     hooks.add_hook_to_module(model, hooks.AlignDevicesHook("cpu", io_same_device=True))
-    for part in parts:
+    for part in [model.model.embed_tokens, *model.model.layers, model.model.norm, model.model.rotary_emb, model.lm_head]:
         hooks.add_hook_to_module(part, hooks.AlignDevicesHook("cpu"))
     assert torch.equal(logits(), expected)
     assert not torch.equal(expected[0], expected[1])

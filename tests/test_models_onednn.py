@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prunelib import models
 from prunelib.models import onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
@@ -45,15 +44,3 @@ def test_few_rows_other_types_autocast_and_other_modules_are_left_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert fast(many).dtype == torch.bfloat16
     assert fast.double()(many.double()).dtype == torch.float64
-
-
-def test_a_loaded_model_uses_it_is_pruned_and_saved_as_an_ordinary_one(tiny_llama, tmp_path):
-    models.save(tiny_llama, None, tmp_path / "dense")
-    loaded = models.load(tmp_path / "dense")
-    assert any(type(module) is onednn.OneDnnLinear for module in loaded.modules())
-    ids = torch.arange(64).reshape(2, 32)
-    pruned = models.remove_layers(loaded, [2])
-    models.save(pruned, None, tmp_path / "pruned")
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(ids).logits, tiny_llama(ids).logits, rtol=1e-4, atol=1e-5)
-        assert torch.equal(models.load(tmp_path / "pruned")(ids).logits, pruned(ids).logits)

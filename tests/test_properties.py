@@ -87,41 +87,20 @@ def test_a_plan_is_what_its_json_says_and_anything_else_is_one_value_error(kind,
 
 
 redundancies = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.array)
-shares = st.floats(0, 0.8)
-multiples = st.sampled_from([1, 2, 8, 16])
 
 
 @always
-@given(redundancies, shares, st.floats(0, 1), st.sampled_from([160, 512]), multiples)
+@given(redundancies, st.floats(0, 0.8), st.floats(0, 1), st.sampled_from([160, 512]), st.sampled_from([1, 2, 8, 16]))
 def test_a_more_redundant_layer_is_never_wider(redundancy, percentage, part, hidden_size, multiple):
     plan = schedules.dynamic(redundancy, hidden_size, percentage, part * percentage, multiple=multiple)
     assert all(width % multiple == 0 and multiple <= width <= hidden_size for width in plan.widths)
     along = np.argsort(-redundancy, kind="stable")
     widths = np.array(plan.widths)[along]
     slices = schedules.final_slices(redundancy, percentage, part * percentage)[along]
-    equal = np.isclose(np.diff(slices), 0, rtol=0, atol=1e-12)  # as redundant, or all of them at the base
-    # Equal slices may differ by the unit that was left over.
-    assert all(step >= (-multiple if same else 0) for step, same in zip(np.diff(widths), equal, strict=True))
+    equal = np.isclose(np.diff(slices), 0, rtol=0, atol=1e-12)  # these may differ by the unit that was left over
+    assert (np.diff(widths) >= np.where(equal, -multiple, 0)).all()
     inverted = schedules.dynamic(1 - redundancy, hidden_size, percentage, part * percentage, multiple=multiple)
     assert sum(inverted.widths) == sum(plan.widths)
-    assert abs(sum(plan.widths) - len(widths) * hidden_size * (1 - percentage)) <= multiple / 2 + 1e-6
-    assert SlicePlan.from_json(plan.to_json()) == plan
-
-
-@always
-@given(redundancies, shares, st.floats(0, 1), st.floats(0, 0.999))
-def test_slices_stay_between_base_and_cap(redundancy, percentage, part, cap):
-    base = part * percentage
-    if cap < percentage:
-        with pytest.raises(ValueError, match=r"cap=.*must be below 1 and at least slice_percentage"):
-            schedules.final_slices(redundancy, percentage, base, cap=cap)
-        return
-    slices = schedules.final_slices(redundancy, percentage, base, cap=cap)
-    assert slices.mean() == pytest.approx(percentage, abs=1e-12)
-    assert slices.max() <= cap + 1e-12
-    assert slices.min() >= base - 1e-12
-    order = np.argsort(redundancy, kind="stable")
-    assert np.all(np.diff(slices[order]) >= -1e-12), "never less for a more redundant layer"
 
 
 names = st.text(string.ascii_lowercase, min_size=1, max_size=8)
@@ -158,7 +137,7 @@ def test_a_value_survives_the_command_line_of_a_batch(case):
 
 
 def same(found, value) -> bool:
-    """Equal, with the same types all the way down; a whole number is a float where a float is asked for."""
+    """Equal, with the same types all the way down."""
     if isinstance(value, list):
         return type(found) is list and len(found) == len(value) and all(map(same, found, value))
     return type(found) is type(value) and found == value
@@ -194,7 +173,7 @@ texts = st.text(max_size=20).filter(lambda text: "\r" not in text)
 words = texts.filter(bool)
 moderate = st.floats(-1e300, 1e300)  # the last float of all, cut to ten digits, is none any more
 cells = st.booleans() | st.integers() | moderate | texts
-RESERVED = {*results.VALUES, *results.RESERVED, *results.PATHS}
+RESERVED = {*results.VALUES, *results.COSTS, *results.RESERVED, *results.PATHS}
 columns = words.filter(lambda name: name not in RESERVED)
 
 
@@ -221,8 +200,7 @@ def test_a_run_is_read_as_it_was_written(run):
     parameters, rows = run
     with tempfile.TemporaryDirectory() as folder:
         found = results.read_run(written(Path(folder), parameters, rows))
-    assert found["rows"] == rows
-    assert [list(map(type, row.values())) for row in found["rows"]] == [list(map(type, row.values())) for row in rows]
+    assert same([[*map(list, row.items())] for row in found["rows"]], [[*map(list, row.items())] for row in rows])
     assert found["parameters"] == parameters
 
 

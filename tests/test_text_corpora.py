@@ -1,7 +1,6 @@
 """Corpora: what is read from where, and windows that are the same bytes for the same seed."""
 
 import gzip
-import hashlib
 import json
 import lzma
 import re
@@ -38,30 +37,14 @@ def counting(count: int) -> Corpus:
     return corpus(" ".join(WORDS[:count]))
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every connection is refused, as on a machine without network."""
-
-    def refuse(*arguments, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-# --- files
-
-
 def test_text_file_is_cut_at_document_ends_only(tmp_path):
     text = "first\n\nstill first\n<|endoftext|>\nsecond <|endoftext|> goes on\n<|endoftext|>\n"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
     plain, packed = load(tmp_path / "a.txt"), load(str(tmp_path / "a.txt.xz"), "evaluation")
     assert plain.documents == ("first\n\nstill first", "second <|endoftext|> goes on")
-    assert packed.documents == plain.documents
-    assert packed.sha256 == plain.sha256
+    assert packed.documents == plain.documents and packed.sha256 == plain.sha256
     assert (plain.name, plain.split, packed.name, packed.split) == ("a.txt", "train", "a.txt.xz", "evaluation")
-    assert str(tmp_path) not in repr(plain)
 
 
 def test_json_forms_agree(tmp_path):
@@ -84,11 +67,10 @@ def test_instruction_records_take_the_alpaca_prompt(tmp_path):
     ]
     (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
     request = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    begin, more = "Below is an instruction that describes a task", ", paired with an input that provides further context"
     assert load(tmp_path / "a.json").documents == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        + request
-        + "Add.\n\n### Input:\n1 and 2\n\n### Response:\n3",
-        "Below is an instruction that describes a task. " + request + "Greet.\n\n### Response:\nHello",
+        f"{begin}{more}. {request}Add.\n\n### Input:\n1 and 2\n\n### Response:\n3",
+        f"{begin}. {request}Greet.\n\n### Response:\nHello",
     )
 
 
@@ -96,13 +78,10 @@ def test_instruction_records_take_the_alpaca_prompt(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2 of a.jsonl is not valid JSON"),
-        ("a.json", b'[{"text": "good"}', "a.json is not valid JSON"),
         ("a.jsonl", b'{"text": "good"}\n"bad"\n', "line 2 of a.jsonl holds a str"),
         ("a.jsonl", b'{"text": "good"}\n{"body": "bad"}\n', "record 2 of a.jsonl: needs the field 'text'.*it has body"),
-        ("a.jsonl", b"\n\n", "is empty"),
         ("a.txt", b" \n<|endoftext|>\n\n", "is empty"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is damaged or not UTF-8"),
-        ("a.txt.xz", b"not xz", "a.txt.xz is damaged"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "cut"}' * 999, mtime=0)[:-20], "a.jsonl.gz is damaged"),
         ("a.pdf", b"", "unknown corpus .*a.pdf.*pydocs.*wikitext2.*jsonl"),
     ],
@@ -128,17 +107,13 @@ def test_bad_requests_are_named(arguments, settings, error, message):
         load(*arguments, **settings)
 
 
-def test_hash_sees_document_borders():
-    assert corpus("ab", "c").sha256 != corpus("a", "bc").sha256
-    encoded = b"\x03" + bytes(7) + "ä1".encode()
-    assert corpus("ä1").sha256 == hashlib.sha256(encoded).hexdigest()
+@pytest.mark.parametrize(("name", "split"), [("wikitext2", "evaluation"), ("c4", "calibration")])
+def test_without_network_and_copy_the_error_names_the_remedy(monkeypatch, name, split):
+    def refuse(*arguments, **options):
+        raise OSError("no network")
 
-
-# --- named data sets
-
-
-@pytest.mark.parametrize(("name", "split"), [("wikitext2", "evaluation"), ("c4", "calibration"), ("alpaca", "train")])
-def test_without_network_and_copy_the_error_names_the_remedy(no_network, monkeypatch, name, split):
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     # The client, which retries for long, must not be reached.
     monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: pytest.fail("asked"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -202,9 +177,6 @@ def test_a_raw_file_is_the_rows_of_wikitext(tmp_path):
     assert load(tmp_path / "wiki.test.raw").documents == ("\n\n".join(rows),)
 
 
-# --- windows
-
-
 def test_stream_puts_the_end_of_text_between_documents():
     tokenizer = word_tokenizer(eos_token="</s>")
     end = tokenizer.eos_token_id
@@ -219,16 +191,11 @@ def test_consecutive_windows_cover_the_text_once(bos):
     tokenizer = word_tokenizer(bos_token="<s>")
     windows = consecutive_windows(counting(100), tokenizer, 9, bos=bos)
     content = windows[:, 1:] if bos else windows
-    covered = content.flatten().tolist()
-    assert windows.dtype == torch.int64
-    assert windows.shape == (100 // content.shape[1], 9)
-    assert covered == list(range(len(covered)))
-    if bos:
-        assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert content.flatten().tolist() == list(range(100 // content.shape[1] * content.shape[1]))
+    assert not bos or set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+    # A few windows stand for the whole text, not for its beginning.
     spread = [i * len(windows) // 3 for i in range(3)]
-    assert spread[-1] > len(windows) / 2, "a few windows stand for the whole text, not for its beginning"
     assert torch.equal(consecutive_windows(counting(100), tokenizer, 9, limit=3, bos=bos), windows[spread])
-    assert torch.equal(consecutive_windows(counting(100), tokenizer, 9, limit=10**6, bos=bos), windows)
 
 
 def test_sampled_windows_are_pieces_of_the_text_without_overlap():
@@ -242,9 +209,7 @@ def test_sampled_windows_are_pieces_of_the_text_without_overlap():
 
 def test_every_placement_is_equally_likely():
     # 2 windows of 2 tokens in 5: the pairs of starts are (0, 2), (0, 3), (1, 3).
-    found = [
-        tuple(sample_windows(counting(5), word_tokenizer(), 2, 2, seed, progress=False)[:, 0].tolist()) for seed in range(600)
-    ]
+    found = [sample_windows(counting(5), word_tokenizer(), 2, 2, seed)[:, 0].tolist() for seed in range(600)]
     pairs, counts = np.unique(np.sort(found, axis=1), axis=0, return_counts=True)
     assert pairs.tolist() == [[0, 2], [0, 3], [1, 3]]
     assert counts.min() > 150  # 200 expected, standard deviation 12
@@ -252,17 +217,11 @@ def test_every_placement_is_equally_likely():
 
 
 def test_same_seed_same_bytes_other_seed_other_windows():
-    tokenizer = word_tokenizer()
-    torch.manual_seed(1)
-    first = sample_windows(counting(400), tokenizer, 8, 16, seed=3)
-    torch.manual_seed(2)
-    torch.rand(5)
     before = torch.get_rng_state()
-    again = sample_windows(counting(400), tokenizer, 8, 16, seed=3)
+    first, again, other = (sample_windows(counting(400), word_tokenizer(), 8, 16, seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
-    assert first.numpy().tobytes() == again.numpy().tobytes()
-    assert windows_sha256(first) == windows_sha256(again)
-    assert windows_sha256(first) != windows_sha256(sample_windows(counting(400), tokenizer, 8, 16, seed=4))
+    assert torch.equal(first, again)
+    assert windows_sha256(first) == windows_sha256(again) != windows_sha256(other)
     # Golden: other numbers would mean that a library changed what a seed gives, and with it every committed result.
     assert first[:, 0].tolist() == [347, 223, 110, 296, 23, 64, 80, 312]
 
@@ -276,30 +235,5 @@ def test_short_corpus_gives_overlap_with_a_warning_and_too_short_an_error():
     for bos, needed in ((False, 9), (True, 8)):
         with pytest.raises(ValueError, match=rf"corpus 'toy' \(train\) has 7 tokens; a window needs {needed}"):
             sample_windows(counting(7), tokenizer, 1, 9, seed=0, bos=bos)
-        with pytest.raises(ValueError, match=rf"has 7 tokens; a window needs {needed}"):
-            consecutive_windows(counting(7), tokenizer, 9, bos=bos)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_samples": 0}, "0 rows"),
-        ({"seq_len": 1}, "rows of 1 tokens"),
-        ({"seed": -1}, "seed=-1"),
-        ({"bos": True}, "tokenizer has no bos_token"),
-    ],
-)
-def test_bad_window_settings_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        sample_windows(counting(50), word_tokenizer(), **{"n_samples": 1, "seq_len": 8, "seed": 0, **changes})
-
-
-# --- real text, real tokenizer
-
-
-def test_wikitext2_is_the_usual_perplexity_text(shared_data):
-    path = shared_data / "benchmarks" / "wikitext" / "wiki.test.raw"
-    (text,) = load(path).documents
-    assert len(corpora.wikitext_rows(path)) == 4358
-    assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
-    assert load("wikitext2", "evaluation", data_dir=shared_data / "benchmarks").documents == (text,)
+    with pytest.raises(ValueError, match="bos=True, but the tokenizer has no bos_token"):
+        sample_windows(counting(50), word_tokenizer(), 1, 8, seed=0, bos=True)

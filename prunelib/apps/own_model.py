@@ -127,7 +127,7 @@ def task_rows(states: Mapping[str, TaskResults], *, seed: int = 0) -> list[dict[
     """Rows of the tasks, the dense state first; of later states also paired differences, `<metric>_over_dense`."""
     rows = [{"state": state, **row} for state, found in states.items() for row in found.rows()]
     for state in list(states)[1:]:
-        for one in compare(states[state], states["dense"], seed=seed, level=LEVEL):
+        for one in compare(states[state], states["dense"], seed=seed):
             gap = one.difference
             interval = {"value": gap.value, "low": gap.low, "high": gap.high, "level": LEVEL, "n": one.n}
             rows.append({"state": state, "task": one.task, "metric": f"{one.metric}_over_dense", **interval})

@@ -18,7 +18,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import takewhile
 
 from prunelib.text import embedded as pydocs
@@ -44,26 +44,21 @@ class Item:
     label: int
 
 
+@cache
 def items(task: str, split: str = "evaluation") -> tuple[Item, ...]:
-    """The items of one task, built from the embedded corpus on this machine; `split` "calibration" for few-shot examples.
+    """The items of one task, built once from the embedded corpus on this machine; `split` "calibration" for few-shot examples.
 
     Raises ValueError for an unknown task or split, and a corpus that yields fewer than 500 items.
     """
     if task not in BUILDERS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(BUILDERS)}")
-    found = _from_corpus(task, split, pydocs.build("pydocs").stat().st_mtime_ns)
+    found = build(task, pydocs.records("pydocs", split))
     if len(found) < ITEMS:
         raise ValueError(
             f"{task}: {len(found)} items of the {split} split instead of {ITEMS}; the docstrings on this machine are not those "
             "of the lock: pip install -r requirements.lock and delete data/corpora/pydocs.jsonl"
         )
     return found
-
-
-@lru_cache(maxsize=16)
-def _from_corpus(task: str, split: str, modified: int) -> tuple[Item, ...]:
-    """The items of the corpus on disk, built once; `modified` makes the cache forget a corpus that was rebuilt."""
-    return build(task, pydocs.records("pydocs", split))
 
 
 def build(task: str, documents: Sequence[pydocs.Document]) -> tuple[Item, ...]:

@@ -8,6 +8,7 @@ from jaxtyping import Float64
 
 Values = Sequence[float] | Sequence[int] | np.ndarray  # one number per window or item
 
+LEVEL = 0.95  # of every interval
 EXACT_UP_TO = 1000  # discordant items up to which McNemar's test is the exact binomial one
 
 
@@ -18,7 +19,6 @@ class Interval:
     value: float
     low: float
     high: float
-    level: float
     n: int
 
 
@@ -61,30 +61,23 @@ def bootstrap_draws(
     return drawn
 
 
-def interval(value: float, drawn: Float64[np.ndarray, " draw"], level: float, n: int) -> Interval:
+def interval(value: float, drawn: Float64[np.ndarray, " draw"], n: int) -> Interval:
     """`value` between the quantiles of its draws."""
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), level, n)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high), n)
 
 
 def paired_bootstrap(
-    a: Values,
-    b: Values,
-    seed: int = 0,
-    n: int = 1000,
-    *,
-    sizes: Values | None = None,
-    groups: Sequence[str] | None = None,
-    level: float = 0.95,
+    a: Values, b: Values, seed: int = 0, n: int = 1000, *, sizes: Values | None = None, groups: Sequence[str] | None = None
 ) -> Interval:
-    """The mean of a − b with the middle `level` of its `bootstrap_draws`: two models on the same windows or items.
+    """The mean of a − b with the middle 95 % of its `bootstrap_draws`: two models on the same windows or items.
 
     For a difference in nats per token take `Perplexity.window_nll` of both, and ``sizes=Perplexity.window_tokens``.
     """
     left, right = _paired(a, b)
     drawn = bootstrap_draws(left - right, sizes=sizes, groups=groups, seed=seed, n=n)
     mean = float(np.sum(left - right) / (len(left) if sizes is None else np.sum(sizes)))
-    return interval(mean, drawn, level, len(left) if groups is None else len(set(groups)))
+    return interval(mean, drawn, len(left) if groups is None else len(set(groups)))
 
 
 def mcnemar(a: Values, b: Values) -> McNemar:

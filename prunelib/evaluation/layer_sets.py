@@ -62,9 +62,7 @@ def layer_set_perplexity(
 
     Raises the same errors as `perplexity` and `SharedPrefixEvaluator`; NotFinite names what was removed and the window.
     """
-    results = _accumulated(
-        model, windows, layer_sets, lambda: NllAccumulator(windows), batch_size=batch_size, progress=progress
-    )
+    results = _accumulated(model, windows, layer_sets, lambda: NllAccumulator(windows), batch_size, progress)
     chance = math.log(model.get_input_embeddings().num_embeddings)
     if () in results and results[()].nll > chance + BEYOND_CHANCE:
         warnings.warn(
@@ -89,12 +87,13 @@ def layer_set_divergence(
     In nats per token, at the positions that `perplexity` scores. The dense model runs along with the sets, so that one batch of
     its logits is all that is held. Raises the same errors as `layer_set_perplexity`.
     """
-    asked = list(dict.fromkeys(map(tuple, layer_sets)))
+    asked = list(map(tuple, layer_sets))
     dense: dict[int, Tensor] = {}
     sets = [(), *asked] if asked else []  # the dense model, given first, comes out first of each batch
-    results = _accumulated(model, windows, sets, lambda: _Kl(windows, dense), batch_size=batch_size, progress=progress)
-    cost = {"layer_forwards": results.layer_forwards, "layer_forwards_alone": results.layer_forwards_alone}
-    return LayerSetResults({removed: results[removed] for removed in asked}, **cost)
+    results = _accumulated(model, windows, sets, lambda: _Kl(windows, dense), batch_size, progress)
+    if () not in asked:
+        results.pop((), None)
+    return results
 
 
 class _Kl:
@@ -126,7 +125,6 @@ def _accumulated(
     windows: Int64[Tensor, "window position"],
     layer_sets: Iterable[LayerSet],
     accumulator: Callable[[], NllAccumulator | _Kl],
-    *,
     batch_size: int,
     progress: bool,
 ) -> LayerSetResults:
@@ -159,13 +157,12 @@ def layer_set_likelihoods(
     layer_sets: Iterable[LayerSet],
     *,
     batch_size: int = 16,
-    softmax_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> LayerSetResults:
     """Log-likelihood of every continuation under the model without each of the given sets: set → one `Answer` each.
 
     A text that several continuations read runs once, and the head runs at the scored positions only. Batches of `batch_size`
-    texts, longest first, are padded on the right. softmax_dtype: of the log-probabilities, None for that of the logits.
+    texts, longest first, are padded on the right.
 
     Raises ValueError for a continuation that is empty or longer than what is read, ``batch_size`` below 1, a model in training
     mode, and the same errors as `SharedPrefixEvaluator`.
@@ -195,7 +192,7 @@ def layer_set_likelihoods(
             scored = [continuations[number].scored for number in numbers]
             for removed, hidden in runs.walk(runs.engine.embed(ids), bar):
                 rows, positions = distinct.T.to(hidden.device)
-                likelihoods = runs.engine.head(hidden[rows, positions][:, None])[:, 0].log_softmax(-1, dtype=softmax_dtype)
+                likelihoods = runs.engine.head(hidden[rows, positions][:, None])[:, 0].log_softmax(-1)
                 for number, answer in zip(numbers, _answers(likelihoods, where, scored), strict=True):
                     found[removed][number] = answer
                 del likelihoods  # before the next ones are made

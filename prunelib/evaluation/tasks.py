@@ -1,11 +1,8 @@
 """Tasks through lm-eval on a model in memory, and paired tests between two models on the same items.
 
-lm-eval's official tasks, the YAML tasks in ``data/tasks`` and the embedded ones (`prunelib.evaluation.embedded_tasks`) run with
-the prompts, metrics and item order of the ``lm_eval`` command. What the command leaves to the tokenizer or to chance is stated:
-BOS, few-shot examples, seeds.
-
-Two tasks decide averages by a constant answer (BoolQ 62.2 % "yes", WSC 63.5 % "no"): `TaskResult.constant_answer` says when
-that has happened, and `TaskResults.averages` gives every average with and without them.
+lm-eval's official tasks, the YAML tasks in ``data/tasks`` and the embedded ones run with the prompts, metrics and item order of
+the ``lm_eval`` command; BOS, few-shot examples and seeds are stated. Two tasks decide averages by a constant answer (BoolQ
+62.2 % "yes", WSC 63.5 % "no"): every average is also given without them.
 """
 
 import contextlib
@@ -30,7 +27,7 @@ from transformers import PreTrainedModel, set_seed
 from prunelib.evaluation import embedded_tasks
 from prunelib.evaluation.intervals import Interval, McNemar, bootstrap_draws, interval, mcnemar
 from prunelib.evaluation.layer_sets import Answer, Continuation, LayerSetResults, layer_set_likelihoods
-from prunelib.io import first_line, project_root
+from prunelib.io import at_root, first_line, project_root
 from prunelib.models import decoder_layers, memory
 from prunelib.models.layerwise import LayerSet, check_layer_set
 from prunelib.text import corpora
@@ -59,14 +56,11 @@ COLUMNS = "an offline copy needs the columns of the official data set"
 class TaskResult:
     """One task on one model, item by item.
 
-    Attributes:
-        scores: metric → one number per item: ``acc`` and ``acc_norm`` are 0 or 1, ``rouge1`` lies between, ``log_likelihood``
-            (LAMBADA) is in nats. A filter of lm-eval stands behind a comma: ``exact_match,strict-match``.
-        items: names of the items; those of the embedded tasks name the docstring, which two items may share.
-        chance: expected ``acc`` of a uniform guess; None, and `predicted` and `answers` (indices) empty, without choices.
-        choices: the choice texts where every item has the same, else empty. Only there can an answer be constant.
-        items_sha256: over every prompt, continuation and answer: two results with the same hash can be paired.
-        settings: dataset, split, shots and version, without any machine path.
+    scores: metric → one number per item: ``acc`` and ``acc_norm`` are 0 or 1, ``rouge1`` lies between, ``log_likelihood``
+    (LAMBADA) is in nats; a filter of lm-eval stands behind a comma. items: their names; two of the embedded tasks may share a
+    docstring. chance: expected ``acc`` of a uniform guess; None, `predicted` and `answers` (indices) empty, without choices.
+    choices: the texts where every item has the same, else empty. items_sha256: over every prompt, continuation and answer.
+    settings: dataset, split, shots and version, without any machine path.
     """
 
     task: str
@@ -145,7 +139,7 @@ class TaskResults:
             if kept and found.setdefault(tuple(kept), label) == label:
                 draws = [_draws(one.scores[one.metric], one.items, seed, 2000) for seed, one in enumerate(kept.values())]
                 mean = float(np.mean([one.value() for one in kept.values()]))
-                averages[label] = interval(mean, np.mean(draws, axis=0), 0.95, len(kept))
+                averages[label] = interval(mean, np.mean(draws, axis=0), len(kept))
         return averages
 
     def rows(self) -> list[dict]:
@@ -173,7 +167,7 @@ class Comparison:
     mcnemar: McNemar | None
 
 
-def compare(a: TaskResults, b: TaskResults, *, seed: int = 0, n: int = 10_000, level: float = 0.95) -> tuple[Comparison, ...]:
+def compare(a: TaskResults, b: TaskResults, *, seed: int = 0, n: int = 10_000) -> tuple[Comparison, ...]:
     """a − b, by its main metric, on every task that both have, then on their average (each task resampled by itself).
 
     Raises ValueError without a task in common, or for different items or prompts (another limit, corpus, BOS, number of shots).
@@ -189,11 +183,11 @@ def compare(a: TaskResults, b: TaskResults, *, seed: int = 0, n: int = 10_000, l
             raise ValueError(f"task {name!r}: not on the same items and prompts ({left.n} and {right.n} items, other sha256)")
         x, y = np.array(left.scores[left.metric]), np.array(right.scores[left.metric])
         drawn.append(_draws(x - y, left.items, seed + i, n))
-        difference = interval(float(np.mean(x - y)), drawn[-1], level, len(set(left.items)))
+        difference = interval(float(np.mean(x - y)), drawn[-1], len(set(left.items)))
         test = mcnemar(x, y) if np.isin([x, y], (0, 1)).all() else None
         found.append(Comparison(name, left.metric, left.n, difference, test))
     mean = float(np.mean([one.difference.value for one in found]))
-    average = interval(mean, np.mean(drawn, axis=0), level, sum(one.difference.n for one in found))
+    average = interval(mean, np.mean(drawn, axis=0), sum(one.difference.n for one in found))
     return (*found, Comparison("average", "main", sum(one.n for one in found), average, None))
 
 
@@ -242,7 +236,7 @@ def evaluate_layer_sets(
         limit: the first so many items of every task (of every subject of MMLU).
         num_fewshot: examples before every item, None for the task's own default.
         seed: of the few-shot examples and of the global generators, which are left as they were.
-        data_dir: folder of ``<task>/<split>.jsonl`` with the columns of the official data set (``mmlu/test.jsonl``
+        data_dir: folder, below the project root, of ``<task>/<split>.jsonl`` with the official columns (``mmlu/test.jsonl``
             and ``dev.jsonl`` with a column ``subject``); None reads the hub, or its cache under ``HF_HUB_OFFLINE=1``.
 
     Raises ValueError for a bad argument, a damaged copy, few-shot examples from the evaluated items themselves, and a task that
@@ -254,10 +248,10 @@ def evaluate_layer_sets(
     for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: from {least}")
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir is not None and not (data_dir := at_root(data_dir)).is_dir():
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder")
     with _seeded(seed):
-        loaded, leaves, sources = _loaded(names, None if data_dir is None else Path(data_dir), num_fewshot)
+        loaded, leaves, sources = _loaded(names, data_dir, num_fewshot)
         for name, task in loaded["tasks"].items():
             if sets is not None and task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
                 remedy = "take evaluate_tasks(remove_layers(model, removed), …)"
@@ -315,8 +309,7 @@ def _language_model(model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet],
             texts = [(context + continuation, continuation) for _, context, continuation in requests]
             self.truncated += sum(len(text) > self.max_length + 1 for text, _ in texts)
             asked = [Continuation(tuple(text[-(self.max_length + 1) : -1]), tuple(scored)) for text, scored in texts]
-            how = {"batch_size": batch_size, "softmax_dtype": self.softmax_dtype, "progress": progress}
-            self.latest = layer_set_likelihoods(self.model, asked, sets, **how)
+            self.latest = layer_set_likelihoods(self.model, asked, sets, batch_size=batch_size, progress=progress)
             return self.latest[self.removed]
 
         def generate_until(self, requests, disable_tqdm=False):

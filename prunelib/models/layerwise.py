@@ -4,7 +4,6 @@ Two removals that keep the same first layers have the same hidden states behind 
 as a trie of the layers they keep, depth first.
 """
 
-import inspect
 import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -12,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -61,18 +60,11 @@ class LayerwiseModel:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
 
-    def embed(
-        self, ids: Int64[Tensor, "batch position"], mask: Bool[Tensor, "batch position"] | None = None, **inputs: Any
-    ) -> Float[Tensor, "batch position width"]:
-        """The input of the first layer; padding (mask false) shifts no positions. inputs: whatever else the model takes."""
-        ids = ids.to(self.device)
-        if mask is not None and not bool(mask.all()):
-            inputs["attention_mask"] = mask.to(ids.device, torch.int64)
-            if "position_ids" in inspect.signature(self._body.forward).parameters:
-                inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    def embed(self, ids: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch position width"]:
+        """The input of the first layer."""
         self.calls = [((), {})] * self.n_layers
         with self._layers_skipped():
-            self._body(input_ids=ids, use_cache=False, **inputs)
+            self._body(input_ids=ids.to(self.device), use_cache=False)
             return self.embedded
 
     def run_layer(
@@ -234,9 +226,8 @@ def layer_forwards_alone(n_layers: int, layer_sets: Iterable[LayerSet]) -> int:
 class SharedPrefixEvaluator:
     """One model without each of several layer sets; layers that several sets have in common run once per batch.
 
-    Only models whose layers do something else after renumbering (GPT-2 with ``scale_attn_by_inverse_layer_idx``) differ from
-    `remove_layers`, and those it refuses. sets: the distinct ones, in the order given. layer_forwards: layer calls so far.
-    layer_forwards_alone: what every set by itself would have taken.
+    sets: the distinct ones, in the order given. layer_forwards: layer calls so far. layer_forwards_alone: what every set by
+    itself would have taken. Results equal those of `remove_layers`, where that does not refuse the model.
 
     Raises ValueError as `check_layer_set`, and UnsupportedModel, before any work, for a sliced model and as `LayerwiseModel`.
     """

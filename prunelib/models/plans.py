@@ -13,9 +13,16 @@ P = TypeVar("P", bound="JsonPlan")
 
 
 class JsonPlan:
-    """A frozen dataclass of numbers, tuples, texts and plain settings as a JSON object."""
+    """A frozen dataclass of numbers, tuples, texts and plain `settings` as a JSON object."""
 
     _name: ClassVar[str]
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(self.settings, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings of a plan must be plain JSON values: {error}; got {self.settings}") from error
 
     def to_json(self) -> str:
         """The plan as a JSON object, one field per line."""
@@ -66,12 +73,4 @@ class DropPlan(JsonPlan):
 
     def __post_init__(self):
         check_layer_set(self.n_layers, self.removed)
-        check_settings(self.settings)
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raise ValueError unless the settings of a plan are plain JSON values."""
-    try:
-        json.dumps(settings, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"settings of a plan must be plain JSON values: {error}; got {settings}") from error
+        super().__post_init__()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from prunelib.models.plans import JsonPlan, check_settings
+from prunelib.models.plans import JsonPlan
 
 CAP = 0.9  # no layer loses more than this unless a schedule is told otherwise
 
@@ -38,7 +38,7 @@ class SlicePlan(JsonPlan):
         wrong = [(layer, width) for layer, width in enumerate(self.widths) if not 1 <= width <= self.hidden_size]
         if wrong:
             raise ValueError(f"widths must lie between 1 and {self.hidden_size}; (layer, width) that do not: {wrong}")
-        check_settings(self.settings)
+        super().__post_init__()
 
     @property
     def n_layers(self) -> int:

@@ -38,10 +38,6 @@ class TrainingRows:
         """Tokens that are no padding in the first so many rows."""
         return self.input_ids[:rows].numel() if self.mask is None else int(self.mask[:rows].sum())
 
-    def targets(self, start: int, stop: int) -> int:
-        """Positions that are predicted in the rows from `start` to before `stop`; the first of a row never is."""
-        return int((self.labels[start:stop, 1:] != IGNORED).sum())
-
 
 def packed_rows(
     corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int, bos: bool = False, *, progress: bool = True
