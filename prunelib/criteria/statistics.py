@@ -18,14 +18,15 @@ from types import ModuleType
 import numpy as np
 import safetensors.numpy
 import torch
-from jaxtyping import Bool, Float, Float64, Int, Shaped
+from jaxtyping import Float, Float64, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.io import replacing
-from prunelib.models import check_vocabulary, memory
+from prunelib.evaluation.perplexity import check_windows
+from prunelib.io import at_root, replacing
+from prunelib.models import memory
 from prunelib.models.layerwise import LayerwiseModel
 
 SUBSETS = ("all", "without_first", "last")
@@ -100,13 +101,13 @@ class LayerStats:
 _ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hidden_size")
 
 
-def read_draws(paths: Iterable[str | os.PathLike], model: str) -> dict[tuple[str, int], LayerStats]:
-    """Statistics by (text, seed) of their calibration windows, from what the statistics notebook saved.
+def read_draws(runs: Iterable[str | os.PathLike], model: str) -> dict[tuple[str, int], LayerStats]:
+    """Statistics by (text, seed) of their calibration windows, from run files of the statistics notebook.
 
     Raises ValueError for statistics of another model, and as `LayerStats.load`.
     """
     draws = {}
-    for path in paths:
+    for path in (at_root(path).with_suffix(".safetensors") for path in runs):
         stats = LayerStats.load(path)
         with safe_open(path, framework="numpy") as file:
             made = json.loads(file.metadata()["metadata"])
@@ -121,20 +122,16 @@ def collect(
     model: PreTrainedModel,
     windows: Int[Tensor, "sample token"],
     *,
-    mask: Shaped[Tensor, "_ _"] | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> LayerStats:
     """Statistics of a causal LM's hidden states over token windows, in one forward pass without the LM head.
 
-    `mask`, of the shape of the windows, is 1 on real tokens and 0 on padding (either side); padding enters no sum. "First"
-    and "last" are each sample's first and last real token. The hidden states of one batch (L + 1 times batch_size x tokens
-    x D) are held on the model's device; the float64 work on them is done in chunks of tokens of bounded size.
-
-    Raises ValueError for bad windows or masks and for tokens of another model, RuntimeError naming the layer and the batch at
-    the first NaN or infinity, and OutOfMemory with a setting that takes less.
+    The hidden states of one batch (L + 1 times batch_size x tokens x D) are held on the model's device; the float64 work on
+    them is done in chunks of tokens of bounded size. Raises ValueError as `perplexity`, RuntimeError naming the layer and the
+    batch at the first NaN or infinity, and OutOfMemory with a setting that takes less.
     """
-    return functools.reduce(operator.add, batch_sums(model, windows, mask=mask, batch_size=batch_size, progress=progress))
+    return functools.reduce(operator.add, batch_sums(model, windows, batch_size=batch_size, progress=progress))
 
 
 @torch.inference_mode()
@@ -142,22 +139,18 @@ def batch_sums(
     model: PreTrainedModel,
     windows: Int[Tensor, "sample token"],
     *,
-    mask: Shaped[Tensor, "_ _"] | None = None,
     batch_size: int = 8,
     progress: bool = True,
     share: slice = slice(None),
 ) -> list[LayerStats]:
     """The statistics that `collect` adds up: of each batch, or of those in `share`."""
-    mask = checked_mask(windows, mask)
-    check_vocabulary(model, windows)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_windows(model, windows, batch_size=batch_size)
     engine, buffer, found = LayerwiseModel(model), torch.empty(0), []
     starts = range(0, len(windows), batch_size)[share]
     for start in tqdm(starts, desc="layer statistics", unit="batch", disable=not progress):
         rows = slice(start, min(start + batch_size, len(windows)))
-        buffer = _hidden_states(engine, windows[rows], mask[rows], buffer)
-        found.append(from_states(buffer, mask[rows]))
+        buffer = _hidden_states(engine, windows[rows], buffer)
+        found.append(from_states(buffer))
         check_finite(found[-1], rows, batch_size)
     return found
 
@@ -179,23 +172,15 @@ def influence_through_final_norm(model: PreTrainedModel, windows: Int[Tensor, "s
     return 1 - total / windows.numel()
 
 
-def from_states(
-    states: Float[Tensor, "sample token state dim"],
-    mask: Bool[Tensor, "sample token"] | None = None,
-    *,
-    device: torch.device | None = None,
-) -> LayerStats:
+def from_states(states: Float[Tensor, "sample token state dim"], device: torch.device | None = None) -> LayerStats:
     """Statistics of L + 1 given hidden states, reduced in chunks of tokens whose float64 copy stays in cache.
 
-    `mask` is on the CPU, true on real tokens. The work is done where the states are, or on `device`, to which they go chunk by
-    chunk. NaN and infinity pass through into the sums. On a CUDA device `prunelib.criteria.fused` does most of it.
+    The work is done where the states are, or on `device`, to which they go chunk by chunk. NaN and infinity pass through into
+    the sums. On a CUDA device `prunelib.criteria.fused` does most of it.
     """
-    mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
-    device, (n_states, width) = device or states.device, states.shape[2:]
-    weights = _subset_weights(mask).to(device)
+    device, (samples, length, n_states, width) = device or states.device, states.shape
+    weights = _subset_weights(samples, length).to(device)
     states = states.flatten(0, 1)
-    if not mask.all():
-        states = states.index_select(0, mask.flatten().nonzero().flatten().to(states.device))
     products, token_bytes = _Plain(), 8 * n_states * width
     fused = _fused(device) if device.type == "cuda" else None
     if fused is not None and fused.usable(states):
@@ -247,31 +232,15 @@ class _Plain:
         return gram, torch.linalg.vector_norm(difference, dim=-1), difference.abs_().sum(dim=-1)
 
 
-def checked_mask(windows: Tensor, mask: Tensor | None) -> Bool[Tensor, "sample token"]:
-    """The mask that `collect` takes as booleans on the CPU; raises ValueError where it, or the windows, make no sense."""
-    if windows.numel() == 0:
-        raise ValueError(f"no tokens to collect statistics from: windows have shape {tuple(windows.shape)}")
-    if mask is None:
-        return torch.ones(windows.shape, dtype=torch.bool)
-    if mask.shape != windows.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, windows have {tuple(windows.shape)}: they must be equal")
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("mask must hold 1 for real tokens and 0 for padding, nothing else")
-    mask = mask.bool().cpu()
-    if empty := (~mask.any(dim=1)).nonzero().flatten().tolist():
-        raise ValueError(f"samples {empty} consist of padding only; remove them")
-    return mask
-
-
 def _hidden_states(
-    engine: LayerwiseModel, ids: Int[Tensor, "sample token"], mask: Bool[Tensor, "sample token"], buffer: Tensor
+    engine: LayerwiseModel, ids: Int[Tensor, "sample token"], buffer: Tensor
 ) -> Float[Tensor, "sample token state dim"]:
     """The inputs of all layers and the output of the last, before the final norm, in `buffer` where they fit into it.
 
     Keeping the tensors themselves makes the forward pass allocate new memory for every layer, 10% slower on a CPU; and a later
     layer that works in place cannot change the copy.
     """
-    hidden, n_states = engine.embed(ids, mask), engine.n_layers + 1
+    hidden, n_states = engine.embed(ids), engine.n_layers + 1
     shape = (*hidden.shape[:2], n_states, hidden.shape[2])
     if buffer.shape != shape:
         if hidden.device.type == "cpu":  # chunks of tokens, with all of their states, then stay in cache
@@ -287,13 +256,12 @@ def _hidden_states(
     return buffer
 
 
-def _subset_weights(mask: Bool[Tensor, "sample token"]) -> Float64[Tensor, "subset real"]:
-    """1 where a real token belongs to the subset, else 0; rows as in `SUBSETS`."""
-    samples = torch.arange(len(mask))
-    without_first, last = mask.clone(), torch.zeros_like(mask)
-    without_first[samples, mask.int().argmax(dim=1)] = False
-    last[samples, mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)] = True
-    return torch.stack([mask, without_first, last])[:, mask].double()
+def _subset_weights(samples: int, length: int) -> Float64[Tensor, "subset token"]:
+    """1 where a token belongs to the subset, else 0; rows as in `SUBSETS`."""
+    weights = torch.ones(len(SUBSETS), samples, length, dtype=torch.float64)
+    weights[SUBSETS.index("without_first"), :, 0] = 0
+    weights[SUBSETS.index("last"), :, :-1] = 0
+    return weights.flatten(1)
 
 
 def token_sums(

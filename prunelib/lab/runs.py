@@ -56,12 +56,20 @@ class Recorder:
 
     experiment: str
     parameters: dict
+    rows: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
-    def write(self, rows: Sequence[Mapping], *, data: Mapping[str, str] | None = None, extra: Mapping | None = None) -> Path:
+    def add(self, place: Mapping, **values: float) -> None:
+        """A row for each value: the coordinates, its name as the metric, and the value."""
+        self.rows.extend({**place, "metric": metric, "value": value} for metric, value in values.items())
+
+    def write(
+        self, rows: Sequence[Mapping] = (), *, data: Mapping[str, str] | None = None, extra: Mapping | None = None
+    ) -> Path:
         """Write the run file named by the parameter `output`, and print one line about it.
 
-        The time runs from `start`. `data` maps each text or file to its sha256. Raises ResultError as `write_run`.
+        The run has the rows of `add`, then `rows`; its time runs from `start`. `data` maps each text or file to its sha256.
+        Raises ResultError as `write_run`.
         """
         values = {name: value for name, value in self.parameters.items() if name != "output"}
         device, model = values.get("device", "cpu"), values.get("model")
@@ -70,7 +78,7 @@ class Recorder:
             self.parameters["output"],
             experiment=self.experiment,
             parameters=values,
-            rows=rows,
+            rows=[*self.rows, *rows],
             provenance=record(data=data, model=described, device=device),
             seconds=time.perf_counter() - self.started,
             peak_bytes=peak_bytes(device),

@@ -18,15 +18,15 @@ from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Bool, Float, Int, Int64, Shaped
+from jaxtyping import Float, Int, Int64
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunelib.criteria.statistics import LayerStats, check_finite, checked_mask, from_states
+from prunelib.criteria.statistics import LayerStats, check_finite, from_states
 from prunelib.evaluation.perplexity import NllAccumulator, Perplexity, check_windows
-from prunelib.models import CheckpointError, UnsupportedModel, check_vocabulary, decoder_layers, final_norm
+from prunelib.models import CheckpointError, UnsupportedModel, decoder_layers, final_norm
 from prunelib.models.layers import layers_path
 from prunelib.models.layerwise import LayerwiseModel
 from prunelib.models.loading import checked_device, checked_dtype, checked_source, from_files
@@ -255,7 +255,6 @@ def free_host_bytes() -> int:
 def _passes(
     offloaded: OffloadedModel,
     windows: Int[Tensor, "sample token"],
-    mask: Bool[Tensor, "sample token"],
     *,
     states: bool,
     batch_size: int,
@@ -279,7 +278,7 @@ def _passes(
             batches = []
             for start in range(first, min(first + windows_at_once, len(windows)), batch_size):
                 rows = slice(start, min(start + batch_size, first + windows_at_once, len(windows)))
-                hidden = engine.embed(windows[rows], mask[rows])
+                hidden = engine.embed(windows[rows])
                 batches.append((rows, engine.calls, [on_host(hidden)]))
             for index in offloaded.in_turn():
                 for _, calls, kept in batches:
@@ -300,18 +299,16 @@ def collect(
     offloaded: OffloadedModel,
     windows: Int[Tensor, "sample token"],
     *,
-    mask: Shaped[Tensor, "_ _"] | None = None,
     batch_size: int = 8,
     windows_at_once: int | None = None,
     progress: bool = True,
 ) -> LayerStats:
     """`statistics.collect` of an offloaded model: the same sums. `windows_at_once` as in its `plan`. Raises as both."""
-    mask = checked_mask(windows, mask)
-    check_vocabulary(offloaded.model, windows)
+    check_windows(offloaded.model, windows, batch_size=batch_size)
     setting = {"batch_size": batch_size, "windows_at_once": windows_at_once, "progress": progress}
     found = []
-    for _, rows, states in _passes(offloaded, windows, mask, states=True, **setting):
-        found.append(from_states(torch.stack(states).permute(1, 2, 0, 3), mask[rows], device=offloaded.device))
+    for _, rows, states in _passes(offloaded, windows, states=True, **setting):
+        found.append(from_states(torch.stack(states).permute(1, 2, 0, 3), offloaded.device))
         check_finite(found[-1], rows, batch_size)
     return functools.reduce(operator.add, found)
 
@@ -328,8 +325,8 @@ def perplexity(
     """`evaluation.perplexity` of an offloaded model, whose head runs window by window; otherwise as `collect`."""
     check_windows(offloaded.model, windows, batch_size=batch_size)
     setting = {"batch_size": batch_size, "windows_at_once": windows_at_once, "progress": progress}
-    sums, device, mask = NllAccumulator(windows), offloaded.device, torch.ones(windows.shape, dtype=torch.bool)
-    for engine, rows, (hidden,) in _passes(offloaded, windows, mask, states=False, **setting):
+    sums, device = NllAccumulator(windows), offloaded.device
+    for engine, rows, (hidden,) in _passes(offloaded, windows, states=False, **setting):
         with contextlib.ExitStack() as on_device:  # a tied table then exists twice
             for module in (final_norm(offloaded.model), offloaded.model.get_output_embeddings()):
                 on_device.enter_context(_replaced(module, lambda _, tensor: tensor.to(device)))

@@ -54,8 +54,8 @@ def load(
             that end with a line ``<|endoftext|>``; ``.jsonl``, ``.json`` and ``.parquet`` hold records with the field ``text``
             or Alpaca's ``instruction``, ``input``, ``output``; ``wiki.*.raw`` is WikiText.
         split: ``train``, ``calibration``, ``evaluation`` or a word of the source (see `HUB`), which `Corpus.split` holds.
-        data_dir: folder with an offline copy of the named data set: as ``hf download --local-dir`` lays it out, or a file named
-            after the split (``test.jsonl``; ``sample.jsonl`` is train), there or in a folder ``wikitext``, ``c4``, ``alpaca``.
+        data_dir: folder (below the project root) with a copy of the named data set: as ``hf download --local-dir`` lays it out,
+            or a file named after the split (``test.jsonl``; ``sample.jsonl`` is train), there or in ``wikitext``, ``c4`` …
         max_documents: keep the first so many documents.
 
     Raises ValueError for an unknown corpus or split, a malformed file or no text, FileNotFoundError for an absent file or copy,
@@ -63,7 +63,7 @@ def load(
     """
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents={max_documents}: keep at least 1 document, or None for all")
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir is not None and not (data_dir := io.at_root(data_dir)).is_dir():
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder; to read one file, give its path as the corpus name")
     name, path = str(name), Path(name)
     if name in embedded.EMBEDDED:
@@ -75,7 +75,7 @@ def load(
         if split not in dataset.splits:
             raise ValueError(f"corpus {name!r} has no split {split!r}: choose one of {', '.join(dataset.splits)}")
         split = dataset.splits[split]
-        texts, source = dataset.read(name, split, None if data_dir is None else Path(data_dir), max_documents)
+        texts, source = dataset.read(name, split, data_dir, max_documents)
     else:
         if _suffix(path) not in SUFFIXES:
             known = ", ".join((*embedded.EMBEDDED, *HUB))
