@@ -1,6 +1,5 @@
 """The notebook of combinations as a batch runs it, on a tiny model: its costs and acceptances computed again."""
 
-import numpy as np
 import pytest
 from word_model import drawn_words, write_choices, write_project
 
@@ -32,40 +31,17 @@ def run(place):
 
 
 def _run(place, name, **changes):
-    values = {
-        "model": str(place / "model"),
-        "choices": str(place / "choices.json"),
-        "methods": ["angular"],
-        "sizes": [2, 3],
-        "formats": ["int8"],
-        "resamples": 50,
-        "draft_sizes": [2],
-        "healed_sizes": [2],
-        "recipes": ["lora"],
-        "steps": 2,
-        "warmup_steps": 1,
-        "batch": 2,
-        "seq_len": 16,
-        "healing_corpus": f"{place / 'text.txt'}:train",
-        "drafted": [2],
-        "prompts": 2,
-        "prompt_tokens": 5,
-        "new_tokens": 9,
-        "repeats": 1,
-        "report_corpus": str(place / "text.txt"),
-        "report_windows": 6,
-        "report_seq_len": 32,
-    }
+    values = {"model": str(place / "model"), "choices": str(place / "choices.json"), "methods": ["angular"], "sizes": [2, 3]}
+    values |= {"formats": ["int8"], "resamples": 50, "draft_sizes": [2], "healed_sizes": [2]}
+    values |= {"steps": 2, "warmup_steps": 1, "batch": 2, "seq_len": 16, "healing_corpus": f"{place / 'text.txt'}:train"}
+    values |= {"drafted": [2], "prompts": 2, "prompt_tokens": 5, "new_tokens": 9, "repeats": 1}
+    values |= {"report_corpus": str(place / "text.txt"), "report_windows": 6, "report_seq_len": 32}
     run_notebook(NOTEBOOK, place / f"{name}.json", **(values | changes))
     return results.read_run(place / f"{name}.json")
 
 
 def _value(run, metric, **conditions):
-    (row,) = [
-        row
-        for row in run["rows"]
-        if row["metric"] == metric and all(row.get(key) == value for key, value in conditions.items())
-    ]
+    (row,) = [row for row in run["rows"] if row["metric"] == metric and conditions.items() <= row.items()]
     return row["value"]
 
 
@@ -104,7 +80,7 @@ def test_drafts_are_measured_and_leave_the_text_alone(place, run):
     again = acceptance(dense, {"draft": models.remove_layers(dense, SETS[2])}, _windows(place))["draft"]
     for kind, rates in again.items():
         assert _value(run, f"acceptance_{kind}", recipe="none") == pytest.approx(rates.mean(), abs=1e-6)
-    for recipe in ("none", "lora"):
+    for recipe in ("none", "distillation"):
         of = {"role": "decoding", "recipe": recipe, "size": 2}
         assert _value(run, "same_text", **of) == _value(run, "same_text_assisted", **of) == 1
         rate, cost = _value(run, "acceptance_decoded", **of), _value(run, "draft_over_dense", **of)
@@ -113,21 +89,15 @@ def test_drafts_are_measured_and_leave_the_text_alone(place, run):
         assert _value(run, "best_drafted", **of) == best_drafted(_value(run, "acceptance_greedy", recipe=recipe), cost)
         assert 1 <= _value(run, "tokens_per_run", **of) <= 3
         assert _value(run, "speedup", **of) > 0
-    assert _value(run, "tokens", recipe="lora") == 2 * 2 * 16
-    assert _value(run, "nll", role="draft", recipe="lora") != _value(run, "nll", role="draft", recipe="none")
+    assert _value(run, "tokens", recipe="distillation") == 2 * 2 * 16
+    assert _value(run, "nll", role="draft", recipe="distillation") != _value(run, "nll", role="draft", recipe="none")
     assert not list(place.glob("*.work"))
     assert {f"report {place / 'text.txt'}", f"training {place / 'text.txt'}:train"} == set(run["provenance"]["data"])
 
 
-def test_each_half_runs_without_the_other(place):
+def test_drafts_alone_and_prompts_that_must_be_there(place):
     only = _run(place, "drafts", sizes=[], healed_sizes=[], drafted=[1])
     assert {row["role"] for row in only["rows"]} == {"draft", "decoding"}
     assert {row["recipe"] for row in only["rows"]} == {"none"}
-    only = _run(place, "formats", draft_sizes=[])
-    assert {row["role"] for row in only["rows"]} == {"format", "cost"}
-    assert np.isfinite([row["value"] for row in only["rows"]]).all()
-
-
-def test_prompts_must_be_there(place):
     with pytest.raises(NotebookError, match="prompts=7 of 5 tokens, but there are 6 windows of 32"):
         _run(place, "none", prompts=7)
