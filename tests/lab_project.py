@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+from nbformat import v4
+
 ROOT = Path(__file__).resolve().parents[1]
 
 COMPUTE = """
@@ -87,33 +90,30 @@ def own_sizes(chapter: Chapter) -> Drawing:
     rows = chapter.table("blocks").query("run == 'blocks/tiny__some'")
     return Drawing(Figure(), rows[["run", "size", "value"]], rows)
 '''
+TINY = {"model": "data/tiny", "dtype": "float32"}
 PROFILE = {
     "runs": "data/runs/test",
     "tables": "data",
     "figures": "figures",
-    "models": {"tiny": {"model": "data/tiny", "dtype": "float32"}, "other": {"model": "data/tiny", "dtype": "float32"}},
+    "models": {"tiny": TINY},
     "calibration": {"pydocs": {"n_samples": 4}},
     "calibration_seeds": [0, 1],
     "statistics": {"crash": []},
-    "blocks": {"some": {"sizes": [2]}, "more": {"models": ["tiny"], "sizes": [4]}},
+    "blocks": {name: {"models": ["tiny"], "sizes": [size]} for name, size in (("some", 2), ("more", 4))},
     "chapters": {"01_chapter": {}},
 }
 
 
 def write_notebook(path: Path, cells: dict) -> Path:
     """A notebook of the cells: text None makes the key a markdown cell, the key `parameters` is the tag."""
-    notebook = {"cells": [], "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}}
-    notebook |= {"nbformat": 4, "nbformat_minor": 5}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook = v4.new_notebook(metadata={"kernelspec": kernel})
     for name, source in cells.items():
-        cell = {"id": f"cell{len(notebook['cells'])}", "metadata": {}}
-        if source is None:
-            cell |= {"cell_type": "markdown", "source": name}
-        else:
-            cell |= {"cell_type": "code", "source": source.strip(), "execution_count": None, "outputs": []}
-            cell["metadata"] = {"tags": ["parameters"]} if name == "parameters" else {}
-        notebook["cells"].append(cell)
+        tags = {"tags": ["parameters"]} if name == "parameters" else {}
+        cell = v4.new_markdown_cell(name) if source is None else v4.new_code_cell(source.strip(), metadata=tags)
+        notebook.cells.append(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(notebook))
+    nbformat.write(notebook, path)
     return path
 
 
@@ -124,14 +124,14 @@ class Project:
         self.root, self.log = root, root / "log.txt"
         for package in ("lab", "figures"):
             shutil.copytree(ROOT / "prunelib" / package, root / "prunelib" / package)
+        for path in (root / "prunelib/figures").glob("*.py"):
+            if path.stem not in ("__main__", "save", "style"):
+                path.unlink()
         for name in ("Snakefile", "pyproject.toml", "prunelib/io.py", "profiles/default/config.yaml"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-        (root / "prunelib/__init__.py").touch()
-        for path in (root / "prunelib/figures").glob("*.py"):
-            if path.stem not in ("__init__", "__main__", "save", "style"):
-                path.unlink()
-        (root / "prunelib/figures/__init__.py").write_text("")
+        for package in ("prunelib", "prunelib/figures"):
+            (root / package / "__init__.py").touch()
         (root / "prunelib/figures/chapter.py").write_text(FIGURE.lstrip())
         (root / "data/tiny").mkdir(parents=True)
         (root / "data/tiny/model.safetensors").write_bytes(b"weights")

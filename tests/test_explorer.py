@@ -71,7 +71,6 @@ def test_a_choice_is_that_of_the_criterion_and_costs_what_the_pruned_model_loses
     )
     assert value_of(table, "dense nats")[0] == pytest.approx(perplexity(tiny_llama, windows).nll, abs=1e-6)
     assert value_of(table, "measured nats on the path") == []
-    assert 5 not in explorer.chosen(stats, "deepest", 3), "protected as published"
 
 
 def test_the_path_of_alpha_holds_the_choice_at_every_alpha_and_is_measured_ahead(stats, losses):
@@ -90,22 +89,20 @@ def test_the_path_of_alpha_holds_the_choice_at_every_alpha_and_is_measured_ahead
 
 
 def test_pictures_show_the_numbers_of_their_tables(tiny_llama, stats, losses, tmp_path):
-    for name in ("simdiff_mssd", "relative_magnitude"):
-        table = explorer.choose_layers(stats, losses, name, 2, 0.4)
-        drawing = draw.explorer_layers(Chapter(tmp_path), data=table)
-        top, *below = drawing.figure.axes
-        assert [bar.get_height() for bar in top.patches] == pytest.approx(value_of(table, "importance"))
-        removed = table[table["what"] == "measured nats"]["removed_layers"].item()
-        assert " ".join(str(layer) for layer, bar in enumerate(top.patches) if bar.get_alpha() == 0.3) == removed
-        assert f"layers {removed} go" in drawing.text
-        assert f"becomes {math.exp(value_of(table, 'measured nats')[0]):.2f}" in drawing.text
-        assert len(below) == (name == "simdiff_mssd"), "only a criterion with alpha has a path"
-        if below:
-            path = np.exp(value_of(table, "measured nats on the path"))
-            assert below[0].patches[0].get_data().values == pytest.approx(path)
+    table = explorer.choose_layers(stats, losses, "simdiff_mssd", 2, 0.4)
+    drawing = draw.explorer_layers(Chapter(tmp_path), data=table)
+    top, below = drawing.figure.axes
+    assert [bar.get_height() for bar in top.patches] == pytest.approx(value_of(table, "importance"))
+    removed = table[table["what"] == "measured nats"]["removed_layers"].item()
+    assert " ".join(str(layer) for layer, bar in enumerate(top.patches) if bar.get_alpha() == 0.3) == removed
+    assert f"layers {removed} go" in drawing.text
+    assert f"becomes {math.exp(value_of(table, 'measured nats')[0]):.2f}" in drawing.text
+    path = np.exp(value_of(table, "measured nats on the path"))
+    assert below.patches[0].get_data().values == pytest.approx(path)
     assert (tmp_path / "own_explorer_layers.png").is_file()
     huge = explorer.Losses(lambda sets: [800.0 * len(removed) for removed in sets])
-    assert draw.layers_drawing(explorer.choose_layers(stats, huge, "block_influence", 3)).figure, "no overflow"
+    without_path = draw.layers_drawing(explorer.choose_layers(stats, huge, "block_influence", 3))  # nor an overflow
+    assert len(without_path.figure.axes) == 1
 
     slices = explorer.choose_slices(stats, tiny_llama.config, 0.25, 0.125)
     plan = dynamic(layer_redundancy(stats), tiny_llama.config.hidden_size, 0.25, 0.125)
@@ -113,8 +110,6 @@ def test_pictures_show_the_numbers_of_their_tables(tiny_llama, stats, losses, tm
     assert value_of(slices, "parameters removed")[0] == count_parameters(tiny_llama.config, plan).removed
     bars = draw.slices_drawing(slices).figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx(plan.slices)
-    with pytest.raises(ValueError, match=r"slice_base=0.4"):
-        explorer.choose_slices(stats, tiny_llama.config, 0.25, 0.4)
 
 
 def test_a_new_criterion_is_compared_at_once(stats, tmp_path):
@@ -132,9 +127,8 @@ def test_a_new_criterion_is_compared_at_once(stats, tmp_path):
     assert mine["value"].to_dict() == {1: 2.0, 2: 6.0}
     assert len(table[table["method"] == "random"]) == 4
     axes = draw.new_criterion(Chapter(tmp_path), data=table).figure.axes[0]
-    looks = {line.get_label(): (line.get_linewidth(), line.get_color()) for line in axes.lines}
-    assert looks["odd layers first"][0] > looks["cosine (block influence)"][0]
-    assert looks["odd layers first"][1] != looks["cosine (block influence)"][1]
+    width = {line.get_label(): line.get_linewidth() for line in axes.lines}
+    assert width["odd layers first"] > width["cosine (block influence)"]
 
 
 def test_sliders_follow_and_an_impossible_setting_is_named(tiny_llama, stats, losses):

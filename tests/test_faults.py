@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -43,17 +44,11 @@ def saved(tiny_llama, tmp_path):
     return tmp_path / "model"
 
 
-def dead_process() -> int:
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def left_behind(path: Path, suffix: str) -> Path:
     """The name under which a process that is dead now began to write `path`."""
-    prefix = io.temporary_prefix(path).replace(f"-{os.getpid()}.", f"-{dead_process()}.")
-    return path.parent / f"{prefix}x{suffix}"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return path.parent / io.temporary_prefix(path).replace(f"-{os.getpid()}.", f"-{process.pid}.x{suffix}")
 
 
 KILLED = """
@@ -80,7 +75,7 @@ def test_what_killed_processes_left_is_told_from_what_is_being_written(tmp_path)
     path = tmp_path / "stats.safetensors"
     gone, other = left_behind(path, ".tmp"), left_behind(tmp_path / "stats.safetensors.json", ".tmp")
     being_written = tmp_path / f"{io.temporary_prefix(path)}y.tmp"
-    elsewhere = tmp_path / f".stats.safetensors.zzzzzz-{dead_process()}.x.tmp"
+    elsewhere = gone.with_name(gone.name.replace(platform.node(), "zzzzzz"))
     for file in (gone, other, being_written, elsewhere):
         file.write_bytes(b"half")
     assert io.leftovers(path) == [gone]
@@ -125,14 +120,12 @@ def test_a_disk_that_takes_no_more_keeps_the_older_file_whatever_is_written(tmp_
 
 
 def test_truncated_safetensors(saved, tmp_path):
-    weights = saved / "model.safetensors"
-    os.truncate(weights, weights.stat().st_size - 1000)
-    for load in (models.load, lambda folder: offload.OffloadedModel(folder, dtype="float32")):
-        with pytest.raises(models.CheckpointError, match="truncated or damaged"):
-            load(saved)
-    sums = tmp_path / "stats.safetensors"
+    weights, sums = saved / "model.safetensors", tmp_path / "stats.safetensors"
     statistics.from_states(torch.randn(1, 3, 4, 8)).save(sums, {})
-    os.truncate(sums, sums.stat().st_size - 8)
+    for file in (weights, sums):
+        os.truncate(file, file.stat().st_size - 8)
+    with pytest.raises(models.CheckpointError, match="truncated or damaged"):
+        offload.OffloadedModel(saved, dtype="float32")
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
         statistics.LayerStats.load(sums)
 
@@ -178,8 +171,6 @@ def test_nan_weights(saved):
     weights = load_file(saved / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][2] = float("nan")
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(models.CheckpointError, match="holds 32 NaN or infinite values of 2048"):
-        models.load(saved)
     streamed = offload.OffloadedModel(saved, dtype="float32")
     with pytest.raises(RuntimeError, match="in the output of layer 3, batch 0"):
         offload.collect(streamed, torch.randint(3, 97, (4, 8)), batch_size=2, progress=False)
@@ -256,10 +247,3 @@ def test_out_of_memory_in_the_package(tiny_llama):
             perplexity(tiny_llama, windows, batch_size=1)
         hook.remove()
     statistics.collect(tiny_llama, windows, progress=False)  # nothing is left over
-
-
-def test_a_plan_that_does_not_fit(saved):
-    streamed = offload.OffloadedModel(saved, dtype="float32")
-    streamed.host_limit = streamed.plan(16, 50, batch_size=8, states=True)[1].host
-    with pytest.raises(offload.DoesNotFit, match="would fit"):
-        offload.collect(streamed, torch.randint(3, 97, (400, 50)), windows_at_once=400, progress=False)

@@ -74,10 +74,8 @@ def test_record_names_code_libraries_and_machine():
     assert record["libraries"]["numpy"] == np.__version__
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["device"] == "cpu"
-    assert record["data"] == {"pydocs": "ab" * 32}
-    assert record["model"] == {"name": "m"}
     assert record == provenance.record(data={"pydocs": "ab" * 32}, model={"name": "m"}), "no clock in it"
-    assert json.dumps(record)
+    assert 10 * 2**20 < provenance.peak_bytes() < 2**40
     assert str(io.project_root()) not in json.dumps(record)
 
 
@@ -103,7 +101,3 @@ def test_git_commit_and_dirty_flag(tmp_path, monkeypatch):
     assert provenance.record()["git"] == {"commit": commit, "dirty": True}
     monkeypatch.setattr(provenance, "project_root", lambda: (tmp_path / "prunelib").resolve())
     assert provenance.record()["git"] is None, "the commit of a repository around an unpacked archive is not ours"
-
-
-def test_peak_memory_is_plausible():
-    assert 10 * 2**20 < provenance.peak_bytes() < 2**40

@@ -29,7 +29,6 @@ def test_equal_numbers_and_numbers_within_tolerance_agree_in_any_order():
     [
         ({"_0": ("value", 2.01)}, "selection/m, dense, 2, nll: value is 2.01, expected 2 ± 0.002 (+0.01)"),
         ({"_1": ("value", 0.49)}, "accuracy: value is 0.49, expected 0.5 ± 0.004 (-0.01)"),
-        ({"_2": ("value", 40.2)}, "mssd: value is 40.2, expected 40 ± 0.08 (+0.2)"),
         ({"_2": ("value", float("nan"))}, "mssd: value is nan"),
         ({"_0": ("n", 99)}, "n is 99, expected 100"),
         ({"_0": ("stderr", 0.1)}, "stderr is 0.1, expected nan"),
@@ -43,10 +42,11 @@ def test_other_numbers_are_named_with_what_was_expected(change, said):
 
 def test_missing_and_new_rows_and_missing_columns_are_named():
     lines = verify.compare(table(), table(_1=("method", "deepest")))
-    assert lines == [
+    gone, new = (
         "no such row any more: selection/m, random, accuracy",
         "a row that was not there: selection/m, deepest, accuracy",
-    ]
+    )
+    assert lines == [gone, new]
     assert verify.compare(table(), table().drop(columns="n")) == ["the table has no column n"]
 
 

@@ -1,6 +1,5 @@
 """The model card: from the run and from nothing else."""
 
-import copy
 import re
 import shlex
 from dataclasses import asdict
@@ -57,22 +56,16 @@ def run():
     }
 
 
-def test_the_front_matter_is_what_the_hub_reads(run):
+def test_the_front_matter_is_what_the_hub_reads_and_what_is_not_known_is_not_invented(run):
     data = huggingface_hub.ModelCard(model_card.card(run)).data
     assert (data.base_model, data.license, data.library_name) == ("owner/base", "llama2", "transformers")
     assert data.tags == ["prunelib", "pruned", "depth-pruning", "healed"]
-
-
-def test_what_is_not_known_is_not_invented(run):
     run["extra"]["card"] |= {"hub": None, "license": {}, "healing": None}
     text = model_card.card(run)
     data = huggingface_hub.ModelCard(text).data
-    assert data.license is None
-    assert data.base_model is None
+    assert data.license is data.base_model is None
     assert "healed" not in data.tags
-    assert "The run found no license in the base model's card" in text
     assert "It was not: the remaining weights are those of the base model." in text
-    assert "and on no task" in text
     assert "peft" not in text, "what was not installed is not named"
 
 
@@ -85,14 +78,11 @@ def test_numbers_are_those_of_the_rows_with_their_intervals(run):
         "without 3 of its 32 decoder layers (8.7 % of its parameters)",
         "| layers removed (0-based) | 20 21 25 |",
         "1,000,000 before, 912,900 now",
-        "commit `0123456789ab`",
-        "2.0 GiB",
         "The license is that of the base model (llama2).",
     ):
         assert line in text
-    ruined = copy.deepcopy(run)
-    ruined["rows"] = [row for row in run["rows"] if (row["state"], row["metric"]) != ("pruned", "ppl")]
-    assert "| pruned | 2.5000 | too large | 1.649" in model_card.card(ruined)
+    run["rows"] = [row for row in run["rows"] if (row["state"], row["metric"]) != ("pruned", "ppl")]
+    assert "| pruned | 2.5000 | too large | 1.649" in model_card.card(run)
 
 
 def test_tasks_stand_beside_chance(run):

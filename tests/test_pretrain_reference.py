@@ -38,14 +38,10 @@ def test_documents_are_read_from_text_and_jsonl(tmp_path):
     assert list(read_documents(lines)) == ["kept"]
 
 
-def test_tokenizer_round_trips_any_text_and_keeps_digits_apart(tokenizer):
+def test_the_tokenizer_round_trips_any_text_and_a_document_begins_with_the_end_of_text_token(tokenizer, tmp_path):
     text = "naïve 1234 →\n    indented"
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert [tokenizer.decode([i]) for i in tokenizer("1234")["input_ids"]] == ["1", "2", "3", "4"]
-
-
-def test_documents_begin_with_the_end_of_text_token(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n<|endoftext|>\ntwo")
     ids = tokenize(path, tokenizer)
@@ -58,9 +54,6 @@ def test_every_pass_covers_the_text_without_overlap():
     starts = window_starts(100 * WINDOW, 99, np.random.default_rng(0))
     assert len(np.unique(starts)) == len(starts) == 99
     assert np.diff(np.sort(starts)).min() == WINDOW
-
-
-def test_too_little_text_is_refused():
     with pytest.raises(ValueError, match="1000 tokens of text are too few"):
         window_starts(1000, 4, np.random.default_rng(0))
 

@@ -4,26 +4,23 @@ Starts daemons and writes /etc/slurm, for its own time, hence only with PRUNELIB
 other SLURM. `.ci/run` installs it.
 """
 
-import importlib.util
 import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from lab_project import STATISTICS, Project, write_notebook
+from lab_project import STATISTICS, TINY, Project, write_notebook
 
 from prunelib.io import project_root
 from prunelib.lab import profile as profiles
 
 ROOT = project_root()
 SETTINGS = Path("/etc/slurm")
-TOOLS = ("slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scontrol", "munged")
 
 SLURM_CONF = """
 ClusterName=loopback
@@ -52,44 +49,27 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def _wait_for(command: list[str], wanted: str, log: Path) -> None:
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        if wanted in done.stdout:
-            return
+    while wanted not in subprocess.run(command, capture_output=True, text=True, timeout=30).stdout:
+        if time.monotonic() > end:
+            pytest.skip(f"SLURM does not start here: {log.read_text(errors='replace')[-300:]}")
         time.sleep(0.5)
-    words = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    pytest.skip(f"SLURM does not start here: {log.stem} says {words[-1] if words else 'nothing'}")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A SLURM of one node while the tests of this file run."""
-    if os.environ.get("PRUNELIB_SLURM_TEST") != "1":
-        pytest.skip("set PRUNELIB_SLURM_TEST=1 to let this test start a SLURM on this machine (as root)")
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("starting SLURM needs Linux and root")
-    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        pytest.skip("snakemake-executor-plugin-slurm is not installed: pip install -e '.[cluster]'")
+@pytest.fixture
+def cluster(tmp_path_factory, monkeypatch):
+    """A SLURM of one node while the test runs."""
+    if os.environ.get("PRUNELIB_SLURM_TEST") != "1" or os.geteuid() != 0:
+        pytest.skip("set PRUNELIB_SLURM_TEST=1 to let this test start a SLURM on this machine, as root")
+    pytest.importorskip("snakemake_executor_plugin_slurm", reason="pip install -e '.[cluster]'")
     if (SETTINGS / "slurm.conf").exists() or "SLURM_CONF" in os.environ:
         pytest.skip("this machine belongs to a SLURM cluster, which is left alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-            pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
-        yield from _running(tmp_path_factory.mktemp("slurm"))
-
-
-def _running(folder: Path) -> Iterator[None]:
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if missing := [tool for tool in ("slurmctld", "slurmd", "sbatch", "scontrol", "munged") if shutil.which(tool) is None]:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
+    folder, new = tmp_path_factory.mktemp("slurm"), not SETTINGS.is_dir()
     daemons: list[subprocess.Popen] = []
-    new = not SETTINGS.is_dir()
 
     def start(*command: str, **options: object) -> Path:
         log = folder / f"{command[0]}.log"
@@ -100,17 +80,18 @@ def _running(folder: Path) -> Iterator[None]:
     for name in ("state", "spool"):
         (folder / name).mkdir()
     host = socket.gethostname().partition(".")[0]
-    megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    values = {"host": host, "folder": folder, "cpus": os.cpu_count(), "memory": int(0.9 * megabytes)}
+    memory = int(0.9 * psutil.virtual_memory().total / 2**20)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"controller": one.getsockname()[1], "node": other.getsockname()[1]}
     settings = {
-        "slurm.conf": SLURM_CONF.format(controller=_free_port(), node=_free_port(), **values),
+        "slurm.conf": SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), memory=memory, **ports),
         "gres.conf": f"NodeName={host} Name=gpu File=/dev/null\n",
     }
     try:
         SETTINGS.mkdir(exist_ok=True)
         for name, text in settings.items():
             (SETTINGS / name).write_text(text)
-        if subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode != 0:
+        if subprocess.run(["munge", "-n"], capture_output=True).returncode != 0:
             sockets = Path("/run/munge")
             sockets.mkdir(mode=0o755, exist_ok=True)
             shutil.chown(sockets, "munge", "munge")
@@ -122,7 +103,6 @@ def _running(folder: Path) -> Iterator[None]:
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
-        for daemon in daemons:
             daemon.wait(30)
         for name in settings:
             (SETTINGS / name).unlink(missing_ok=True)
@@ -130,21 +110,11 @@ def _running(folder: Path) -> Iterator[None]:
             shutil.rmtree(SETTINGS, ignore_errors=True)
 
 
-def batch(root: Path, *, limit: float = 500, **environment: str) -> subprocess.CompletedProcess:
-    """Snakemake on the cluster, which keeps no accounts."""
-    command = [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "profiles/slurm"), "--configfile", "profile.yaml"]
-    command += ["--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "12"]
-    command += ["--default-resources", "mem_mb=1000", "runtime=10"]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | environment
-    return subprocess.run(command, cwd=root, env=clean, capture_output=True, text=True, timeout=limit, check=False)
-
-
 def submitted(root: Path) -> list[dict[str, str]]:
-    """What SLURM still knows about the jobs submitted from `root`, in their order."""
+    """What SLURM still knows about the jobs submitted from `root`."""
     told = subprocess.run(["scontrol", "--oneliner", "show", "job"], capture_output=True, text=True, timeout=30, check=True)
     jobs = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in told.stdout.splitlines()]
-    return sorted((job for job in jobs if job.get("WorkDir") == str(root)), key=lambda job: int(job["JobId"]))
+    return [job for job in jobs if job.get("WorkDir") == str(root)]
 
 
 FRAGILE = """
@@ -167,8 +137,12 @@ def test_runs_ask_for_gpus_short_ones_go_together_and_a_failed_one_is_tried_agai
     write_notebook(
         tmp_path / profiles.experiment_notebook("statistics"), STATISTICS | {"compute": FRAGILE + STATISTICS["compute"]}
     )
-    project.profile(resources={"gpu": 1}, blocks={"some": {"models": ["tiny"], "sizes": [2]}})
-    done = batch(tmp_path, BATCH_LOG=str(project.log))
+    project.profile(
+        resources={"gpu": 1}, models={"tiny": TINY, "other": TINY}, blocks={"some": {"models": ["tiny"], "sizes": [2]}}
+    )
+    options = ["--profile", str(ROOT / "profiles/slurm"), "--default-resources", "mem_mb=1000", "runtime=10"]
+    options += ["--slurm-status-command", "squeue", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "12"]
+    done = project.run(*options)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "figures/own_sizes.png").is_file()
     lines = [re.fullmatch(r"seed (\d) in job (\d+) on GPU (\S+)", line) for line in project.started()]

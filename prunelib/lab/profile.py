@@ -23,8 +23,8 @@ READ_STATISTICS = ("selection", "blocks", "slicing")  # all of the model, as the
 READ_CHOICES = ("tasks", "healing", "combining")  # sets of layers of a run of selection or blocks, the parameter `choices`
 WRITE_ARRAYS = ("statistics", "optimum")  # a .safetensors beside the run file
 REQUIRED = {"runs": str, "tables": str, "figures": str, "models": dict, "chapters": dict}
-OPTIONAL = {"calibration": {}, "calibration_seeds": [], **{experiment: {} for experiment in EXPERIMENTS}}
-OPTIONAL |= {"figure_rules": True, "threads": 1, "retries": 0, "resources": {}}
+OPTIONAL = {"calibration": {}, "calibration_seeds": [], "figure_rules": True, "threads": 1, "retries": 0, "resources": {}}
+OPTIONAL |= {experiment: {} for experiment in EXPERIMENTS}
 
 
 class ProfileError(ValueError):
@@ -82,9 +82,8 @@ class Profile:
     @functools.cached_property
     def experiments(self) -> dict[str, list[Run]]:
         """The experiments of this profile, each with its runs. Raises ProfileError naming the entry and the parameter."""
-        found = {"statistics": list(self._statistics())}
-        found |= {experiment: list(self._runs(experiment)) for experiment in EXPERIMENTS[1:]}
-        return {experiment: runs for experiment, runs in found.items() if runs}
+        found = {"statistics": self._statistics()} | {experiment: self._runs(experiment) for experiment in EXPERIMENTS[1:]}
+        return {experiment: runs for experiment, planned in found.items() if (runs := list(planned))}
 
     def run(self, experiment: str, *names: str, suffix: str = ".json") -> str:
         """A file of an experiment, `<runs>/<experiment>/<model>__<part>.json`."""
@@ -156,13 +155,11 @@ def read(config: Mapping) -> Profile:
     Besides the keys this looks at every parameter of every run, so that nothing is found out after hours.
     """
     profile = Profile(config)
-    used = [name for name in EXPERIMENTS if name == "statistics" or getattr(profile, name)]
+    used = ["statistics", *(name for name in EXPERIMENTS[1:] if getattr(profile, name))]
     known = {name for experiment in used for name in _known(experiment_notebook(experiment))}
     for name, entry in profile.models.items():
         _refuse_unknown(entry, known, f"models.{name}", "the experiments that the profile runs")
-    for chapter in profile.chapters:
-        chapter_values(profile, chapter)
-    _ = profile.experiments
+    _ = profile.experiments, [chapter_values(profile, chapter) for chapter in profile.chapters]
     return profile
 
 
@@ -184,10 +181,8 @@ def chapter_notebook(chapter: str) -> str:
 
 def arguments(values: Mapping[str, object]) -> str:
     """`name=value …` for a shell, in the form that the runner reads back to the same values."""
-    texts = {
-        name: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return " ".join(shlex.quote(f"{name}={text}") for name, text in texts.items())
+    texts = [(name, json.dumps(value, ensure_ascii=False) if type(value) is list else value) for name, value in values.items()]
+    return " ".join(shlex.quote(f"{name}={text}") for name, text in texts)
 
 
 @functools.cache
@@ -209,9 +204,8 @@ def _complete(notebook: str, sources: Mapping[str, Mapping]) -> dict:
                 values[name] = known[name].parse(value)  # YAML reads 1e-3 as text, hence the runner's own reading
             except ParameterError as error:
                 raise ProfileError(f"{place}: {error}") from None
-    for name in known:
-        if name not in values:
-            raise ProfileError(f"the profile sets no `{name}`, a parameter of {notebook}; batches do not run on defaults")
+    if missing := known.keys() - values:
+        raise ProfileError(f"the profile sets no `{min(missing)}`, a parameter of {notebook}; batches do not run on defaults")
     return values
 
 

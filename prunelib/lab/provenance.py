@@ -113,10 +113,10 @@ def peak_bytes(device: str = "cpu") -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
-def _cpu() -> str | None:
-    info = Path("/proc/cpuinfo")  # of Linux
-    found = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine() or None
+def _cpu() -> str:
+    with contextlib.suppress(OSError, TypeError):  # of Linux
+        return re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    return platform.processor() or platform.machine()
 
 
 def _git() -> dict | None:

@@ -92,22 +92,23 @@ def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
 
     The cell holds plain lines `name = literal  # help` and nothing else: papermill does not see others. Raises ParameterError.
     """
-    from papermill import inspect_notebook
-
+    found: dict[str, Parameter] = {}
     try:
         cells = code_cells(notebook)
         if [index for index, (_, tags) in enumerate(cells) if "parameters" in tags] != [0]:
             raise ValueError(f"{notebook}: exactly one cell, the first with code, must be tagged `parameters`")
-        lines = [ast.unparse(line).partition(" = ")[0] for line in ast.parse(cells[0][0]).body]
-        entries = inspect_notebook(str(notebook))
-        if lines != list(entries):
-            raise ValueError(f"{notebook}: the parameters cell has lines that are not plain `name = literal  # help`: {lines}")
-        found = [Parameter(name, ast.literal_eval(one["default"]), one["help"].lstrip("# ")) for name, one in entries.items()]
+        lines = cells[0][0].encode().splitlines()  # `ast` counts bytes
+        for node in ast.parse(cells[0][0]).body:
+            name, equals, _ = ast.unparse(node).partition(" = ")
+            if not isinstance(node, ast.Assign) or not equals or not name.isidentifier() or name in found:
+                raise ValueError(f"`{ast.unparse(node)}` is no plain line `name = literal  # help`, each name once")
+            default = ast.literal_eval(node.value)
+            if default is not None and type(default) not in TYPES:
+                raise ValueError(f"the default of `{name}` is not of type bool, int, float, str, list or None")
+            found[name] = Parameter(name, default, lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# "))
     except (ValueError, SyntaxError) as error:
         raise ParameterError(f"{error} (the parameters cell of {notebook} needs literals; derive values below it)") from None
-    if wrong := [one.name for one in found if one.default is not None and type(one.default) not in TYPES]:
-        raise ParameterError(f"{notebook}: the default of `{wrong[0]}` is not of type bool, int, float, str, list or None")
-    return {parameter.name: parameter for parameter in found}
+    return found
 
 
 def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str, object]:
@@ -159,8 +160,8 @@ def run_notebook(notebook: str | os.PathLike, output: str | os.PathLike, /, *, q
         return output
     what = str(what or "ended without writing its result (a cell that exits early?)")
     settings = {name: parameter.default for name, parameter in parameters(notebook).items()} | values
-    copy = f"executed copy: {from_root(executed)}"
-    raise NotebookError(f"{from_root(notebook)}: {what}{_remedy(what, settings, output)}; no result was written; {copy}")
+    what += f"{_remedy(what, settings, output)}; no result was written; executed copy: {from_root(executed)}"
+    raise NotebookError(f"{from_root(notebook)}: {what}")
 
 
 def _execute(notebook: Path, executed: Path, values: Mapping[str, object], quiet: bool) -> None:

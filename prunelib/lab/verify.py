@@ -53,10 +53,8 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> list[str]:
 def _by_coordinates(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Rows by their coordinates as text; their order tells those with the same ones apart (intervals of alpha)."""
 
-    def text(value: object) -> str:
-        return "" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
-
-    place = table[list(keys)].map(text)
+    text = table[list(keys)].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
+    place = text.mask(table[list(keys)].isna(), "")
     place["nth"] = place.groupby(list(keys)).cumcount().astype(str)
     return table.set_index(pd.MultiIndex.from_frame(place))
 
