@@ -286,11 +286,11 @@ def draw_losses(folder: Path) -> Path:
     for label, key, look in CURVES:
         points = [(entry["step"] * millions, entry[key]) for entry in log["log"] if key in entry]
         axes.plot(*zip(*points, strict=True), label=label, **look)
-    axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"])
-    axes.set_xlim(left=0)
+    axes.set(xlabel="million tokens seen", ylabel="loss (nats per token)", title=log["name"], xlim=(0, None))
     axes.legend()
     plt.close(figure)
-    return save.write_picture(figure, folder / "loss_curve.png")
+    (folder / "loss_curve.png").write_bytes(save.picture(figure, ".png"))
+    return folder / "loss_curve.png"
 
 
 def main(argv: list[str]) -> int:

@@ -60,7 +60,7 @@ def draw(summary: pd.DataFrame):
         figures.lines(axes, part)
         figures.level(axes, 8)
         figures.log_scale(axes)
-    figures.legend(grid.figure, figures.error_note(summary, "seeds"))
+    figures.legend(grid.figure, figures.error_note(summary))
     return grid.figure
 
 
@@ -124,11 +124,9 @@ def test_spread_gives_centre_and_interval_and_does_not_invent(rows):
     group = rows[(rows["method"] == "random") & (rows["layers_removed"] == 4)]["value"]
     row = summary[(summary["method"] == "random") & (summary["layers_removed"] == 4)].iloc[0]
     assert (row["value"], row["low"], row["high"], row["n"]) == (group.median(), group.min(), group.max(), 5)
-    assert figures.error_note(summary, "seeds") == "points and error bars: median and min–max of 5 seeds"
+    assert figures.error_note(summary) == "points and error bars: median and min–max of 5 calibration draws"
     table = pd.DataFrame({"k": [1, 1, 2], "value": [3.0, None, 5.0]})
     assert list(figures.spread(table, "k")["n"]) == [1, 1]
-    with pytest.raises(FigureError, match="no column kk; it has k, value"):
-        figures.spread(table, "kk")
     with pytest.raises(FigureError, match="all of them are missing"):
         figures.spread(table.assign(value=float("nan")), "k")
 
@@ -158,7 +156,6 @@ def test_a_curve_draws_its_rows_and_published_ones_look_published(rows, axes, ho
 def test_curve_refuses_seeds_that_were_not_summarized(rows, axes):
     for where, message in (
         ({"data": rows[rows["method"] == "random"]}, r"several values of value at layers_removed = \[0, 2, 4, 6\]: summarize"),
-        ({"data": rows, "y": "ppl"}, "no column ppl"),
         ({"data": rows.assign(value=None)}, "nothing to draw"),
     ):
         with pytest.raises(FigureError, match=message):
@@ -204,8 +201,6 @@ def test_heatmap_numbers_can_be_read(axes):
     for text, color in zip(axes.texts, colors, strict=True):
         light, dark = sorted([relative_luminance(text.get_color()), relative_luminance(color)], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, "contrast that WCAG 2 asks of text"
-    with pytest.raises(FigureError, match="no numbers"):
-        figures.heatmap(axes, table * float("nan"), label="accuracy")
 
 
 def test_panels_hold_the_rows_of_their_column_and_row_and_the_legend_fits(rows):
@@ -282,10 +277,10 @@ t.save.save(t.drawing(rows), "own_repeat", {str(tmp_path / "two")!r}, provenance
 @pytest.mark.parametrize(
     ("stem", "message"),
     [
-        ("fig5", "names no figure: a stem is <paper>_<fig|table><n>_<what> or own_<what>"),
+        ("fig5", "names no figure: a stem is <paper>_<fig|table><n>_<what>, with a paper of"),
         ("simdiff_fig5a", "names no figure"),
         ("own_../x", "names no figure"),
-        ("simdif_fig5a_ppl", "names no known paper"),
+        ("simdif_fig5a_ppl", "with a paper of simdiff, dynamic_slicing"),
         ("simdiff_table3_layers", "is the stem of a table, the drawing is not"),
     ],
 )
@@ -298,8 +293,8 @@ def test_stems_follow_the_rule(stem, message, rows, tmp_path):
 def test_data_without_numbers_are_refused(rows, tmp_path):
     for data, message in (
         (rows.iloc[:0], "the plotted data are empty"),
-        (rows.assign(high=float("nan")), "column 'high' of the plotted data has no value"),
-        (rows.assign(value=float("inf")), "column 'value' of the plotted data is infinite"),
+        (rows.assign(high=float("nan")), "column 'high' of the plotted data has no value or an infinite one"),
+        (rows.assign(value=float("inf")), "column 'value' of the plotted data has no value or an infinite one"),
     ):
         with pytest.raises(FigureError, match=message):
             save.save(Drawing(None, data, rows), "own_table_empty", tmp_path / "figures", provenance={})

@@ -12,9 +12,7 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +24,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prunelib import claims
-from prunelib.io import at_root, file_sha256, from_root, leftovers, temporary_prefix, write_json
-from prunelib.lab.runs import PAPERS, PATHS, ResultError, write_table
+from prunelib.io import at_root, file_sha256, from_root, plain, replacing
+from prunelib.lab.runs import CSV, PAPERS, ResultError
 
 LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
 STEM = re.compile(r"own_[a-z0-9_]+|(?P<paper>[a-z][a-z0-9_]*?)_(?P<number>(?:fig|table)[a-z0-9]+)_[a-z0-9_]+")
@@ -168,23 +166,19 @@ def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
     missing = {"run", "code"} - set(drawing.rows)
     if missing:
         raise FigureError(f"`rows` has no column {', '.join(sorted(missing))}: give rows of results, published ones apart")
-    settings = {}
-    for name, value in sorted(chapter.parameters.items()):
-        # Tables are recorded by the runs in them, wherever they lie.
-        place = name in (*PATHS, "figures") or isinstance(value, list) or (isinstance(value, str) and "/" in value)
-        if name == "model" or not place:
-            settings[name] = Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-    # What draws a figure: its module, the style and this one. An edit elsewhere does not change its record.
-    sources = {path.name: path for path in map(Path, (__file__, sys.modules[draw.__module__].__file__))}
-    sources["style.py"] = Path(__file__).with_name("style.py")
-    code = b"".join(sources[name].read_bytes().replace(b"\r\n", b"\n") for name in sorted(sources))
+    settings = {name: value for name, value in sorted(chapter.parameters.items()) if name not in ("output", "figures")}
+    if "model" in settings:
+        settings["model"] = Path(settings["model"]).name
+    # What draws a figure: its module, this one and the style. An edit elsewhere does not change its record.
+    sources = [Path(sys.modules[draw.__module__].__file__), Path(__file__), Path(__file__).with_name("style.py")]
     return {
         "function": f"{draw.__module__}.{draw.__qualname__}",
-        "drawing_code_sha256": hashlib.sha256(code).hexdigest(),
-        "parameters": settings,
+        "drawing_code_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        # Tables are recorded by the runs in them, wherever they lie.
+        "parameters": {name: value for name, value in settings.items() if not (isinstance(value, list) or "/" in str(value))},
         "inputs": {from_root(at_root(path)): file_sha256(at_root(path)) for path in sorted(drawing.published)},
-        "runs": sorted(drawing.rows["run"].dropna().unique().tolist()),
-        "run_code": sorted(drawing.rows["code"].dropna().unique().tolist()),
+        "runs": sorted(drawing.rows["run"].dropna().unique()),
+        "run_code": sorted(drawing.rows["code"].dropna().unique()),
     }
 
 
@@ -196,76 +190,62 @@ def save(drawing: Drawing, stem: str, folder: str | os.PathLike, *, provenance: 
     Raises FigureError, before anything is written, when the stem does not follow `<paper>_fig<n>_<what>`,
     `<paper>_table<n>_<what>` or `own_<what>`, or the data are empty, have a column without any value or an infinite number.
     """
-    about, suffixes = _about(stem), figure_suffixes(stem)
+    parts, suffixes = STEM.fullmatch(stem), figure_suffixes(stem)
+    if not parts or parts["paper"] not in (None, *PAPERS):
+        papers = ", ".join(PAPERS)
+        raise FigureError(
+            f"{stem!r} names no figure: a stem is <paper>_<fig|table><n>_<what>, with a paper of {papers}, or own_<what>"
+        )
     if (".png" in suffixes) != (drawing.figure is not None):
         raise FigureError(f"{stem} is the stem of a {'figure' if '.png' in suffixes else 'table'}, the drawing is not")
-    _check_numbers(drawing.data, stem)
-    folder = at_root(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in leftovers(folder / stem):
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=temporary_prefix(stem), ignore_cleanup_errors=True) as name:
-        staged = [Path(name) / f"{stem}{suffix}" for suffix in suffixes]
-        *pictures, csv, record = staged
-        for path in pictures:
-            write_picture(drawing.figure, path)
-        write_table(drawing.data, csv)
-        files = {path.suffix.removeprefix("."): file_sha256(path) for path in sorted((*pictures, csv))}
-        libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        write_json(record, {**about, **provenance, "libraries": libraries, "files": files})
-        for path in staged:
-            if not (folder / path.name).is_file() or path.read_bytes() != (folder / path.name).read_bytes():
-                os.replace(path, folder / path.name)
-    return [folder / path.name for path in staged]
+    if drawing.data.empty:
+        raise FigureError(f"{stem}: the plotted data are empty; nothing is written without numbers")
+    for name, column in drawing.data.items():
+        if column.isna().all() or (
+            pd.api.types.is_float_dtype(column) and np.isinf(column.dropna().to_numpy(dtype=float)).any()
+        ):
+            raise FigureError(f"{stem}: column {name!r} of the plotted data has no value or an infinite one; leave it out")
+    files = {suffix: picture(drawing.figure, suffix) for suffix in suffixes[:-2]}
+    files[".csv"] = drawing.data.to_csv(**CSV).encode()
+    hashes = {suffix.removeprefix("."): hashlib.sha256(content).hexdigest() for suffix, content in files.items()}
+    about = {"figure": stem, "paper": PAPERS.get(parts["paper"]), "number": parts["number"], **provenance}
+    about |= {"libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}, "files": hashes}
+    files[".json"] = (json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False, default=plain) + "\n").encode()
+    paths = []
+    for suffix, content in files.items():
+        paths.append(at_root(folder) / f"{stem}{suffix}")
+        if not paths[-1].is_file() or paths[-1].read_bytes() != content:
+            with replacing(paths[-1]) as temporary:
+                temporary.write_bytes(content)
+    return paths
 
 
-def write_picture(figure: Figure, path: str | os.PathLike) -> Path:
-    """One png or pdf without dates or versions in it: the same figure gives the same bytes."""
-    path = Path(path)
-    if path.suffix == ".pdf":
-        figure.savefig(path, metadata={"CreationDate": None, "Creator": None, "Producer": None})
-        return path
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", metadata={"Software": None})
-    with Image.open(drawn) as picture:
+def picture(figure: Figure, suffix: str) -> bytes:
+    """A .png or .pdf without dates or versions in it: the same figure gives the same bytes."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    names = ("CreationDate", "Creator", "Producer") if suffix == ".pdf" else ("Software",)
+    figure.savefig(drawn, format=suffix.removeprefix("."), metadata=dict.fromkeys(names))
+    if suffix == ".pdf":
+        return drawn.getvalue()
+    with Image.open(drawn) as image:
         # A palette of 256 colors takes a third of the bytes; what changes are shades at the edges of letters and lines.
-        small = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
-        small.save(path, optimize=True, dpi=picture.info["dpi"])
-    return path
+        palette = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+        palette.save(small, format="png", optimize=True, dpi=image.info["dpi"])
+    return small.getvalue()
 
 
 def markdown(data: pd.DataFrame, *, digits: int | Mapping[str, int] = 2) -> str:
     """A table in Markdown: numbers to the right with `digits` decimals (for all, or one per column), whole ones as they are."""
+
+    def cell(value: Any, places: int) -> str:
+        if pd.isna(value):
+            return "–"
+        return f"{value:,.{places}f}" if isinstance(value, float | np.floating) else str(value).replace("|", "\\|")
+
     columns = {}
     for name, column in data.items():
         places = digits if isinstance(digits, int) else digits.get(name, 2)
         rule = "---:" if pd.api.types.is_numeric_dtype(column) else "---"
-        columns[str(name)] = [rule, *(_cell(value, places) for value in column)]
-    rule, *lines = zip(*columns.values(), strict=True)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *lines])
-
-
-def _cell(value: Any, digits: int) -> str:
-    if pd.isna(value):
-        return "–"
-    return f"{value:,.{digits}f}" if isinstance(value, float | np.floating) else str(value).replace("|", "\\|")
-
-
-def _about(stem: str) -> dict:
-    """Paper, number and content that a stem names."""
-    rule = "a stem is <paper>_<fig|table><n>_<what> or own_<what>, in lower case"
-    if not (parts := STEM.fullmatch(stem)):
-        raise FigureError(f"{stem!r} names no figure: {rule}")
-    if parts["paper"] not in (None, *PAPERS):
-        raise FigureError(f"{stem!r} names no known paper ({', '.join(PAPERS)}): {rule}")
-    return {"figure": stem, "paper": PAPERS.get(parts["paper"]), "number": parts["number"]}
-
-
-def _check_numbers(data: pd.DataFrame, stem: str) -> None:
-    if data.empty:
-        raise FigureError(f"{stem}: the plotted data are empty; nothing is written without numbers")
-    for name, column in data.items():
-        if column.isna().all():
-            raise FigureError(f"{stem}: column {name!r} of the plotted data has no value; leave it out")
-        if pd.api.types.is_float_dtype(column) and np.isinf(column.dropna().to_numpy(dtype=float)).any():
-            raise FigureError(f"{stem}: column {name!r} of the plotted data is infinite somewhere; draw its logarithm")
+        columns[str(name)] = [rule, *(cell(value, places) for value in column)]
+    lines = [columns, *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -95,12 +95,8 @@ def use_style() -> None:
 def spread(table: pd.DataFrame, by: str | Sequence[str], *, value: str = "value") -> pd.DataFrame:
     """Median, smallest and largest `value` for every combination of the columns `by`, as `value`, `low`, `high`; `n` counts.
 
-    Raises FigureError for an unknown column, and when there is nothing to summarize.
+    Raises FigureError when there is nothing to summarize.
     """
-    by = [by] if isinstance(by, str) else list(by)
-    unknown = [name for name in [*by, value] if name not in table]
-    if unknown:
-        raise FigureError(f"the table has no column {', '.join(unknown)}; it has {', '.join(map(str, table))}")
     present = table.dropna(subset=[value]).astype({value: float})
     if present.empty:
         raise FigureError(f"no values of {value} to draw: the table is empty or all of them are missing")
@@ -108,11 +104,10 @@ def spread(table: pd.DataFrame, by: str | Sequence[str], *, value: str = "value"
     return groups.agg(value="median", low="min", high="max", n="count").reset_index()
 
 
-def error_note(data: pd.DataFrame, draws: str = "calibration draws") -> str:
-    """What the error bars of a result of `spread` are: `points and error bars: median and min–max of 3 seeds`."""
-    counts = sorted(data["n"].unique())
-    many = f"{counts[0]:.0f}" if len(counts) == 1 else f"{counts[0]:.0f}–{counts[-1]:.0f}"
-    return f"points and error bars: median and min–max of {many} {draws}"
+def error_note(data: pd.DataFrame) -> str:
+    """What the error bars of a result of `spread` are: `points and error bars: median and min–max of 3 calibration draws`."""
+    counts = "–".join(map(str, sorted({data["n"].min(), data["n"].max()})))
+    return f"points and error bars: median and min–max of {counts} calibration draws"
 
 
 class Panels:
@@ -135,9 +130,9 @@ class Panels:
         self.data, self.names = data, (column, row)
         self.columns, self.rows = list(data[column].unique()), list(data[row].unique()) if row else [None]
         shape, size = (len(self.rows), len(self.columns)), (WIDTH, height * len(self.rows))
-        self.figure, self.grid = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, **options)
-        titles = [titles.get(name, name) for name in self.columns] if isinstance(titles, Mapping) else titles
-        for axes, title in zip(self.grid[0], titles or self.columns, strict=True):
+        self.figure, self.grid = plt.subplots(*shape, figsize=size, squeeze=False, **options)
+        titles = [titles.get(name, name) for name in self.columns] if isinstance(titles, Mapping) else titles or self.columns
+        for axes, title in zip(self.grid[0], titles, strict=True):
             axes.set_title(title)
 
     def __iter__(self) -> Iterator[tuple[Axes, pd.DataFrame]]:
@@ -155,7 +150,7 @@ class Panels:
         table that go into the csv, all by default. more: of `Drawing`.
         """
         for line, texts, name in ((self.grid[-1], x, "xlabel"), (self.grid[:, 0], y, "ylabel")):
-            for axes, label in zip(line, [texts] * len(line) if isinstance(texts, str) else texts, strict=True):
+            for axes, label in zip(line, itertools.repeat(texts, len(line)) if isinstance(texts, str) else texts, strict=True):
                 axes.set(**{name: label} if label else {})
         legend(self.figure, note)
         data = self.data[list(keep)] if len(keep) else self.data.drop(columns=["run", "code"], errors="ignore")
@@ -228,30 +223,18 @@ def lines(
 
 def curve(axes: Axes, data: pd.DataFrame, look: Method, *, x: str = "layers_removed", y: str = "value", **style: Any) -> None:
     """One series as markers and lines, with error bars where `low` and `high` differ from the value; one row per x."""
-    missing = [name for name in (x, y) if name not in data]
-    if missing:
-        raise FigureError(f"the plotted table has no column {', '.join(missing)}; it has {', '.join(map(str, data))}")
     data = data.dropna(subset=[x, y]).sort_values(x)
     if data.empty:
         raise FigureError(f"nothing to draw: all values of {y} are missing")
     if len(twice := data[x][data[x].duplicated()].unique().tolist()):
         raise FigureError(f"several values of {y} at {x} = {twice}: summarize them with `spread` first")
-    error = None
+    face = "white" if look.hollow else look.color
+    look_of = {"color": look.color, "marker": look.marker, "linestyle": look.line, "markerfacecolor": face, "label": look.title}
+    error = np.zeros((2, 1))
     if {"low", "high"} <= set(data):
         error = np.nan_to_num([data[y] - data["low"], data["high"] - data[y]]).clip(min=0)
-    style = {
-        "color": look.color,
-        "marker": look.marker,
-        "linestyle": look.line,
-        "markerfacecolor": "white" if look.hollow else look.color,
-        "label": look.title,
-        **style,
-    }
     place, value = data[x].to_numpy(dtype=float), data[y].to_numpy(dtype=float)
-    if error is None or not error.any():
-        axes.plot(place, value, **style)
-    else:
-        axes.errorbar(place, value, yerr=error, elinewidth=1.0, **style)
+    axes.errorbar(place, value, yerr=error if error.any() else None, elinewidth=1.0, **look_of | style)
 
 
 def random_band(axes: Axes, data: pd.DataFrame, *, x: str = "layers_removed", below: float | int, label: str = "") -> None:
@@ -310,9 +293,9 @@ def layer_bars(axes: Axes, data: pd.DataFrame, look: Method) -> None:
     filled = {"color": "white", "hatch": "////"} if look.hollow else {"color": look.color}
     style = {"edgecolor": look.color, "error_kw": {"elinewidth": 0.8, "capsize": 1.5, "ecolor": "#333333"}}
     bars = axes.bar(data["layer"], data["value"], 0.8, yerr=error, **filled, **style)
-    for bar, gone in zip(bars, data["removed"] if "removed" in data else [False] * len(data), strict=True):
+    for bar, gone in zip(bars, data.get("removed", itertools.repeat(False)), strict=False):
         bar.set_alpha(0.3 if gone else None)
-    axes.set(xlim=(data["layer"].min() - 0.7, data["layer"].max() + 0.7))
+    axes.set_xlim(data["layer"].min() - 0.7, data["layer"].max() + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.grid(visible=False, axis="x")
 
@@ -322,8 +305,6 @@ def heatmap(axes: Axes, table: pd.DataFrame, *, label: str, colormap: str = "civ
 
     label: what the colors mean. options: of `seaborn.heatmap`. cividis reads the same with and without color vision.
     """
-    if not np.isfinite(table.to_numpy(dtype=float)).any():
-        raise FigureError("the heat map has no numbers: the table is empty or all missing")
     options = {"annot_kws": {"fontsize": 8}, "linewidths": 0.6, "linecolor": "white", **options}
     seaborn.heatmap(table.astype(float), ax=axes, cmap=colormap, cbar_kws={"label": label, "pad": 0.02}, **options)
     colors = axes.collections[0].get_facecolors()[table.notna().to_numpy().ravel()]
