@@ -78,7 +78,7 @@ def read_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def _matrices(model: nn.Module) -> list[nn.Module]:
-    other = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    other = (module for module in model.modules() if not isinstance(module, nn.Embedding))
     return [module for module in other if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
 
 

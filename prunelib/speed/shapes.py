@@ -31,9 +31,7 @@ _TABLE = {
     "qwen2.5-3b": (_QWEN | {"num_key_value_heads": 2}, (36, 2048, 11008, 16)),
 }
 
-SHAPES: dict[str, dict[str, Any]] = {
-    name: kind | dict(zip(_FIELDS, sizes, strict=True)) for name, (kind, sizes) in _TABLE.items()
-}
+SHAPES = {name: kind | dict(zip(_FIELDS, sizes, strict=True)) for name, (kind, sizes) in _TABLE.items()}
 """Fields of the configuration of published models, by name. The main reference model has its head tied; here it is not."""
 
 
@@ -44,16 +42,14 @@ def shape_configuration(name: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(**SHAPES[name] | changes)
 
 
-def random_model(
-    config: PreTrainedConfig, *, dtype: str = "float32", device: str | torch.device = "cpu", seed: int = 0
-) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, *, dtype: str = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
     """A model of random weights, made on the device itself, in evaluation mode: matrices N(0, 0.02), vectors as initialized.
 
     Its outputs mean nothing. Raises ValueError for an unknown dtype.
     """
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=checked_dtype(dtype)).eval().requires_grad_(False)
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.02, generator=generator)

@@ -28,10 +28,7 @@ class Setting:
         """`16x4x2048`: batch, prompt, new tokens. Raises ValueError for other texts."""
         numbers = [int(number) for number in text.split("x")] if re.fullmatch(r"\d+x\d+x\d+", text) else [0, 0, 0]
         if min(numbers[:2]) < 1 or numbers[2] == 1:
-            raise ValueError(
-                f"setting {text!r} is not batch x prompt x new tokens, such as 16x4x2048, with at least one row and one token, "
-                "and no new tokens or at least 2"
-            )
+            raise ValueError(f"setting {text!r} is not batch x prompt x new tokens (0, or from 2 on), such as 16x4x2048")
         return Setting(*numbers)
 
     def __str__(self) -> str:
@@ -74,16 +71,13 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, setting: Setting, *, compiled: bool = False, beside: "Decoder | None" = None):
         self.model, self.setting, self.compiled = model, setting, compiled
         self.tokens = torch.zeros(setting.batch, 1, dtype=torch.int64, device=model.device)
-        self.forward = model
+        self.forward, config = model, model.config
         if compiled:
             # Every model of a comparison compiles the same code, with another number of layers or other widths.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             self.forward = torch.compile(model.forward, mode="reduce-overhead")
-        if beside is not None:
-            self.cache = beside.cache
-        else:
-            config = model.config
-            self.cache = StaticCache(config=config, max_cache_len=setting.capacity) if compiled else DynamicCache(config=config)
+        cache = StaticCache(config=config, max_cache_len=setting.capacity) if compiled else DynamicCache(config=config)
+        self.cache = cache if beside is None else beside.cache
 
     @torch.no_grad()
     def prefill(self, tokens: Int64[Tensor, "row token"]) -> None:
@@ -110,11 +104,11 @@ class Decoder:
                 layer.crop(length - layer.get_seq_length())
 
     @torch.no_grad()
-    def fill(self, length: int, seed: int = 0) -> None:
+    def fill(self, length: int) -> None:
         """Random keys, values and tokens in the first `length` places of the cache: times on zeros can be too good."""
         if not self.cache.layers or not self.cache.layers[0].is_initialized or not self.compiled:
             self.prefill(self.tokens)
-        generator = torch.Generator(device=self.model.device).manual_seed(seed)
+        generator = torch.Generator(device=self.model.device).manual_seed(0)
         for layer in self.cache.layers[: len(decoder_layers(self.model))]:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
@@ -159,24 +153,23 @@ def interleaved(
     return times
 
 
-def random_tokens(model: PreTrainedModel, setting: Setting, seed: int) -> Int64[Tensor, "row token"]:
+def random_tokens(model: PreTrainedModel, setting: Setting) -> Int64[Tensor, "row token"]:
     """Prompts of random tokens, on the model's device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     return torch.randint(0, vocabulary, (setting.batch, setting.prompt), generator=generator).to(model.device)
 
 
-def prefill_seconds(decoders: Mapping[str, Decoder], rounds: int, *, seed: int = 0) -> dict[str, list[float]]:
+def prefill_seconds(decoders: Mapping[str, Decoder], rounds: int) -> dict[str, list[float]]:
     """Seconds in which each model reads random prompts and chooses the next tokens, round by round."""
     first = next(iter(decoders.values()))
-    prompts = random_tokens(first.model, first.setting, seed)
-    return interleaved(
-        {name: lambda one=one: one.prefill(prompts) for name, one in decoders.items()}, rounds, first.model.device
-    )
+    prompts = random_tokens(first.model, first.setting)
+    calls = {name: lambda one=one: one.prefill(prompts) for name, one in decoders.items()}
+    return interleaved(calls, rounds, first.model.device)
 
 
 def step_seconds(
-    decoders: Mapping[str, Decoder], rounds: int, *, segments: int, chunk: int, seed: int = 0, progress: bool = True
+    decoders: Mapping[str, Decoder], rounds: int, *, segments: int, chunk: int, progress: bool = True
 ) -> dict[str, Float[np.ndarray, "segment round"]]:
     """Seconds of one decode step of each model, in every segment of a generation (`Setting.sampled_lengths`) and every round.
 
@@ -188,16 +181,16 @@ def step_seconds(
     found: dict[str, list[list[float]]] = {name: [] for name in decoders}
     lengths = first.setting.sampled_lengths(segments, chunk)
     for length in tqdm(lengths, desc=f"decode {first.setting}", unit="segment", disable=not progress):
-        first.fill(length, seed)
+        first.fill(length)
         times = interleaved(calls, rounds, first.model.device, warmup=warmup, before=lambda name: decoders[name].seek(length))  # noqa: B023
         for name, seconds in times.items():
             found[name].append(seconds)
     return {name: np.array(times) / chunk for name, times in found.items()}
 
 
-def whole_seconds(decoder: Decoder, *, seed: int = 0) -> float:
+def whole_seconds(decoder: Decoder) -> float:
     """Seconds of one generation, prefill and every step, as a check of what `step_seconds` puts together from samples."""
-    prompts = random_tokens(decoder.model, decoder.setting, seed)
+    prompts = random_tokens(decoder.model, decoder.setting)
 
     def generate(steps: int) -> None:
         decoder.prefill(prompts)
@@ -219,7 +212,7 @@ def peak_memory(model: PreTrainedModel, setting: Setting) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     decoder = Decoder(model, setting)
-    decoder.prefill(random_tokens(model, setting, 0))
+    decoder.prefill(random_tokens(model, setting))
     if setting.steps:
         decoder.fill(setting.capacity - 1)
         decoder.steps(1)
