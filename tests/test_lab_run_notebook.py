@@ -116,30 +116,6 @@ def test_values_are_read_by_the_type_of_the_default(nb):
             assert (found, type(found)) == (value, type(value))
 
 
-def test_ill_typed_values_are_refused(nb):
-    for name, values in {
-        "width": ("1e3", "2.0", "None", 3.0, True),
-        "ratio": ("half", "nan", "inf", float("nan")),
-        "fast": ("1", "yes"),
-        "seeds": ("[1.5]", "1,x", "[1", "[" * 5000),
-        "mode": (3, None),
-        "limit": ("many",),
-    }.items():
-        for value in values:
-            with pytest.raises(ParameterError, match=rf"nb.ipynb: {name} = .* is not of type"):
-                notebook.check(nb, {name: value})
-
-
-def test_another_default_takes_none_only_where_its_help_says_so():
-    optional = Parameter("windows", 64, "int or None: windows, None for all")
-    assert optional.parse("none") is optional.parse(None) is None
-    assert optional.parse("8") == 8
-    with pytest.raises(ParameterError, match="not of type int or None"):
-        optional.parse("many")
-    with pytest.raises(ParameterError, match="not of type int "):
-        Parameter("windows", 64, "windows").parse("none")
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
