@@ -27,34 +27,17 @@ def place(tmp_path_factory):
 
 
 def _run(place, name, **changes):
-    values = {
-        "model": str(place / "model"),
-        "choices": str(place / "choices.json"),
-        "methods": ["dense", "angular"],
-        "sizes": [2],
-        "recipes": ["lora"],
-        "learning_rates": [0.02],
-        "steps": 20,
-        "warmup_steps": 1,
-        "batch": 4,
-        "seq_len": 16,
-        "corpora": [f"{place / 'text.txt'}:train"],
-        "measured_steps": [5],
-        "report_corpora": [str(place / "text.txt")],
-        "report_windows": 4,
-        "report_seq_len": 32,
-        "repair_samples": 8,
-    }
+    values = {"model": str(place / "model"), "choices": str(place / "choices.json"), "methods": ["dense", "angular"]}
+    values |= {"recipes": ["lora"], "learning_rates": [0.02], "steps": 20, "warmup_steps": 1, "batch": 4, "seq_len": 16}
+    values |= {"corpora": [f"{place / 'text.txt'}:train"], "measured_steps": [5], "repair_samples": 8, "sizes": [2]}
+    values |= {"report_corpora": [str(place / "text.txt")], "report_windows": 4, "report_seq_len": 32}
     run_notebook(NOTEBOOK, place / f"{name}.json", **(values | changes))
     return results.read_run(place / f"{name}.json")
 
 
 def _nats(run, **conditions):
-    return {
-        row["step"]: row["value"]
-        for row in run["rows"]
-        if row["metric"] == "nll" and all(row.get(key) == value for key, value in conditions.items())
-    }
+    wanted = {"metric": "nll", **conditions}
+    return {row["step"]: row["value"] for row in run["rows"] if wanted.items() <= row.items()}
 
 
 def test_a_healing_is_measured_before_on_the_way_and_after(place):
@@ -77,15 +60,8 @@ def test_a_healing_is_measured_before_on_the_way_and_after(place):
 
 
 def test_repairs_slices_and_random_layers_are_starts_as_well(place):
-    run = _run(
-        place,
-        "starts",
-        methods=["angular"],
-        repairs=["none", "refit"],
-        recipes=["none", "lora"],
-        slice_percentages=[0.25],
-        steps=2,
-    )
+    starts = {"methods": ["angular"], "repairs": ["none", "refit"], "slice_percentages": [0.25]}
+    run = _run(place, "starts", recipes=["none", "lora"], steps=2, **starts)
     for start in ({"method": "angular", "repair": "none"}, {"method": "angular", "repair": "refit"}, {"method": "sliced"}):
         assert set(_nats(run, **start, recipe="none")) == {0}
         assert set(_nats(run, **start, recipe="lora")) == {2}
