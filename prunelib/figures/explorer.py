@@ -29,15 +29,13 @@ def explorer_slices(chapter: Chapter, *, data: pd.DataFrame) -> Drawing:
 
 @figure("own_new_criterion", reads={})
 def new_criterion(chapter: Chapter, *, data: pd.DataFrame) -> Drawing:
-    """Loss over dense against the layers removed: a table of `apps.explorer.compare`; a new criterion in a bold line."""
+    """Loss over dense against the layers removed: a table of `apps.explorer.compare`."""
     drawn = fig.spread(data, ["method", "title", "layers_removed"])
     grid = fig.Panels(drawn.assign(all="loss over the dense model"), "all", height=3.2)
+    looks = {name: _look(rows, name) for name, rows in drawn.groupby("method")}
     for axes, part in grid:
         fig.level(axes, 0.0)
-        known = part["method"].isin(fig.METHODS)
-        fig.lines(axes, part[known], linewidth=1.3)
-        for name, line in part[~known].groupby("method"):
-            fig.curve(axes, line, _look(line, name), linewidth=2.6)
+        fig.lines(axes, part, looks)
     grid.data = data
     return grid.done(NO_RUNS, x="layers removed", y="nats per token over dense")
 
@@ -48,55 +46,42 @@ def _perplexity(data: pd.DataFrame, what: str) -> np.ndarray:
 
 def layers_drawing(data: pd.DataFrame) -> Drawing:
     """Importance of every layer with the removed ones pale; below it the perplexity along alpha, where there is one."""
-    importance, look = pick(data, what="importance"), _look(data, data["criterion"].iloc[0])
-    along, rule = "alpha" in data, data["title"].iloc[0]
+    importance, look, rule = pick(data, what="importance"), _look(data, data["criterion"].iloc[0]), data["title"].iloc[0]
     dense, measured, predicted = (_perplexity(data, f"{kind} nats")[0] for kind in ("dense", "measured", "predicted"))
-    removed = pick(data, what="measured nats")["removed_layers"].iloc[0] or "none"
-    cost = f"perplexity {dense:.2f} becomes {measured:.2f} (the single costs add up to {predicted:.2f})"
-    panels = pd.DataFrame({"row": ["importance", "cost"][: 1 + along], "all": ""})
-    gone = importance["removed"].astype(bool)
-    grid = fig.Panels(panels, "all", "row", titles=[f"{rule}: {gone.sum()} of {len(importance)} layers go (pale)"], height=2.4)
-    top, bottom = grid.grid[0, 0], grid.grid[-1, 0]
-    fig.layer_bars(top, importance.assign(removed=gone), look)
-    top.set_xlabel("layer")
-    if along:
-        alpha = data["alpha"].iloc[0]
-        rule = f"{rule}, alpha = {alpha:.2f}"
+    gone, labels = importance["removed"].astype(bool), ["importance (higher = keep)", "perplexity (log)"]
+    panels = pd.DataFrame({"row": labels if "alpha" in data else labels[:1], "all": ""})
+    titles = [f"{rule}: {gone.sum()} of {len(gone)} layers go (pale)"]
+    grid = fig.Panels(panels, "all", "row", titles=titles, height=2.4)
+    fig.layer_bars(grid.grid[0, 0], importance.assign(removed=gone), look)
+    grid.grid[0, 0].set_xlabel("layer")
+    if "alpha" in data:
+        axes, alpha = grid.grid[1, 0], data["alpha"].iloc[0]
         steps = [*pick(data, what="measured nats on the path")["alpha_low"], 1.0]
         for kind, name, line in (("measured", "measured", "-"), ("predicted", "sum of single costs", "--")):
             style = {"baseline": None, "color": look.color, "linestyle": line, "linewidth": 1.6, "label": name}
-            bottom.stairs(_perplexity(data, f"{kind} nats on the path"), steps, **style)
-        bottom.axvline(alpha, color="#333333", linewidth=0.8)
-        bottom.plot([alpha], [measured], look.marker, color="#333333", markersize=7, label=f"alpha = {alpha:.2f}")
-        fig.log_scale(bottom)
-        fig.level(bottom, dense)
-        bottom.set(xlim=(0, 1), xlabel=f"alpha ({len(steps) - 1} sets of {gone.sum()} layers on its whole path)")
-    grid.data, labels = data, ("importance (higher = keep)", "perplexity (log)")
-    return grid.done(NO_RUNS, y=labels[: 1 + along], note="" if along else cost, text=f"{rule}: layers {removed} go; {cost}.")
+            axes.stairs(_perplexity(data, f"{kind} nats on the path"), steps, **style)
+        axes.plot([alpha], [measured], look.marker, color="#333333", markersize=7, label=f"alpha = {alpha:.2f}")
+        fig.log_scale(axes)
+        fig.level(axes, dense)
+        axes.set(xlim=(0, 1), xlabel=f"alpha ({len(steps) - 1} sets of {gone.sum()} layers on its whole path)")
+    removed = pick(data, what="measured nats")["removed_layers"].iloc[0] or "none"
+    text = f"{rule}: layers {removed} go; perplexity {dense:.2f} becomes {measured:.2f} (the single costs add up to "
+    grid.data = data
+    return grid.done(NO_RUNS, y=list(panels["row"]), text=f"{text}{predicted:.2f}).")
 
 
 def slices_drawing(data: pd.DataFrame) -> Drawing:
-    """The slice of every layer between base and mean, and what is really gone beside a constant slice."""
+    """The slice of every layer between base and mean; in words what is really gone, beside a constant slice."""
     mean, base = data["slice_percentage"].iloc[0], data["slice_base"].iloc[0]
-    slices, looks = pick(data, what="slice"), {"dynamic": "dynamic_slicing", "constant": "slicegpt"}
-    panels = data.assign(panel=np.where(data["what"] == "slice", "slices", "gone"))
-    titles = {"slices": rf"$S_P$ = {mean:.0%}, $S_B$ = {base:.0%}", "gone": "really gone"}
-    grid = fig.Panels(panels, "panel", titles=titles, height=2.6, width_ratios=(2.2, 1.4))
-    left, right = grid.grid[0]
-    fig.layer_bars(left, slices, fig.METHODS["dynamic_slicing"])
-    fig.level(left, mean, "$S_P$, the mean", "#333333", "--")
-    fig.level(left, base, "$S_B$, the base", "#333333")
-    gone = data[data["schedule"].notna() & (data["what"] != "slice")]
-    bars = gone.pivot(index="what", columns="schedule", values="value")[list(looks)]
-    colors = [fig.METHODS[method].color for method in looks.values()]
-    bars.add_suffix(" slices").plot.barh(ax=right, color=colors, legend=False, width=0.75, xlabel="", ylabel="")
-    for drawn in right.containers:
-        right.bar_label(drawn, fmt="{:.1%}", padding=3, fontsize=8)
-    right.margins(x=0.3)
-    fig.percent(left.yaxis, right.xaxis)
-    left.set_xlabel("layer")
-    grid.data, removed = data, bars.loc["parameters removed"]
+    slices, gone = pick(data, what="slice"), data.pivot_table("value", "what", "schedule")
+    grid = fig.Panels(slices.assign(all=rf"$S_P$ = {mean:.0%}, $S_B$ = {base:.0%}"), "all", height=2.6)
+    axes = grid.grid[0, 0]
+    fig.layer_bars(axes, slices, fig.METHODS["dynamic_slicing"])
+    fig.level(axes, mean, "$S_P$, the mean", "#333333", "--")
+    fig.level(axes, base, "$S_B$, the base", "#333333")
+    fig.percent(axes.yaxis)
     low, high, middle = slices["value"].agg(["min", "max", "mean"])
-    text = f"Layers lose {low:.1%} to {high:.1%} of their width, {middle:.1%} in the mean; {removed['dynamic']:.1%} of the "
-    text += f"parameters are really gone ({removed['constant']:.1%} with a constant slice)."
-    return grid.done(NO_RUNS, y="cut from the width, %", text=text)
+    text = f"Layers lose {low:.1%} to {high:.1%} of their width, {middle:.1%} in the mean. Really gone: "
+    text += "; ".join(f"{what} {row.dynamic:.1%} ({row.constant:.1%} with a constant slice)" for what, row in gone.iterrows())
+    grid.data = data
+    return grid.done(NO_RUNS, x="layer", y="cut from the width, %", text=f"{text}.")
