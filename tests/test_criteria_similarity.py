@@ -67,17 +67,6 @@ def test_scaling_all_states_by_c():
     np.testing.assert_allclose(angular(scaled, 3), angular(plain, 3), rtol=1e-12)
 
 
-@pytest.mark.parametrize("planted", [0, 2, 5])
-def test_an_identity_layer_is_least_important(tiny_llama, planted):
-    silence(tiny_llama, planted)
-    stats = collect(tiny_llama, torch.randint(3, 97, (3, 12)), progress=False)
-    for name in MEASURED:
-        assert lowest(CRITERIA[name](stats), 1) == (planted,)
-    assert similarity_term(stats)[planted] == pytest.approx(0, abs=1e-15)
-    assert difference_term(stats)[planted] == 0.5
-    assert angular(stats, 1).argmin() == planted
-
-
 def test_the_sigmoid_neither_overflows_nor_loses_small_differences(stats):
     huge = replace(stats, squared_difference=stats.squared_difference * 1e300)
     assert difference_term(huge, "mssd").tolist() == [1.0] * 7
@@ -128,11 +117,6 @@ def test_controls(stats):
     np.testing.assert_array_equal(first, rule(stats, seed=3))
     sets = [set(lowest(first, k)) for k in range(7)]
     assert all(smaller < larger for smaller, larger in pairwise(sets))
-    counts = np.zeros(7)
-    for seed in range(700):
-        counts[list(lowest(rule(stats, seed=seed), 2))] += 1
-    assert counts.min() > 150  # 200 expected, standard deviation 12
-    assert counts.max() < 250
     rule = CRITERIA["deepest"]
     assert lowest(rule(stats), 3, rule.protect_first, rule.protect_last) == (3, 4, 5)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
-from model_helpers import logits, random_windows, silence
+from model_helpers import logits, random_windows
 
 from prunelib.depth.laco import RULES, collapse, merge
 from prunelib.models import UnsupportedModel, decoder_layers, load, parameter_count, remove_layers, save
@@ -43,16 +43,6 @@ def test_two_following_layers():
         torch.testing.assert_close(published[name], one[name] + two[name] - zero[name])
         assert torch.equal(released[name], two[name])
         assert not torch.allclose(published[name], released[name], atol=1e-2)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merging_equal_layers_removes_them(family):
-    model, windows = build(family), random_windows()
-    for follower in (3, 4):
-        decoder_layers(model)[follower].load_state_dict(decoder_layers(model)[2].state_dict())
-    for rule in RULES:
-        merged = merge(model, 2, 2, rule)
-        torch.testing.assert_close(logits(merged, windows), logits(remove_layers(model, [3, 4]), windows))
 
 
 @pytest.mark.parametrize("rule", list(RULES))
@@ -121,16 +111,6 @@ def test_each_step_against_a_merge_by_hand(rule):
         model = candidate if step.accepted else model
         base -= 1
     torch.testing.assert_close(logits(found.model, windows), logits(model, windows))
-
-
-def test_equal_layers_are_what_is_merged():
-    """Layers that do nothing cost nothing to merge; the others do."""
-    model = build("llama")
-    silence(model, 2, 3)
-    found = collapse(model, random_windows(), layers_per_merge=2, threshold=0.99999, progress=False)
-    assert [step.base for step in found.steps if step.accepted] == [2]
-    assert found.origins == ((0,), (1,), (2, 3), (4,), (5,))
-    torch.testing.assert_close(logits(found.model, random_windows()), logits(model, random_windows()))
 
 
 def test_settings_are_checked_before_work():

@@ -49,6 +49,7 @@ def test_lowest():
         (lambda: lowest(np.arange(6.0), -1), "layers_removed=-1, .*: none of them can be negative"),
         (lambda: lowest(np.arange(6.0), 1, protect_last=-1), "protect_last=-1: none"),
         (lambda: lowest(np.array([0.0, 1.0, np.nan]), 1), r"importance of layers \[2\] is NaN"),
+        (lambda: alpha_path(np.array([0.1, np.nan]), np.zeros(2), 1), "must be finite"),
         (lambda: lowest_block(np.zeros(1), 6), "cannot remove 6 of 6 layers"),
         (lambda: lowest_block(np.zeros(3), 6, 2, 1), "cannot remove 4 of 6 layers with the first 2 and the last 1 protected"),
         (lambda: lowest_block(np.zeros(7), 6), "7 blocks do not exist in 6 layers"),
@@ -114,14 +115,8 @@ def test_path_agrees_with_a_fine_grid(seed):
         # Every interval that a grid point falls into is found on the grid, so none of them is invented.
         wide = {interval.removed for interval in path if interval.high - interval.low > 2e-3}
         assert wide <= seen
-
-
-def test_path_respects_protection():
-    similarity, difference = random_terms(1, 16)
-    path = alpha_path(similarity, difference, 6, protect_first=2, protect_last=3)
-    assert_partition(path)
-    for interval in path:
-        assert lowest(mixed(similarity, difference, interval.midpoint), 6, 2, 3) == interval.removed
+    for interval in alpha_path(similarity, difference, 1, 1, 1):
+        assert lowest(mixed(similarity, difference, interval.midpoint), 1, 1, 1) == interval.removed
 
 
 @pytest.mark.parametrize(
@@ -152,11 +147,6 @@ def test_all_lines_through_one_point(alpha):
     assert_partition(path)
     assert [interval.removed for interval in path] == [(5, 6, 7), (0, 1, 2)]
     assert path[0].high == pytest.approx(alpha)
-
-
-def test_bad_terms():
-    with pytest.raises(ValueError, match="must be finite"):
-        alpha_path(np.array([0.1, np.nan]), np.array([0.1, 0.2]), 1)
 
 
 def table(seed: int):
@@ -191,16 +181,6 @@ def test_exact_evaluates_each_set_once():
     assert (choice.alpha, choice.removed, choice.value) == (best.midpoint, best.removed, table(3)([best.removed])[0])
     # Of equal values that at the lower alpha.
     assert exact_alpha(path, lambda sets: [2.0] + [1.0] * (len(sets) - 1)).alpha == path[1].midpoint
-
-
-@pytest.mark.parametrize("target", [0.0, 1 / 3, 0.77, 1.0])
-def test_ternary_finds_the_minimum_of_a_unimodal_function(target):
-    """A set for every alpha, so that the value can be any function of alpha."""
-    choice = ternary_alpha(
-        lambda alpha: (round(alpha * 10**9),), lambda sets: [(removed[0] / 10**9 - target) ** 2 for removed in sets]
-    )
-    assert choice.alpha == pytest.approx(target, abs=1e-3)
-    assert 0 < choice.alpha < 1
 
 
 def test_ternary_follows_algorithm_1():

@@ -77,16 +77,6 @@ def as_process(monkeypatch):
     return pretend
 
 
-def test_masks_are_shared_with_their_windows(as_process, tiny_llama):
-    windows = torch.randint(3, 97, (5, 8))
-    mask = torch.arange(8) < torch.tensor([[8], [3], [5], [2], [7]])
-    whole = statistics.collect(tiny_llama, windows, mask=mask, batch_size=2, progress=False)
-    second = statistics.collect(tiny_llama, windows[2:4], mask=mask[2:4], progress=False)
-    as_process(0, [[parallel.windows_sha256(windows)], [(1, second)]])
-    shared = parallel.collect(tiny_llama, windows, mask=mask, batch_size=2, progress=False)
-    assert_close(shared, whole)
-
-
 def test_what_cannot_be_shared_is_refused(as_process, tiny_llama):
     windows = torch.randint(3, 97, (5, 8))
     as_process(1, [["of other windows"]])

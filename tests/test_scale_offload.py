@@ -64,16 +64,6 @@ def test_groups_and_batches_do_not_matter(folder, tiny_llama):
     assert nll == [evaluation.perplexity(tiny_llama, windows, batch_size=1).nll] * 3
 
 
-@pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("gpt2", "right"), ("opt", "left")])
-def test_padding_as_in_the_resident_pass(name, side, tmp_path):
-    build(name).save_pretrained(tmp_path)
-    windows, mask = torch.randint(3, 97, (5, 8)), torch.ones(5, 8, dtype=torch.long)
-    for row, length in enumerate((3, 1, 8, 5, 8)):
-        mask[row, slice(length, None) if side == "right" else slice(0, 8 - length)] = 0
-    found = offload.collect(OffloadedModel(tmp_path, dtype="float32"), windows, mask=mask, batch_size=2, progress=False)
-    assert_same(found, statistics.collect(models.load(tmp_path), windows, mask=mask, batch_size=2, progress=False))
-
-
 @pytest.mark.parametrize(("stored", "wanted"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_the_dtype_of_the_file_is_converted(stored, wanted, tiny_llama, tmp_path):
     tiny_llama.to(getattr(torch, stored)).save_pretrained(tmp_path)
@@ -98,16 +88,6 @@ def test_pruned_and_sharded_checkpoints_and_those_without_a_head(tiny_llama, tmp
     assert_same(found, statistics.collect(tied, windows, progress=False))
 
 
-def test_a_layer_that_works_in_place_does_not_change_what_waits(folder, tiny_llama):
-    windows = torch.randint(3, 97, (3, 10))
-    offloaded = OffloadedModel(folder, dtype="float32")
-    for layer in offloaded.layers:
-        forward = layer.forward
-        layer.forward = lambda hidden, *args, forward=forward, **kwargs: hidden.copy_(forward(hidden, *args, **kwargs))
-    found = offload.collect(offloaded, windows, progress=False)
-    assert_same(found, statistics.collect(tiny_llama, windows, progress=False))
-
-
 def test_nan_names_the_layer_and_the_batch(tiny_llama, tmp_path):
     with torch.no_grad():
         tiny_llama.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
@@ -125,9 +105,8 @@ def test_bad_arguments_and_checkpoints(folder, tiny_llama, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         OffloadedModel(tmp_path / "absent", dtype="float32")
     offloaded, windows = OffloadedModel(folder, dtype="float32"), torch.randint(3, 97, (3, 8))
-    for wrong in ({"batch_size": 0}, {"windows_at_once": 0}):
-        with pytest.raises(ValueError, match="all at least 1"):
-            offload.collect(offloaded, windows, progress=False, **wrong)
+    with pytest.raises(ValueError, match="all at least 1"):
+        offload.collect(offloaded, windows, windows_at_once=0, progress=False)
     with pytest.raises(ValueError, match="token ids 3 to 500"):
         offload.perplexity(offloaded, torch.tensor([[3, 500]]))
 
@@ -218,18 +197,13 @@ def test_cuda_gives_the_numbers_of_the_resident_model(dtype, tmp_path):
     resident.save_pretrained(tmp_path)
     resident = models.load(tmp_path, dtype=dtype, device="cuda")
     windows = torch.randint(3, 4096, (23, 512))
-    mask = torch.ones_like(windows)
-    mask[4, 100:] = 0
     expected = statistics.collect(resident, windows, batch_size=4, progress=False)
-    padded = statistics.collect(resident, windows, mask=mask, batch_size=4, progress=False)
     likelihood = evaluation.perplexity(resident, windows, batch_size=1)
     offloaded = OffloadedModel(tmp_path, dtype=dtype, device="cuda")
     tolerance = {"bfloat16": 2e-3, "float32": 1e-5}[dtype]  # the position embeddings come from the CPU here
     for at_once in (None, 4, 12):
         found = offload.collect(offloaded, windows, batch_size=4, windows_at_once=at_once, progress=False)
         assert_same(found, expected, rtol=tolerance, atol=tolerance * found.count.max())
-    found = offload.collect(offloaded, windows, mask=mask, batch_size=4, progress=False)
-    assert_same(found, padded, rtol=tolerance, atol=tolerance * found.count.max())
     for at_once in (None, 8):
         nll = offload.perplexity(offloaded, windows, batch_size=4, windows_at_once=at_once).window_nll
         assert nll == pytest.approx(likelihood.window_nll, rel=tolerance)

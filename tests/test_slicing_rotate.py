@@ -2,13 +2,12 @@
 
 import copy
 import math
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from model_helpers import CUT, FULL, SLICED_FAMILIES, UNCUT_LAYERS, difference, logits, sliced
+from model_helpers import CUT, FULL, SLICED_FAMILIES, UNCUT_LAYERS, difference, sliced
 from torch import nn
 from torch.nn import functional
 
@@ -17,7 +16,6 @@ from prunelib.evaluation.perplexity import perplexity
 from prunelib.models import UnsupportedModel, parameter_count
 from prunelib.models.architectures import ARCHITECTURES as SLICEABLE
 from prunelib.slicing import SlicePlan, constant, principal_axes, random_axes, rotate, slice_model
-from prunelib.slicing.modeling import positions
 from prunelib.text import corpora
 from prunelib.text.windows import consecutive_windows, sample_windows
 
@@ -94,7 +92,8 @@ def test_folded_shortcuts_compute_the_same_and_one_basis_needs_none(name, tokens
     shared = sliced(model, UNCUT_LAYERS, tokens, shortcuts="shared_basis")
     assert set(shared.config.slicing["shortcuts"]) == {"identity"}
     assert difference(sliced(model, FULL, tokens, shortcuts="shared_basis"), model, tokens) < 1e-6
-    assert 1e-2 < difference(shared, model, tokens) < 10
+    random = sliced(model, UNCUT_LAYERS, tokens, shortcuts="shared_basis", axes=random_axes(0))
+    assert 1e-2 < difference(shared, model, tokens) < difference(random, model, tokens)
 
 
 def reference_perplexity(model, widths, calibration, evaluation) -> float:
@@ -173,55 +172,6 @@ def test_agrees_with_the_reference(widths, tokens):
     assert single == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt"])
-def test_bases_are_orthonormal_and_widths_chain(name, tokens):
-    seen = []
-
-    def axes(moments, width):
-        assert torch.allclose(moments, moments.T)
-        seen.append(principal_axes(moments, width))
-        return seen[-1]
-
-    model = sliced(build(name).double(), CUT, tokens, axes=axes)
-    steps = 1 if name == "gpt_neox" else 2
-    assert [basis.shape[1] for basis in seen] == positions(CUT.widths, steps, 32)[:-1]
-    for basis in seen:
-        assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-12)
-        if SLICEABLE[name].centered:
-            assert float(basis.sum(dim=0).abs().max()) < 1e-10
-    places = [module for layer in models.decoder_layers(model) for module in layer.shortcuts]
-    for module, kind in zip(places, model.config.slicing["shortcuts"], strict=True):
-        if kind == "dense":
-            assert torch.linalg.matrix_norm(module.weight, ord=2) <= 1 + 1e-9
-        if kind == "diagonal":
-            assert 0 <= module.weight.min() <= module.weight.max() <= 1 + 1e-9
-
-
-def test_one_basis_is_that_of_the_dense_stream(tokens, monkeypatch):
-    monkeypatch.setattr(rotate, "DAMPING", 0.0)
-    model = build("llama").double()
-    moments = []
-
-    def axes(total, width):
-        moments.append(total.clone())
-        return principal_axes(total, width)
-
-    shared = sliced(model, CUT, tokens, shortcuts="shared_basis", axes=axes)
-    states = []
-    for layer in models.decoder_layers(model):
-        layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-    model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-    logits(model, tokens)
-    flat = [state.flatten(0, 1) for state in states]
-    expected = sum(x.T @ x / x.square().sum() for x in flat)
-    assert len(moments) == 1
-    assert torch.allclose(moments[0], expected, atol=1e-6)
-    basis = principal_axes(expected, 32)[:, : CUT.widths[0]]
-    table, expected = shared.model.embed_tokens.weight, model.model.embed_tokens.weight @ basis
-    assert torch.allclose(table @ table.T, expected @ expected.T, atol=1e-4)
-
-
 def test_moments_in_blocks_and_projections_both_ways_agree(tokens, monkeypatch):
     model = build("llama").double()
     whole = sliced(model, CUT, tokens)
@@ -231,36 +181,9 @@ def test_moments_in_blocks_and_projections_both_ways_agree(tokens, monkeypatch):
     assert difference(kept, whole, tokens) < 1e-4
 
 
-def test_every_sublayer_runs_once(tokens):
-    model, calls = build("llama"), []
-    for index, layer in enumerate(models.decoder_layers(model)):
-        layer.self_attn.register_forward_hook(lambda *_, index=index: calls.append(f"{index} attn"))
-        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(f"{index} mlp"))
-    order = [f"{index} {part}" for index in range(6) for part in ("attn", "mlp") for _ in range(3)]
-    probe = ["0 attn", "0 mlp"]  # two tokens, to see what a layer returns
-    for plan, last in ((CUT, -3), (SlicePlan(32, (20, 20, 32, 32, 32, 32), "test"), 9)):  # none behind the last cut
-        calls.clear()
-        sliced(model, plan, tokens)
-        assert calls == probe + order[:last]
-
-
 def test_batches_change_nothing(tokens):
     model = build("qwen3").double()
     assert difference(slice_model(model, CUT, tokens, batch_size=5, progress=False), sliced(model, CUT, tokens), tokens) < 1e-6
-
-
-def test_one_layer_at_a_time_is_on_the_device(tiny_llama, tokens, monkeypatch):
-    alive: list[weakref.ref] = []
-
-    def copied(layer, device):
-        assert not any(reference() is not None for reference in alive), "when a layer comes, none of those before is there"
-        on_device = copy.deepcopy(layer)
-        alive.append(weakref.ref(on_device))
-        return on_device
-
-    monkeypatch.setattr("prunelib.slicing.rotate._on", copied)
-    sliced(tiny_llama, CUT, tokens)
-    assert len(alive) == 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -282,37 +205,21 @@ def test_a_model_in_half_precision(tokens):
     assert perplexity(half, tokens).ppl == pytest.approx(perplexity(expected, tokens).ppl, rel=0.05)
 
 
-def test_mean_subtraction_changes_rms_norm_models_only(tokens):
-    llama, neox = build("llama"), build("gpt_neox")
-    llama.model.embed_tokens.weight.data += 0.05
-    centered = copy.deepcopy(llama)
-    centered.model.embed_tokens.weight.data -= centered.model.embed_tokens.weight.data.mean(dim=1, keepdim=True)
-    with_mean = sliced(llama, FULL, tokens, subtract_mean=True)
-    assert difference(with_mean, llama, tokens) > 1e-2
-    assert difference(with_mean, centered, tokens) < 1e-5
-    assert difference(sliced(llama, CUT, tokens, subtract_mean=True), sliced(centered, CUT, tokens), tokens) < 1e-4
-    assert difference(sliced(neox, CUT, tokens, subtract_mean=True), sliced(neox, CUT, tokens), tokens) < 1e-5
-
-
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_random_axes_are_a_control(name, tokens):
     model = build(name).double()
     drawn = [sliced(model, CUT, tokens, axes=random_axes(seed)) for seed in (0, 0, 1)]
     assert difference(drawn[0], drawn[1], tokens) == 0
     assert difference(drawn[0], drawn[2], tokens) > 1e-2
+    assert difference(sliced(model, CUT, tokens), model, tokens) < min(difference(one, model, tokens) for one in drawn)
     assert difference(sliced(model, SlicePlan(32, (31,) * 6, "test"), tokens, axes=random_axes(0)), model, tokens) < (
         1e-9 if name == "opt" else 10  # the one direction that nothing needs is the one that is never drawn
     )
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gemma2"])
-def test_other_families_are_refused_by_name(name, tokens):
-    model = build(name)
-    with pytest.raises(UnsupportedModel, match=rf"model type '{model.config.model_type}' cannot be sliced; the families"):
-        slice_model(model, FULL, tokens)
-
-
 def test_models_that_no_plan_fits(tokens):
+    with pytest.raises(UnsupportedModel, match="model type 'mixtral' cannot be sliced; the families"):
+        slice_model(build("mixtral"), FULL, tokens)
     before = build("opt", do_layer_norm_before=False)
     with pytest.raises(UnsupportedModel, match=r"opt model cannot be sliced: it has no model\.decoder\.final_layer_norm"):
         slice_model(before, FULL, tokens)
@@ -327,6 +234,10 @@ def test_models_that_no_plan_fits(tokens):
         slice_model(spread, FULL, tokens)
     with pytest.raises(UnsupportedModel, match="LlamaModel is not the causal language model of type 'llama'"):
         slice_model(build("llama").model, FULL, tokens)
+    damaged = build("llama")
+    damaged.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN or infinity in the hidden states after mlp of layer 2; check the weights"):
+        sliced(damaged, CUT, tokens)
 
 
 @pytest.mark.parametrize(
@@ -343,13 +254,6 @@ def test_bad_arguments_are_refused_before_any_work(tiny_llama, tokens, change, m
     tiny_llama.model.embed_tokens.register_forward_hook(lambda *_: pytest.fail("work was done before the refusal"))
     with pytest.raises(ValueError, match=message):
         slice_model(tiny_llama, **{"plan": CUT, "windows": tokens} | change)
-
-
-def test_the_first_nan_is_named(tiny_llama, tokens):
-    with torch.no_grad():
-        tiny_llama.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="NaN or infinity in the hidden states after mlp of layer 2; check the weights"):
-        sliced(tiny_llama, CUT, tokens)
 
 
 # Numbers of TransformerCompression (commit 6b12cde) on the same weights and tokens: `benchmarks/slicing_vs_reference.py`.
