@@ -191,12 +191,11 @@ def prune_and_quantize(chapter: Chapter) -> Drawing:
 
 def _drafts(table: pd.DataFrame) -> str:
     """In words: whether pruned models pay as drafts that propose tokens to the dense model."""
-    keys = ["model", "method", "size", "recipe"]
-    decoding = pick(table, role="decoding", may_be_empty=True)
-    drafts = pd.concat([pick(table, role="draft", may_be_empty=True), decoding[decoding["proposals"].isna()]])
-    if drafts.empty:
+    drafts, decoding = (pick(table, role=role, may_be_empty=True) for role in ("draft", "decoding"))
+    if drafts.empty or decoding.empty:
         return ""
-    wide = drafts.pivot_table(index=keys, columns="metric", values="value")
+    rows = pd.concat([drafts, decoding[decoding["proposals"].isna()]])
+    wide = rows.pivot_table(index=["model", "method", "size", "recipe"], columns="metric", values="value")
     pays, speeds = wide["acceptance_greedy"] > wide["draft_over_dense"], pick(decoding, metric="speedup")["value"]
     same = pick(decoding, metric=("same_text", "same_text_assisted"))["value"]
     return (
