@@ -1,7 +1,6 @@
 """Near-duplicates: clusters against brute force, deduplication, overlap, quality."""
 
 import json
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -93,8 +92,7 @@ def test_the_s_curve_is_that_of_the_bands():
     assert (bands, rows) == (8, 16)  # datasketch, 128 permutations, 0.85
     assert settings.probability(1) == 1 and settings.probability(0) == 0
     assert settings.probability(0.85) == pytest.approx(1 - (1 - 0.85**16) ** 8)
-    assert settings.probability(settings.describe()["midpoint"]) == pytest.approx(0.5)
-    assert replace(settings, weights=duplicates.THOROUGH).probability(0.85) > 0.8
+    assert Settings(weights=duplicates.THOROUGH).probability(0.85) > 0.8
 
 
 def test_overlap_of_planted_texts():
@@ -153,5 +151,3 @@ def test_gopher_rules_of_a_text_counted_by_hand_and_what_is_refused():
     for call in (lambda: clusters([]), lambda: overlap(["a"], [])):
         with pytest.raises(ValueError, match="at least 1 document"):
             call()
-    with pytest.raises(ValueError, match=r"threshold=1\.5"):
-        Settings(threshold=1.5)

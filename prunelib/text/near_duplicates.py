@@ -7,7 +7,7 @@ exact Jaccard similarity decides about them, connected components are the cluste
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -16,33 +16,24 @@ from jaxtyping import Bool, Float64, Int64, UInt64
 from scipy.cluster.hierarchy import DisjointSet
 from tqdm.auto import tqdm
 
+NGRAM = 25  # characters of a shingle
+PERMUTATIONS = 128  # length of a MinHash signature
+THRESHOLD = 0.85  # Jaccard similarity from which two documents are near-duplicates
+SEED = 1  # of the permutations
 BATCH = 50_000  # shingles that meet all permutations at once: 25 MB for 128 of them
 THOROUGH = (0.1, 0.9)  # weights for which few near-duplicates are missed, at many more exact comparisons
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a near-duplicate is.
+    """Which pairs are compared. weights: of the false positives and false negatives that datasketch's choice of bands
+    minimizes; the exact comparison removes the former, nothing brings back the latter."""
 
-    ngram: characters of a shingle. permutations: length of a MinHash signature. threshold: Jaccard similarity from which two
-    documents are near-duplicates. weights: of the false positives and false negatives that datasketch's choice of bands
-    minimizes; the exact comparison removes the former, nothing brings back the latter. seed: of the permutations.
-    """
-
-    ngram: int = 25
-    permutations: int = 128
-    threshold: float | int = 0.85
     weights: tuple[float, float] = (0.5, 0.5)
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        if self.ngram < 1 or self.permutations < 2 or not 0 < self.threshold <= 1:
-            given = f"ngram={self.ngram}, permutations={self.permutations}, threshold={self.threshold}"
-            raise ValueError(f"{given}: ngram from 1, permutations from 2, a threshold above 0 and at most 1")
 
     def index(self) -> MinHashLSH:
         """An empty index: it proposes documents of which all rows of at least one band of the signatures agree."""
-        return MinHashLSH(threshold=self.threshold, num_perm=self.permutations, weights=self.weights)
+        return MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=self.weights)
 
     @cached_property
     def banding(self) -> tuple[int, int]:
@@ -55,20 +46,15 @@ class Settings:
         bands, rows = self.banding
         return 1 - (1 - float(similarity) ** rows) ** bands
 
-    def describe(self) -> dict:
-        """Every setting, the banding, and the similarity at which the S-curve passes one half."""
-        bands, rows = self.banding
-        return asdict(self) | {"bands": bands, "rows": rows, "midpoint": (1 - 0.5 ** (1 / bands)) ** (1 / rows)}
-
 
 DEFAULT = Settings()
 
 
-def shingles(text: str, ngram: int = 25) -> UInt64[np.ndarray, " shingle"]:
+def shingles(text: str) -> UInt64[np.ndarray, " shingle"]:
     """The distinct character n-grams of a text, as sorted 64-bit hashes; case and layout do not count."""
     plain = " ".join(text.lower().split())
     codes = np.frombuffer(plain.encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.uint64)
-    width = max(1, min(ngram, len(codes)))
+    width = max(1, min(NGRAM, len(codes)))
     hashes = np.full(max(1, len(codes) - width + 1), width, dtype=np.uint64)
     for offset in range(min(width, len(codes))):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[offset : len(codes) - width + offset + 1] + np.uint64(1)
@@ -90,13 +76,13 @@ def jaccard(first: UInt64[np.ndarray, " a"], second: UInt64[np.ndarray, " b"]) -
     return shared / (len(first) + len(second) - shared)
 
 
-def signatures(documents: Sequence[str], settings: Settings = DEFAULT) -> list[MinHash]:
+def signatures(documents: Sequence[str]) -> list[MinHash]:
     """MinHash signatures, over the upper half of the shingles' hashes. Raises ValueError when there is no document."""
     if isinstance(documents, str) or not len(documents):
         raise ValueError("near-duplicates need a list of at least 1 document")
-    found = MinHash.bulk([[]] * len(documents), num_perm=settings.permutations, seed=settings.seed, hashfunc=int)
+    found = MinHash.bulk([[]] * len(documents), num_perm=PERMUTATIONS, seed=SEED, hashfunc=int)
     for document, signature in zip(tqdm(documents, desc="MinHash", unit="document", delay=3), found, strict=True):
-        hashes = shingles(document, settings.ngram) >> np.uint64(32)
+        hashes = shingles(document) >> np.uint64(32)
         for start in range(0, len(hashes), BATCH):
             signature.update_batch(hashes[start : start + BATCH].tolist())
     return found
@@ -106,15 +92,15 @@ def clusters(
     documents: Sequence[str], settings: Settings = DEFAULT, *, signed: Sequence[MinHash] | None = None
 ) -> Int64[np.ndarray, " document"]:
     """For every document the index of the first one of its cluster; `signed`: their `signatures`, for several clusterings."""
-    signed = signatures(documents, settings) if signed is None else signed
-    shingles_of = cache(lambda index: shingles(documents[index], settings.ngram))
+    signed = signatures(documents) if signed is None else signed
+    shingles_of = cache(lambda index: shingles(documents[index]))
     index, joined = settings.index(), DisjointSet(range(len(documents)))
     for second, signature in enumerate(signed):
         for first in index.query(signature):
             # A pair that is already connected adds nothing to the components, however similar it is.
             if joined.connected(first, second):
                 continue
-            if jaccard(shingles_of(first), shingles_of(second)) >= settings.threshold:
+            if jaccard(shingles_of(first), shingles_of(second)) >= THRESHOLD:
                 joined.merge(first, second)
         index.insert(second, signature)
     labels = np.empty(len(documents), dtype=np.int64)
@@ -123,36 +109,34 @@ def clusters(
     return labels
 
 
-def deduplicate(corpus, settings: Settings = DEFAULT):
+def deduplicate(corpus):
     """A `corpora.Corpus` with the first document of every near-duplicate cluster, in the old order; its name says so."""
-    kept = np.unique(clusters(corpus.documents, settings)).tolist()
-    bands, rows = settings.banding
+    kept = np.unique(clusters(corpus.documents)).tolist()
+    bands, rows = DEFAULT.banding
     said = (
         f"{len(kept)} of {len(corpus.documents)} documents, one of every cluster of near-duplicates "
-        f"(Jaccard {settings.threshold:g} of character {settings.ngram}-grams, {bands} bands of {rows})"
+        f"(Jaccard {THRESHOLD:g} of character {NGRAM}-grams, {bands} bands of {rows})"
     )
     documents = tuple(corpus.documents[index] for index in kept)
     return replace(corpus, name=f"{corpus.name}_deduplicated", documents=documents, source=f"{corpus.source}; {said}")
 
 
-def overlap(
-    texts: Sequence[str], corpus: Sequence[str], settings: Settings = DEFAULT
-) -> tuple[Float64[np.ndarray, " text"], Bool[np.ndarray, " text"]]:
+def overlap(texts: Sequence[str], corpus: Sequence[str]) -> tuple[Float64[np.ndarray, " text"], Bool[np.ndarray, " text"]]:
     """For every text, which share of it the corpus contains, and whether it is a near-duplicate of a document of the corpus.
 
     The share is that of its distinct character n-grams that occur anywhere in the corpus. It finds a short text inside a long
     document, which Jaccard similarity cannot, and also counts common phrases: a text which nobody copied is not at 0.
     """
-    index = settings.index()
-    for place, signature in enumerate(signatures(corpus, settings)):
+    index = DEFAULT.index()
+    for place, signature in enumerate(signatures(corpus)):
         index.insert(place, signature)
-    known = _distinct(np.concatenate([shingles(document, settings.ngram) for document in corpus]))
-    shingles_of = cache(lambda place: shingles(corpus[place], settings.ngram))
+    known = _distinct(np.concatenate([shingles(document) for document in corpus]))
+    shingles_of = cache(lambda place: shingles(corpus[place]))
     contained, near = [], []
-    for text, signature in zip(texts, signatures(texts, settings), strict=True):
-        own = shingles(text, settings.ngram)
+    for text, signature in zip(texts, signatures(texts), strict=True):
+        own = shingles(text)
         contained.append(float(np.mean(known[np.minimum(np.searchsorted(known, own), len(known) - 1)] == own)))
-        near.append(any(jaccard(shingles_of(place), own) >= settings.threshold for place in index.query(signature)))
+        near.append(any(jaccard(shingles_of(place), own) >= THRESHOLD for place in index.query(signature)))
     return np.array(contained, dtype=np.float64), np.array(near)
 
 
