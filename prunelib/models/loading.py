@@ -30,17 +30,18 @@ def load(
     revision: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, checked: every weight present, none left over, all finite.
 
     `name_or_path` is a local folder (then nothing is asked of the network) or a name on the Hugging Face hub, fixed by
     `revision`. `dtype` is that of the weights in memory, whatever the file holds. `device` "auto" spreads the model over all
-    accelerators; such a model can be evaluated but not pruned. Code that comes with a model is not run.
+    accelerators; such a model can be evaluated but not pruned. `trust_remote_code` runs code that comes with the model.
 
     Raises ValueError for a bad argument, CheckpointError for a missing, damaged, incomplete or non-finite checkpoint.
     """
     torch_dtype, target = checked_dtype(dtype), checked_device(device)
-    source, options = checked_source(name_or_path, revision)
+    source, options = checked_source(name_or_path, revision, trust_remote_code)
     model = from_files(source, dtype=torch_dtype, device_map="auto" if target is None else None, **options)
     if target is not None:
         model = model.to(target)
@@ -54,9 +55,11 @@ def load(
     return use_onednn(model).eval()
 
 
-def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, from a local folder (no network) or the hub. Raises CheckpointError when there is none."""
-    source, options, remedy = _source(name_or_path, revision)
+    source, options, remedy = _source(name_or_path, revision, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except ERRORS as error:
@@ -116,9 +119,11 @@ def checked_device(device: str | torch.device) -> torch.device | None:
     return target
 
 
-def checked_source(name_or_path: str | os.PathLike, revision: str | None = None) -> tuple[str, dict]:
+def checked_source(
+    name_or_path: str | os.PathLike, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[str, dict]:
     """What from_pretrained is called with, after looking at files and configuration, not at the weights; raises as `load`."""
-    source, options, remedy = _source(name_or_path, revision)
+    source, options, remedy = _source(name_or_path, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except ERRORS as error:
@@ -132,14 +137,14 @@ def checked_source(name_or_path: str | os.PathLike, revision: str | None = None)
     return source, options
 
 
-def _source(name_or_path: str | os.PathLike, revision: str | None) -> tuple[str, dict, str]:
+def _source(name_or_path: str | os.PathLike, revision: str | None, trust_remote_code: bool) -> tuple[str, dict, str]:
     """Source and options of from_pretrained, and what to do where the hub gives no files; "" for a local folder."""
     from prunelib.models import gguf  # it needs this module
 
     if gguf.is_gguf(name_or_path):
         name_or_path = gguf.safetensors_folder(name_or_path)
     text, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
-    options = {"revision": revision or "main", "local_files_only": True}
+    options = {"revision": revision or "main", "local_files_only": True, "trust_remote_code": trust_remote_code}
     recover(path)
     if path.is_dir():
         if revision:
