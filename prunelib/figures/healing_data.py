@@ -51,7 +51,7 @@ def table_deduplication(chapter: Chapter) -> Drawing:
     parts = [markdown(texts), markdown(pairs, digits=3)] if len(pairs) else [markdown(texts)]
     parts += ["Share (%) of the evaluation documents, and of the task items, of which half of the 25-grams occur in a text:"]
     text = "\n\n".join([*parts, markdown(overlap.reset_index(), digits=1)])
-    return Drawing(None, pd.concat([texts, pairs]), pd.concat([used, healed]), text)
+    return Drawing(None, pd.concat([texts, pairs]).dropna(axis=1, how="all"), pd.concat([used, healed]), text)
 
 
 def _paired(chapter: Chapter) -> tuple[pd.DataFrame, pd.DataFrame]:

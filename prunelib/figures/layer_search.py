@@ -138,6 +138,8 @@ def _sums(found: Search) -> tuple[pd.DataFrame, pd.DataFrame]:
             line = {"model": name, "K": k, "sets": len(one), "spearman": one["sum"].corr(one["cost"], method="spearman")}
             lines.append({**line, "rank_of_best_sum": int((cost < chosen).sum()) + 1, "regret": chosen - cost.min()})
             parts.append(one)
+    if not parts:  # only single layers were tried
+        return pd.DataFrame(columns=["model", "K", "sum", "cost"]), pd.DataFrame(columns=["model", "K", "sets"])
     return pd.concat(parts), pd.DataFrame(lines)
 
 
@@ -165,7 +167,8 @@ def rank_correlation(chapter: Chapter) -> Drawing:
     best = [f"{one.model}, set {one.rank_of_best_sum:,} of {one.sets:,} sets of {one.K}" for one in predicted.itertuples()]
     text = f"The set with the lowest sum of single costs, ranked by its true cost: {'; '.join(best)}."
     grid.data = pd.concat([correlations, predicted])
-    labels = {"x": ["Spearman's rank correlation", "sum of single costs, nats (log)"], "y": list(found.truth), "note": NOTE}
+    below = ["Spearman's rank correlation", "sum of single costs, nats (log)"][: grid.grid.shape[1]]
+    labels = {"x": below, "y": list(found.truth), "note": NOTE}
     return grid.done(pick(found.rows, metric="importance"), **labels, text=text)
 
 

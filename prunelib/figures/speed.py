@@ -155,7 +155,8 @@ def table_speed_limits(chapter: Chapter) -> Drawing:
     most = found.times.groupby(["model", "mode", "setting", "phase"])["layers_removed"].transform("max")
     rows = found.times[found.times["layers_removed"].isin((0, np.nan)) | (found.times["layers_removed"] == most)]
     shares = {share: 100 * rows[share] for share in ("limit_share", "speedup_share")}
-    data = rows.assign(model=rows["model"].map(found.titles), **shares, peak=rows["peak_bytes"] / 2**30)
+    peak = rows["peak_bytes"] / 2**30 if "peak_bytes" in rows else np.nan  # counted on a GPU
+    data = rows.assign(model=rows["model"].map(found.titles), **shares, peak=peak)
     data["as_layers"] = data["as_layers"].where(data["method"] == "sliced")
     columns = ["model", "mode", "setting", "phase", "layers_removed", "as_layers", "seconds", "tokens_per_s", "limit_share"]
     return _table(data, rows, [*columns, "speedup", "limit_speedup", "speedup_share", "whole_seconds", "peak"])
