@@ -31,6 +31,12 @@ def at_root(path: str | os.PathLike) -> Path:
     return project_root() / path
 
 
+def found(path: str | os.PathLike) -> Path:
+    """Where an input is read: in the working directory where it is there, else below the project root."""
+    here = Path(path).expanduser()
+    return here if here.is_absolute() or here.exists() else at_root(here)
+
+
 def from_root(path: str | os.PathLike) -> str:
     """The inverse of `at_root`, with forward slashes: what a record may hold without naming the machine."""
     path = Path(path).absolute()
@@ -123,5 +129,6 @@ def hub_unreachable() -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, its type where it has none."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    """The first line of an error's message, its type where it has none; a line that only announces goes with the next one."""
+    lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).strip() or type(error).__name__

@@ -59,14 +59,6 @@ def test_a_model_that_would_not_load_as_it_is_is_not_saved(tiny_llama, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_generation_config_that_only_sampling_would_use_is_saved(tiny_llama, tmp_path):
-    tiny_llama.generation_config.temperature = 0.9  # as published with Llama 2
-    with pytest.warns(UserWarning, match="do_sample=True"):
-        save(tiny_llama, None, tmp_path / "model")
-    assert load(tmp_path / "model").generation_config.temperature == 0.9
-    assert not tiny_llama.generation_config.do_sample
-
-
 @pytest.fixture
 def saved(tiny_llama, tmp_path) -> Path:
     save(tiny_llama, None, tmp_path / "model")

@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -191,10 +192,20 @@ def _offloaded(source: str, options: dict, dtype: torch.dtype) -> tuple[PreTrain
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config)
     path = layers_path(empty)
-    places = {name: "cpu" for name, module in empty.named_modules() if not [*module.children()] and f"{path}." not in name}
+    places = {}
+    for name, module in empty.named_modules():
+        if f"{name}.".startswith(f"{path}."):
+            continue
+        if not [*module.children()]:
+            places[name] = "cpu"
+        else:  # parameters beside modules, as in the head of a vision tower
+            own = (*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False))
+            places |= {tensor: "cpu" for tensor, _ in own}
     places |= {f"{path}.{index}": "disk" for index in range(len(decoder_layers(empty)))}
     try:
-        model = from_files(source, dtype=dtype, device_map=places, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules")
+            model = from_files(source, dtype=dtype, device_map=places, **options)
     except CheckpointError as error:
         if "re-saved" not in str(error.__cause__):
             raise
