@@ -86,7 +86,7 @@ REFERENCES = {
 def read_documents(path: Path) -> Iterator[str]:
     """Training texts of a file as `prunelib.text.corpora` reads it; where JSON lines name a split, those of ``train`` alone."""
     if ".jsonl" in path.suffixes:
-        yield from (record_text(record) for record in read_records(path) if record.get("split", "train") == "train")
+        yield from (record_text(record) for _, record in read_records(path) if record.get("split", "train") == "train")
     else:
         yield from (text.strip("\n") for text in read_file(path) if text.strip())
 

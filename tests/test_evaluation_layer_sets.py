@@ -115,9 +115,36 @@ def test_every_answer_is_that_of_one_text_on_one_pruned_model(family):
     assert found.layer_forwards < found.layer_forwards_alone
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [30.0] * 4}
+LONGROPE = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in ("mistral", "qwen2_sliding", "gemma2", "gemma3_text", "gpt_neox", "opt")),
+        ("phi3", LONGROPE),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_shared_likelihoods_are_those_of_one_text_alone(family, changes, dtype):
+    """Texts shorter and longer than the window, and frequencies that change with the longest text of a batch."""
+    model, asked = build(family, **changes).to(dtype), questions()
+    expected = one_by_one(model, asked)
+    for together in (asked, asked[::-1], asked[:3]):
+        found = dict(zip(together, layer_set_likelihoods(model, together, [()], batch_size=5, progress=False)[()], strict=True))
+        values = [value for one, (value, _) in zip(asked, expected, strict=True) if one in found]
+        # In 16 bits the logits of another batch are rounded otherwise; their logarithms are not.
+        rounding = 2e-5 if dtype == torch.float32 else 0.03
+        assert [found[one][0] for one in asked if one in found] == pytest.approx(values, abs=rounding)
+
+
 @pytest.mark.parametrize(
     ("asked", "sets", "settings", "message"),
     [
+        ([Continuation((1,) * 65, (3,))], SETS, {}, "windows of 65 tokens exceed the 64 positions"),
+        ([Continuation((1, 200), (3,))], SETS, {}, "token ids 1 to 200, but the model knows 0 to 127"),
         ([Continuation((1, 2), (3,))], SETS, {"batch_size": 0}, "batch_size=0"),
         ([Continuation((1,), (2, 3))], SETS, {}, "continuation 0: 2 tokens to score on 1"),
         ([Continuation((1, 2), (3,))], [(6,)], {}, r"removed \(6,\)"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunelib import models
@@ -213,6 +214,24 @@ def test_tasks_of_ours_and_generation_run_on_offline_copies(small, tokenizer, tm
     article = ["pydocs_summary", "xsum"]
     with pytest.raises(ValueError, match=r"'xsum' asks for generate_until.*evaluate_tasks"):
         evaluate_layer_sets(small, tokenizer, article, [(1,)], bos=True, data_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_neox", "bloom"])
+def test_texts_continued_together_are_those_continued_alone(family, tokenizer):
+    """Padded on the left, with a cache, beside texts that are longer and shorter than the window of 5 tokens."""
+    from lm_eval.api.instance import Instance
+
+    model, texts = (
+        build(family, vocab_size=4096),
+        ["Returns the", "A tree stood there, old as trees are, for long", "def f(x):"],
+    )
+
+    def continued(batch_size, *some):
+        lm = tasks._language_model(model, tokenizer, [()], True, batch_size, False)
+        options = {"until": ["\n\n\n"], "max_gen_toks": 8, "do_sample": False}
+        return lm.generate_until([Instance("generate_until", {}, (text, options), 0) for text in some])
+
+    assert continued(3, *texts) == [continued(1, text)[0] for text in texts]
 
 
 def test_bad_requests_are_refused_before_any_work(small, tokenizer, tmp_path):

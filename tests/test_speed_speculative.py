@@ -37,6 +37,8 @@ def test_drafts_that_do_not_fit_are_refused():
         acceptance(model, {"draft": build("llama").train()}, random_windows())
     with pytest.raises(ValueError, match="all from 1"):
         decode(model, random_windows()[0], 3, draft=model, drafted=0)
+    with pytest.raises(ValueError, match="66 tokens exceed the 64 positions"):
+        decode(model, random_windows()[0], 50)
 
 
 def test_published_formulas():

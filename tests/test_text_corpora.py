@@ -79,7 +79,7 @@ def test_instruction_records_take_the_alpaca_prompt(tmp_path):
     [
         ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2 of a.jsonl is not valid JSON"),
         ("a.jsonl", b'{"text": "good"}\n"bad"\n', "line 2 of a.jsonl holds a str"),
-        ("a.jsonl", b'{"text": "good"}\n{"body": "bad"}\n', "record 2 of a.jsonl: needs the field 'text'.*it has body"),
+        ("a.jsonl", b'{"text": "good"}\n{"body": "bad"}\n', "line 2 of a.jsonl: needs the field 'text'.*it has body"),
         ("a.txt", b" \n<|endoftext|>\n\n", "is empty"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is damaged or not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "cut"}' * 999, mtime=0)[:-20], "a.jsonl.gz is damaged"),

@@ -87,8 +87,7 @@ def read_texts(
     """
 
     def read(name: str) -> text.Corpus:
-        corpus, colon, split = name.rpartition(":")
-        return text.load(*(corpus, split) if colon else (name, "train"), data_dir=data_dir, max_documents=max_documents)
+        return text.load(*text.corpora.named(name), data_dir=data_dir, max_documents=max_documents)
 
     reported, seen = {Path(name).name: read(name) for name in report}, {role: read(name) for role, name in used.items()}
     for (name, one), (role, other) in itertools.product(reported.items(), seen.items()):

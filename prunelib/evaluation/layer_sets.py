@@ -4,6 +4,7 @@ Equal, to float tolerance, to evaluating ``remove_layers(model, removed)`` for e
 raises the errors of `models.layerwise.SharedPrefixEvaluator`.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +18,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelib.evaluation.perplexity import NllAccumulator, NotFinite, check_windows, require_finite
-from prunelib.models import memory
+from prunelib.evaluation.perplexity import NllAccumulator, NotFinite, check_length, check_windows, require_finite
+from prunelib.models import check_vocabulary, memory
 from prunelib.models.layerwise import LayerSet, SharedPrefixEvaluator
 
 BEYOND_CHANCE = 1.0
@@ -164,8 +165,9 @@ def layer_set_likelihoods(
     A text that several continuations read runs once, and the head runs at the scored positions only. Batches of `batch_size`
     texts, longest first, are padded on the right.
 
-    Raises ValueError for a continuation that is empty or longer than what is read, ``batch_size`` below 1, a model in training
-    mode, and the same errors as `SharedPrefixEvaluator`.
+    Raises ValueError for a continuation that is empty or longer than what is read, a text that is longer than the model's
+    positions, a token that it does not know, ``batch_size`` below 1, a model in training mode, and the same errors as
+    `SharedPrefixEvaluator`.
     """
     if batch_size < 1 or model.training:
         raise ValueError(f"batch_size={batch_size}, training={model.training}: batch_size from 1, and call model.eval() first")
@@ -174,13 +176,14 @@ def layer_set_likelihoods(
         if not 1 <= len(one.scored) <= len(one.read):
             raise ValueError(f"continuation {number}: {len(one.scored)} tokens to score on {len(one.read)} that are read")
         texts.setdefault(one.read, []).append(number)
+    for text in {max(texts, key=len), max(texts, key=max), min(texts, key=min)} if texts else ():
+        check_length(model, len(text))
+        check_vocabulary(model, torch.tensor(text))
     runs = SharedPrefixEvaluator(model, layer_sets)
     found: dict[LayerSet, list[Answer]] = {removed: [(0.0, False)] * len(continuations) for removed in runs.sets}
-    order = sorted(texts, key=lambda text: (-len(text), text))
-    starts = range(0, len(order), batch_size) if runs.sets else range(0)
-    with tqdm(total=len(starts) * runs.layers_per_batch, desc="likelihoods", unit="layer", disable=not progress) as bar:
-        for start in starts:
-            batch = order[start : start + batch_size]
+    batches = _batches(texts, batch_size, _depends_on_longest(model)) if runs.sets else []
+    with tqdm(total=len(batches) * runs.layers_per_batch, desc="likelihoods", unit="layer", disable=not progress) as bar:
+        for batch in batches:
             ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
             places: list[tuple[int, int]] = []  # (row, position) of every scored token, continuation after continuation
             for row, text in enumerate(batch):
@@ -192,11 +195,26 @@ def layer_set_likelihoods(
             scored = [continuations[number].scored for number in numbers]
             for removed, hidden in runs.walk(runs.engine.embed(ids), bar):
                 rows, positions = distinct.T.to(hidden.device)
-                likelihoods = runs.engine.head(hidden[rows, positions][:, None])[:, 0].log_softmax(-1)
+                # Of 16 bits in float32: else every logarithm is rounded to 8 bits.
+                likelihoods = runs.engine.head(hidden[rows, positions][:, None])[:, 0].float().log_softmax(-1)
                 for number, answer in zip(numbers, _answers(likelihoods, where, scored), strict=True):
                     found[removed][number] = answer
                 del likelihoods  # before the next ones are made
     return LayerSetResults(found, runs.layer_forwards, runs.layer_forwards_alone)
+
+
+def _depends_on_longest(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies change with the longest text of a batch: texts of other lengths then get other numbers."""
+    kinds = (getattr(module, "rope_type", None) for module in model.modules())
+    named = {kind for one in kinds if one for kind in (one.values() if isinstance(one, dict) else [one])}
+    return any("dynamic" in kind or kind == "longrope" for kind in named)
+
+
+def _batches(texts: Iterable[tuple[int, ...]], size: int, one_length: bool) -> list[list[tuple[int, ...]]]:
+    """At most `size` texts each, longest first; with `one_length`, only texts of one length share a batch."""
+    order = sorted(texts, key=lambda text: (-len(text), text))
+    groups = [list(group) for _, group in itertools.groupby(order, len)] if one_length else [order]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def _answers(

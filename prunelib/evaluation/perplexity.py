@@ -124,10 +124,15 @@ def check_windows(model: PreTrainedModel, windows: Int64[Tensor, "window positio
         raise ValueError(f"{given}: windows of 2 tokens or more are needed, and batch_size from 1")
     if model.training:
         raise ValueError("the model is in training mode (dropout would blur the result): call model.eval() first")
+    check_length(model, length)
+    check_vocabulary(model, windows)
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise ValueError when the model has fewer positions than `length`: beyond them it errs, or its numbers mean nothing."""
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"windows of {length} tokens exceed the {positions} positions of this model: take shorter windows")
-    check_vocabulary(model, windows)
 
 
 def require_finite(values: np.ndarray, start: int, what: str) -> None:

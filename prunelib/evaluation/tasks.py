@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, set_seed
 from prunelib.evaluation import embedded_tasks
 from prunelib.evaluation.intervals import Interval, McNemar, bootstrap_draws, interval, mcnemar
 from prunelib.evaluation.layer_sets import Answer, Continuation, LayerSetResults, layer_set_likelihoods
-from prunelib.io import at_root, first_line, project_root
+from prunelib.io import first_line, found, project_root
 from prunelib.models import decoder_layers, memory
 from prunelib.models.layerwise import LayerSet, check_layer_set
 from prunelib.text import corpora
@@ -248,7 +248,7 @@ def evaluate_layer_sets(
     for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: from {least}")
-    if data_dir is not None and not (data_dir := at_root(data_dir)).is_dir():
+    if data_dir is not None and not (data_dir := found(data_dir)).is_dir():
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder")
     with _seeded(seed):
         loaded, leaves, sources = _loaded(names, data_dir, num_fewshot)
@@ -256,6 +256,7 @@ def evaluate_layer_sets(
             if sets is not None and task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
                 remedy = "take evaluate_tasks(remove_layers(model, removed), …)"
                 raise ValueError(f"task {name!r} asks for {task.OUTPUT_TYPE}, layer sets share likelihoods only: {remedy}")
+            _check_items(name, task, limit)
         lm = _language_model(model, tokenizer, [()] if sets is None else sets, bos, batch_size, progress)
         results = {removed: _run(lm, removed, loaded, leaves, sources, limit, seed) for removed in lm.sets}
     shared = {
@@ -280,7 +281,10 @@ def _run(lm, removed: LayerSet, loaded: dict, leaves: Mapping, sources: Mapping,
     lm.removed = removed
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=seed)  # the same examples for every set
-    output = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    try:
+        output = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    except AssertionError as error:  # such as no room for what is to be generated
+        raise ValueError(f"tasks {', '.join(leaves)}: {first_line(error)}") from error
     parts = {leaf: _result(leaf, task, output["samples"][leaf], sources[leaf]) for leaf, task in loaded["tasks"].items()}
     return {name: _merged(name, [parts[leaf] for leaf in members]) for name, members in leaves.items()}
 
@@ -308,16 +312,28 @@ def _language_model(model: PreTrainedModel, tokenizer, sets: Sequence[LayerSet],
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[Answer]:
             texts = [(context + continuation, continuation) for _, context, continuation in requests]
             self.truncated += sum(len(text) > self.max_length + 1 for text, _ in texts)
+            longest = max((scored for _, scored in texts), key=len, default=[])
+            if len(longest) > self.max_length:
+                answer = f"{self.tok_decode(longest)[:40]}…"
+                raise ValueError(f"the answer {answer!r} has {len(longest)} tokens, the model reads {self.max_length}")
             asked = [Continuation(tuple(text[-(self.max_length + 1) : -1]), tuple(scored)) for text, scored in texts]
             self.latest = layer_set_likelihoods(self.model, asked, sets, batch_size=batch_size, progress=progress)
             return self.latest[self.removed]
+
+        def tok_batch_encode(self, strings, *arguments, left_truncate_len=None, **options):  # of texts to be continued
+            ids, mask = super().tok_batch_encode(strings, *arguments, **options)
+            room = left_truncate_len or ids.shape[1]
+            self.truncated += int((mask.sum(dim=1) > room).sum())
+            return ids[:, -room:], mask[:, -room:]
 
         def generate_until(self, requests, disable_tqdm=False):
             return super().generate_until(requests, disable_tqdm=disable_tqdm or not progress)
 
     # A copy of the tokenizer: lm-eval gives it a pad token and turns its padding side around.
     copied = _with_bos(tokenizer) if bos else copy.deepcopy(tokenizer)
-    lm = InMemory(pretrained=model, tokenizer=copied, batch_size=batch_size, add_bos_token=bos)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    options = {} if positions is None else {"max_length": positions}  # lm-eval looks for it beside the text's configuration
+    lm = InMemory(pretrained=model, tokenizer=copied, batch_size=batch_size, add_bos_token=bos, **options)
     lm.sets = list(sets)
     return lm
 
@@ -432,25 +448,57 @@ def _local(name: str, leaf: str, config: Mapping, data_dir: Path) -> dict:
     if evaluated is None or not files[evaluated].is_file():
         raise FileNotFoundError(f"task {leaf!r}: {folder.name}/{evaluated}.jsonl is not in data_dir={str(data_dir)!r}")
     subject, read = config.get("dataset_name") if folder.name != leaf else None, {}
-    for split, path in files.items():
-        if path.is_file():
-            rows = [row for row in _records(path, path.stat().st_mtime_ns) if subject in (None, row.get("subject"))]
-            if not rows:
-                raise ValueError(f"{path} holds no record" + (f" whose subject is {subject!r}" if subject else ""))
-            read[split] = datasets.Dataset.from_list(rows)
     texts = [text for key in PROMPT_KEYS if isinstance(text := config.get(key), str)]
     named = [{text} if text.isidentifier() else meta.find_undeclared_variables(env.parse(text)) for text in texts]
-    absent = sorted(set().union(*named) - set(read[evaluated].column_names))
-    if absent and not config.get("process_docs"):  # it makes columns of its own
-        raise ValueError(f"task {leaf!r} reads the column {absent[0]!r}, which the offline copy lacks: {COLUMNS}")
+    columns = None if config.get("process_docs") else set().union(*named)  # it makes columns of its own
+    for split, path in files.items():
+        if path.is_file():
+            records = _records(path, path.stat().st_mtime_ns)
+            rows = {where: row for where, row in records if subject in (None, row.get("subject"))}
+            if not rows:
+                raise ValueError(f"{path} holds no record" + (f" whose subject is {subject!r}" if subject else ""))
+            _check_columns(leaf, rows, columns)
+            read[split] = datasets.Dataset.from_list([*rows.values()])
     # lm-eval reads the few-shot pool even for 0 shots: a split without a file must not be configured.
     unread = {key: None for key, split in wanted.items() if split not in read}
     return {"custom_dataset": lambda **_: read, "dataset_kwargs": None, **unread}
 
 
+def _check_columns(leaf: str, rows: Mapping[str, Mapping], columns: set[str] | None) -> None:
+    """Raise ValueError naming the first record, by its place, that lacks one of `columns` (None: of the first record's), or
+    holds another type than the others: lm-eval would score the text "None"."""
+    kinds: dict[str, type] = {}
+    for where, row in rows.items():
+        lacking = min(
+            (name for name in columns or kinds or row if name not in row or (columns and row[name] is None)), default=None
+        )
+        if lacking is not None:
+            raise ValueError(f"{where}: task {leaf!r} reads the column {lacking!r}, which it lacks: {COLUMNS}")
+        for name, value in row.items():
+            kind = float if type(value) is int else type(value)
+            if value is not None and kinds.setdefault(name, kind) is not kind:
+                raise ValueError(f"{where}: {name!r} is {value!r}, of another type than in the records before it: {COLUMNS}")
+
+
+def _check_items(leaf: str, task, limit: int | None) -> None:
+    """Raise ValueError naming the first evaluated item that its task cannot read, or whose answer is none of its choices."""
+    for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
+        problem = None
+        try:
+            text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
+            if choices and not task.multiple_input and not isinstance(text, int):
+                given = int(target) if str(target).lstrip("-").isdigit() else choices.index(target)
+                problem = "a choice is empty" if "" in choices else None if 0 <= given < len(choices) else f"no choice {given}"
+        except Exception as error:  # whatever a template or a function of the task raises
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        if problem:
+            raise ValueError(f"item {number} of task {leaf!r}: {problem}")
+
+
 @lru_cache(maxsize=4)
-def _records(path: Path, modified: int) -> list[dict]:
-    """The records of a file; `modified` makes the cache forget a file that changed."""
+def _records(path: Path, modified: int) -> list[tuple[str, dict]]:
+    """The records of a file and their places; `modified` makes the cache forget a file that changed."""
     return list(corpora.read_records(path))
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from prunelib.evaluation.perplexity import check_windows
+from prunelib.evaluation.perplexity import check_length, check_windows
 
 
 @torch.inference_mode()
@@ -106,6 +106,7 @@ def decode(
     if min(len(prompt), new_tokens, drafted) < 1:
         raise ValueError(f"{len(prompt)} tokens of prompt, new_tokens={new_tokens}, drafted={drafted}: all from 1")
     _check_vocabulary(dense, draft or dense, "draft")
+    check_length(dense, len(prompt) + new_tokens)
     ids, accepted, proposed = prompt.tolist(), [], []
     caches = DynamicCache(), DynamicCache()
 

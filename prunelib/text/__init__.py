@@ -1,6 +1,6 @@
 """Which tokens does a number stand on?"""
 
-from prunelib.text.corpora import Corpus, load
+from prunelib.text.corpora import Corpus, load, named
 from prunelib.text.near_duplicates import deduplicate
 from prunelib.text.sequences import document_rows, packed_rows
 from prunelib.text.windows import consecutive_windows, sample_windows, token_stream, windows_sha256
@@ -11,6 +11,7 @@ __all__ = [
     "deduplicate",
     "document_rows",
     "load",
+    "named",
     "packed_rows",
     "sample_windows",
     "token_stream",

@@ -4,6 +4,7 @@ The embedded corpora come from `prunelib.text.embedded`, the papers' data sets f
 offline copy (``data_dir``).
 """
 
+import codecs
 import contextlib
 import gzip
 import json
@@ -11,7 +12,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +23,7 @@ DOCUMENT_END = "<|endoftext|>"  # on a line of its own, ends a document of a .tx
 BLANK_LINE = "\n\n"
 COMPRESSIONS: Mapping[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".parquet")
+SPLITS = {"train", "validation", "test", "calibration", "evaluation"}  # words that name files of a folder
 DAMAGED = (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
@@ -52,7 +54,7 @@ def load(
     Args:
         name: an embedded corpus, a key of `HUB`, or the path of a local file, which holds one split. ``.txt`` holds documents
             that end with a line ``<|endoftext|>``; ``.jsonl``, ``.json`` and ``.parquet`` hold records with the field ``text``
-            or Alpaca's ``instruction``, ``input``, ``output``; ``wiki.*.raw`` is WikiText.
+            or Alpaca's ``instruction``, ``input``, ``output``; ``wiki.*.raw`` is WikiText. A folder stands for its files.
         split: ``train``, ``calibration``, ``evaluation`` or a word of the source (see `HUB`), which `Corpus.split` holds.
         data_dir: folder (below the project root) with a copy of the named data set: as ``hf download --local-dir`` lays it out,
             or a file named after the split (``test.jsonl``; ``sample.jsonl`` is train), there or in ``wikitext``, ``c4`` …
@@ -63,9 +65,9 @@ def load(
     """
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents={max_documents}: keep at least 1 document, or None for all")
-    if data_dir is not None and not (data_dir := io.at_root(data_dir)).is_dir():
+    if data_dir is not None and not (data_dir := io.found(data_dir)).is_dir():
         raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder; to read one file, give its path as the corpus name")
-    name, path = str(name), Path(name)
+    name, path = str(name), io.found(name)
     if name in embedded.EMBEDDED:
         texts: Iterable[str] = [document.text for document in embedded.records(name, split)]
         embedded.check(name, split)  # warns where the text is not the one behind the committed results
@@ -76,6 +78,8 @@ def load(
             raise ValueError(f"corpus {name!r} has no split {split!r}: choose one of {', '.join(dataset.splits)}")
         split = dataset.splits[split]
         texts, source = dataset.read(name, split, data_dir, max_documents)
+    elif path.is_dir():
+        texts, source, name = chain.from_iterable(map(read_file, _files(path, split))), f"folder {path.name}", path.name
     else:
         if _suffix(path) not in SUFFIXES:
             known = ", ".join((*embedded.EMBEDDED, *HUB))
@@ -89,6 +93,24 @@ def load(
     return Corpus(name, split, documents, source)
 
 
+def named(name: str) -> tuple[str, str]:
+    """Corpus and split of ``NAME:SPLIT``; a path, which may hold colons, is a corpus of one split, train."""
+    corpus, colon, split = name.rpartition(":")
+    return (corpus, split) if colon and not io.found(name).exists() and _suffix(Path(name)) not in SUFFIXES else (name, "train")
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The text files of a folder, in order: those named after `split`, all where none is named after any split."""
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file() and _suffix(path) in SUFFIXES)
+    names = {path: path.name.split(".")[0].split("-")[0] for path in files}
+    if not SPLITS & {*names.values()}:
+        return files
+    if split not in names.values():
+        known = ", ".join(sorted({*names.values()}))
+        raise FileNotFoundError(f"{str(folder)!r} has no file of the split {split!r}, only of {known}")
+    return [path for path in files if names[path] == split]
+
+
 def _suffix(path: Path) -> str:
     """The suffix that says what is inside, without the compression's."""
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
@@ -96,24 +118,33 @@ def _suffix(path: Path) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file, with or without a byte order mark, which says the encoding where it is another than UTF-8."""
+    opener = COMPRESSIONS.get(path.suffix, open)
     try:
-        with COMPRESSIONS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rb") as file:
+            head = file.read(4096)
+        marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if b"\0" in head and not marked:
+            raise ValueError(f"{path.name} holds NUL bytes (UTF-16 without a byte order mark?): convert it to UTF-8")
+        with opener(path, "rt", encoding="utf-16" if marked else "utf-8-sig") as file:
             yield file
     except DAMAGED as error:
         raise ValueError(f"{path.name} is damaged or not UTF-8 text ({error}): fetch or convert it again") from None
 
 
-def read_records(path: Path) -> Iterator[dict]:
-    """The records of a ``.jsonl``, ``.json`` (a list, or one record a line) or ``.parquet`` file, in order.
+def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """The records of a ``.jsonl``, ``.json`` (a list, or one record a line) or ``.parquet`` file, in order, after their places.
 
     Raises ValueError, naming the file and the line or record, for malformed JSON or a record that is no object.
     """
-    if path.suffix == ".parquet":
-        from datasets import load_dataset
+    if _suffix(path) == ".parquet":
+        import pyarrow.parquet
 
         try:
-            yield from load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        except Exception as error:  # those of the library have many unrelated types
+            with COMPRESSIONS.get(path.suffix, open)(path, "rb") as file:
+                rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
+                yield from ((f"record {number} of {path.name}", row) for number, row in enumerate(rows, 1))
+        except (*DAMAGED, pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path.name} is damaged or not Parquet ({error}): fetch it again") from None
         return
     with _opened(path) as file:
@@ -126,10 +157,11 @@ def read_records(path: Path) -> Iterator[dict]:
                 parsed = json.loads(part) if part.strip() else []
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not valid JSON: {error}") from None
-            for record in parsed if isinstance(parsed, list) else [parsed]:
+            for place, record in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
+                here = f"record {place} of {where}" if isinstance(parsed, list) else where
                 if not isinstance(record, dict):
-                    raise ValueError(f"{where} holds a {type(record).__name__}, not an object with fields")
-                yield record
+                    raise ValueError(f"{here} holds a {type(record).__name__}, not an object with fields")
+                yield here, record
 
 
 def record_text(record: Mapping) -> str:
@@ -158,13 +190,14 @@ def read_file(path: Path) -> Iterator[str]:
     elif _suffix(path) == ".txt":
         with _opened(path) as file:
             lines = file.read().split("\n")
-        yield from ("\n".join(document) for end, document in groupby(lines, DOCUMENT_END.__eq__) if not end)
+        ends = groupby(lines, lambda line: line.strip() == DOCUMENT_END)
+        yield from ("\n".join(document) for end, document in ends if not end)
     else:
-        for number, record in enumerate(read_records(path), 1):
+        for where, record in read_records(path):
             try:
                 yield record_text(record)
             except ValueError as error:
-                raise ValueError(f"record {number} of {path.name}: {error}") from None
+                raise ValueError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -191,9 +224,9 @@ class HubDataset:
         )
         if data_dir is None:
             require_hub(f"corpus {name!r} ({self.repository})", f"{remedy}.")
-            texts = self._rows(split, remedy, path=self.repository, revision=self.revision)
-        elif any(data_dir.glob(pattern)):
-            texts, source = self._rows(split, remedy, path=str(data_dir)), f"offline copy {pattern}"
+            texts = self._rows(split, remedy)
+        elif files := sorted(data_dir.glob(pattern)):
+            texts, source = chain.from_iterable(map(read_file, files)), f"offline copy {pattern}"
         else:
             file = self._plain_copy(split, data_dir)
             if file is None:
@@ -211,16 +244,17 @@ class HubDataset:
         found = (path for place in places for name in patterns for path in sorted(place.glob(name)))
         return next((path for path in found if _suffix(path) in SUFFIXES), None)
 
-    def _rows(self, split: str, remedy: str, **place: str) -> Iterator[str]:
+    def _rows(self, split: str, remedy: str) -> Iterator[str]:
         import datasets
 
         try:
             # Streamed: the first C4 documents must not cost a whole shard.
-            rows = datasets.load_dataset(**place, data_files={split: self.files[split]}, split=split, streaming=True)
+            files = {split: self.files[split]}
+            rows = datasets.load_dataset(self.repository, revision=self.revision, data_files=files, split=split, streaming=True)
             yield from map(record_text, rows)
         except Exception as error:  # the client's own errors have many unrelated types
             reason = f"{type(error).__name__}: {io.first_line(error)}"
-            raise RuntimeError(f"{place['path']} could not be read ({reason}): {remedy}") from error
+            raise RuntimeError(f"{self.repository} could not be read ({reason}): {remedy}") from error
 
 
 def require_hub(what: str, remedy: str) -> None:
