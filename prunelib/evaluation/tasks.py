@@ -354,13 +354,17 @@ def _with_bos(tokenizer):
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators that lm-eval draws from, and put them back; keep it from warning of our settings."""
+    from lm_eval.utils import env
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
+    env.from_string = lru_cache(env.from_string)  # it would compile the prompt of a task for every item of every set
     try:
         with torch.random.fork_rng():
             set_seed(seed)
             yield
     finally:
+        del env.from_string
         random.setstate(python)
         np.random.set_state(array)  # noqa: NPY002
 
@@ -421,6 +425,8 @@ def _loaded(
         if num_fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         _check_fewshot(task)
+        # lm-eval prepares all items whenever it looks at them: the ten thousand of HellaSwag several times for every set.
+        task.validation_docs, task.test_docs = lru_cache(task.validation_docs), lru_cache(task.test_docs)
     return loaded, leaves, sources
 
 
