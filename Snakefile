@@ -1,6 +1,6 @@
 """The graph: notebooks → run files → tables → figures → chapters.
 
-    snakemake                                      the reference profile (what `make figures` runs)
+    snakemake                                      the default profile (what `make figures` runs)
     snakemake --configfile profiles/smoke.yaml     another profile
     snakemake figures/<stem>.png                   one figure and the runs its numbers need (--forceall: even if they are there)
     snakemake -n --configfile profiles/paper.yaml  list the runs of the papers' own settings
@@ -29,7 +29,7 @@ from prunelib.lab.provenance import model_fingerprint, notebook_source_sha
 from prunelib.lab.runs import runs_table
 
 if "models" not in config:  # no --configfile; as a plain directive it would be merged into every other profile
-    configfile: "profiles/reference.yaml"
+    configfile: "profiles/smollm2.yaml"
 
 try:
     PROFILE = profiles.read(config)
@@ -40,8 +40,10 @@ PYTHON = sys.executable
 RUNS = {run.path: run for runs in PROFILE.experiments.values() for run in runs}
 TABLES = {PROFILE.table(experiment): [run.path for run in runs] for experiment, runs in PROFILE.experiments.items()}
 CHAPTERS = {chapter: profiles.chapter_values(PROFILE, chapter) for chapter in PROFILE.chapters}
-# Figures that need a table are drawn by a rule each, the others by their chapter.
-OWN_RULE = {stem: entry for stem, entry in registry().items() if entry.chapter in CHAPTERS and entry.reads}
+# Figures that need a table are drawn by a rule each, the others by their chapter; none where the first table is null.
+FIGURES = {stem: entry for stem, entry in registry().items() if entry.chapter in CHAPTERS}
+NOT_DRAWN = [stem for stem, entry in FIGURES.items() if any(CHAPTERS[entry.chapter][name] is None for name in [*entry.reads][:1])]
+OWN_RULE = {stem: entry for stem, entry in FIGURES.items() if entry.reads and stem not in NOT_DRAWN}
 DRAWN = OWN_RULE if PROFILE.figure_rules else {}
 DRAWING = {name: value for name, value in PROFILE.resources.items() if name not in ("gpu", "gpu_model", "gres")}
 
@@ -77,11 +79,16 @@ def sources(entry):
 
 
 def inputs(entry):
-    """The run files of this profile among them; committed files and folders are plain values."""
+    """The files among them: runs of this profile and tables. Folders of committed runs are plain values."""
     found = []
-    for name in entry.reads:
+    for name, parts in entry.reads.items():
         value = sources(entry)[name]
-        found += value if isinstance(value, list) else below(value)
+        if isinstance(value, list):
+            found += value
+        elif str(value).endswith(".csv"):
+            found.append(value)
+        else:  # a folder: of tables, whose names are the parts, or of runs
+            found += [f"{value}/{part}.csv" for part in parts] if parts and value else below(value)
     return found
 
 
@@ -158,11 +165,11 @@ for chapter, values in CHAPTERS.items():
         name: f"chapter_{chapter}"
         input:
             notebook=ancient(profiles.chapter_notebook(chapter)),
-            tables=[table for table in TABLES if table in values.values()],
+            tables=[value for value in values.values() if str(value).endswith(".csv")],
             runs=[path for value in values.values() for path in below(value)],
             figures=[file for stem, entry in DRAWN.items() if entry.chapter == chapter for file in files(stem)],
         output:
-            [file for stem in figure_stems(profiles.chapter_notebook(chapter)) if stem not in DRAWN for file in files(stem)],
+            [file for stem in figure_stems(profiles.chapter_notebook(chapter)) if stem not in [*DRAWN, *NOT_DRAWN] for file in files(stem)],
             run=f"{PROFILE.runs}/chapters/{chapter}.json",
         log: notebook=f"{PROFILE.runs}/chapters/{chapter}.ipynb"
         params:

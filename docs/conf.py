@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).parents[1]
-EXECUTED = ROOT / "data/runs/reference/chapters"
+EXECUTED = ROOT / "data/runs/smollm2/chapters"
 HEADING = re.compile(r"^(#+) (.*?) *\(`(\w+)`\)$", re.MULTILINE)  # of a figure: its title and its stem
 LONGEST = 200  # rows of a table that are shown; more are in its file
 

@@ -58,6 +58,7 @@ CHAPTER = {
     "parameters": """
 blocks = "blocks.csv"  # the table
 figures = "figures"  # where the pictures go
+live = "data"  # folder of the tables of this batch
 output = "build/chapter.json"  # result
 """,
     "# Chapter": None,
@@ -69,7 +70,7 @@ from prunelib.figures.save import Chapter
 from prunelib.figures.style import use_style
 use_style()
 files = {path: path.read_bytes() for path in at_root(figures).iterdir()}
-_ = own_sizes(Chapter(figures, {"blocks": blocks}))
+_ = own_sizes(Chapter(figures, {"blocks": blocks, "live": live}))
 assert files == {path: path.read_bytes() for path in at_root(figures).iterdir()}, "the rule drew the same from run files"
 _ = recorder.write([])
 """,

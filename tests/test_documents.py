@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from prunelib.figures import save as figures
+from prunelib.lab import profile
 from prunelib.lab import run_notebook as notebook
 from prunelib.lab.provenance import code_cells
 
@@ -79,13 +80,20 @@ def test_chapters_read_results_and_do_not_compute(path):
 
 
 def test_headings_registry_and_files_name_the_same_figures():
-    """A chapter's heading names the stem, the reference profile runs the chapter, the committed files are those stems."""
-    profile = yaml.safe_load((ROOT / "profiles" / "reference.yaml").read_text())
-    assert sorted(profile["chapters"]) == [path.stem for path in CHAPTERS]
+    """A chapter's heading names the stem, the default profile runs the chapter, the committed files are those stems."""
+    default = yaml.safe_load((ROOT / "profiles/smollm2.yaml").read_text())
+    assert sorted(default["chapters"]) == [path.stem for path in CHAPTERS]
     shown = {stem: path.stem for path in CHAPTERS for stem in figures.figure_stems(path)}
     assert {stem: entry.chapter for stem, entry in figures.registry().items()} == shown
     promised = {f"{stem}{suffix}" for stem in shown for suffix in figures.figure_suffixes(stem)}
-    assert {path.name for path in (ROOT / profile["figures"]).glob("[!.]*")} == promised
+    assert {path.name for path in (ROOT / default["figures"]).glob("[!.]*")} == promised
+
+
+def test_parameters_of_chapters_are_those_of_the_default_profile():
+    default = profile.read(yaml.safe_load((ROOT / "profiles/smollm2.yaml").read_text()))
+    for path in CHAPTERS:
+        written = {name: one.default for name, one in notebook.parameters(path).items() if name != "output"}
+        assert written == profile.chapter_values(default, path.stem), path.stem
 
 
 def test_commands_of_the_readme_have_parameters_that_their_notebooks_know():

@@ -139,7 +139,10 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
     assert some.path == f"{RUNS}/blocks/tiny__some.json"
     assert some.values["statistics"] == some.inputs["statistics"]
     assert some.inputs["statistics"] == [f"{RUNS}/statistics/tiny__pydocs__s{seed}.json" for seed in (0, 1)]
-    assert profiles.chapter_values(profile, "01_chapter") == {"blocks": "data/blocks.csv", "figures": "figures"}
+    expected = {"blocks": "data/blocks.csv", "figures": "figures", "live": "data"}
+    assert profiles.chapter_values(profile, "01_chapter") == expected
+    committed = profiles.read(PROFILE | {"chapters": {"01_chapter": {"blocks": "data/pretrained/blocks.csv"}}})
+    assert profiles.chapter_values(committed, "01_chapter") == expected | {"blocks": "data/pretrained/blocks.csv"}
     assert profiles.arguments({"a b": "it's", "seeds": [1, 2], "x": None}) == "'a b=it'\"'\"'s' 'seeds=[1, 2]' x=None"
 
 
@@ -197,7 +200,18 @@ def test_a_dry_run_lists_every_run_of_the_papers():
 
 
 @pytest.mark.slow
-def test_one_figure_of_the_reference_profile_needs_only_its_runs():
-    command = [sys.executable, "-m", "snakemake", "-n", "--forceall", "figures/simdiff_fig5a_perplexity.png", "--nolock"]
+@pytest.mark.parametrize(
+    ("profile", "figure", "needed"),
+    [
+        ("reference", "simdiff_fig5a_perplexity", {"statistics": 6, "selection": 1}),
+        ("smollm2", "simdiff_fig5a_perplexity", {}),
+        ("smollm2", "own_live_vs_committed", {"statistics": 3, "selection": 1, "table_statistics": 1, "table_selection": 1}),
+    ],
+)
+def test_one_figure_needs_only_its_runs(profile, figure, needed):
+    """Those of the offline profile; of the default one nothing where it is drawn from committed tables."""
+    folder = {"reference": "data/runs/reference/figures", "smollm2": "figures"}[profile]
+    command = [sys.executable, "-m", "snakemake", "-n", "--forceall", f"{folder}/{figure}.png", "--nolock"]
+    command += ["--configfile", f"profiles/{profile}.yaml"]
     found = jobs(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120))
-    assert found == {"statistics": 6, "selection": 1, "figure_simdiff_fig5a_perplexity": 1}
+    assert found == needed | {f"figure_{figure}": 1}

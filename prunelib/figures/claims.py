@@ -11,6 +11,7 @@ from prunelib.lab.runs import PAPERS, PUBLISHED
 
 CHAPTER = "08_claims"
 READS = dict.fromkeys(("statistics", "selection", "blocks", "tasks", "slicing", "healing", "combining"))
+READS |= dict.fromkeys(("optimum_runs", "converged", "gpu"))
 COLORS = {"holds": "#a8d8c2", "fails": "#f3b9a0", "differs": "#f1e3a4"}
 
 

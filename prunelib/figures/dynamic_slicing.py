@@ -149,7 +149,6 @@ def _sweep(found: Slicing, name: str, numbers: dict[float, int]) -> Drawing:
             axes.axhspan(*ends, color=RED, alpha=0.15, linewidth=0)
         # The right end of the dynamic plans is constant slicing.
         fig.lines(axes, part.replace({"method": {"constant": "dynamic"}}), LOOKS, x="slice_base", dodge=0.006)
-    grid.figure.suptitle(name, fontsize=10)
     grid.data = plans
     measured = [*metrics, "tasks_over", "tasks_over_low", "tasks_over_high", "items", "nll", "removed"]
     keep = [name for name in [*PLAN, *measured] if name in plans]

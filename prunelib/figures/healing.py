@@ -10,7 +10,7 @@ from prunelib.figures.save import Chapter, Drawing, figure, pick
 from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "05_healing"
-READS = {"healing": None}
+READS = {"healing": None, "converged": None}
 BLOCKS = ("angular", "deepest")
 KINDS = {"before": {"line": ":"}, "short": {"hollow": True}, "long": {}}  # budgets of training; `long` ones of a folder
 # Columns that a model before its training and after it have in common, and those that may lack in a table.

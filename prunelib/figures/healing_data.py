@@ -28,7 +28,7 @@ def table_largest_clusters(chapter: Chapter) -> Drawing:
     return Drawing(None, data, largest, markdown(data.assign(excerpt=quoted)))
 
 
-@figure("own_table_deduplication", reads={"duplicates": None, "healing": None})
+@figure("own_table_deduplication", reads={"duplicates": None, "healing": None, "converged": None})
 def table_deduplication(chapter: Chapter) -> Drawing:
     """What deduplication removes, and the loss after healing on either text, at the same tokens of the same recipe."""
     rows = _searched(chapter)

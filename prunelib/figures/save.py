@@ -13,7 +13,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from PIL import Image
 
 from prunelib import claims
 from prunelib.io import at_root, file_sha256, from_root, plain, replacing
+from prunelib.lab.provenance import model_title
 from prunelib.lab.runs import CSV, PAPERS, ResultError
 
 LIBRARIES = ("matplotlib", "numpy", "pandas", "seaborn")
@@ -133,7 +135,12 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
         @functools.wraps(draw)
         def drawn(chapter: Chapter, **options: Any) -> Drawing:
             drawing = draw(chapter, **options)
-            save(drawing, stem, chapter.folder, provenance=origin(draw, chapter, drawing))
+            numbers = numbers_of(chapter, reads, drawing.rows)
+            if drawing.figure is None:
+                drawing.text = f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*"
+            else:
+                drawing.figure.suptitle(textwrap.fill(numbers, 120), fontsize=7, color="#555555", x=0.01, ha="left")
+            save(drawing, stem, chapter.folder, provenance={"numbers": numbers, **origin(draw, chapter, drawing)})
             return drawing
 
         FIGURES[stem] = Entry(stem, sys.modules[draw.__module__].CHAPTER, drawn, reads, models)
@@ -161,12 +168,23 @@ def pick(table: pd.DataFrame, *, may_be_empty: bool = False, **where: Any) -> pd
     return table
 
 
+def numbers_of(chapter: Chapter, reads: Iterable[str], rows: pd.DataFrame) -> str:
+    """Whose numbers a figure shows: its models in full, and whether this batch ran them or they are committed results."""
+    values, live = [chapter.parameters.get(name) for name in reads], chapter.parameters.get("live")
+    folders = {live if isinstance(at, list) else str(Path(at).parent) if at.endswith(".csv") else at for at in values if at}
+    committed, names = sorted(folders - {live}), rows.get("model", [chapter.parameters.get("model")])
+    parts = [", ".join(model_title(name) for name in pd.Series(names, dtype=object).dropna().unique())]
+    parts += ["live run"] if live in folders or not folders else []
+    parts += [f"committed results ({', '.join(committed)})"] if committed else []
+    return "; ".join(filter(None, parts))
+
+
 def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
     """Where the numbers of a figure come from: its function, the settings of its chapter, the runs, published files by hash."""
     missing = {"run", "code"} - set(drawing.rows)
     if missing:
         raise FigureError(f"`rows` has no column {', '.join(sorted(missing))}: give rows of results, published ones apart")
-    settings = {name: value for name, value in sorted(chapter.parameters.items()) if name not in ("output", "figures")}
+    settings = {name: value for name, value in sorted(chapter.parameters.items()) if name not in ("output", "figures", "live")}
     if "model" in settings:
         settings["model"] = Path(settings["model"]).name
     # What draws a figure: its module, this one and the style. An edit elsewhere does not change its record.

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from prunelib.claims import load
 from prunelib.figures import style as fig
 from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
 from prunelib.lab.runs import PUBLISHED, published
@@ -203,6 +204,53 @@ def fair_test(chapter: Chapter) -> Drawing:
     text += f"{(searches > 1e-12).sum()} of {len(searches)} searches, by up to {searches.max():.2f} nats."
     labels = {"x": "layers removed", "y": "nats per token, minus cosine", "note": fig.error_note(data), "text": text}
     return grid.done(rows, **labels, keep=list(data.columns.drop("line")))
+
+
+BOTH = dict.fromkeys(("committed", "live"), ("statistics", "selection"))
+SCORED = {"block_influence": "block_influence", "mssd": "simdiff_mssd", "masd": "simdiff_masd"}
+BUDGET = "{}: scores from {} ({:,} tokens a draw), alpha on {} ({} × {}), losses on {} ({} × {})."
+
+
+def _side(chapter: Chapter, side: str, model: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """A run of one model: the scores and the sets of every draw as lists (`item`), the rows of the choices, and the budget."""
+    scores, rows = (load(f"{chapter[side]}/{table}.csv") for table in BOTH[side])
+    scores = pick(scores, model=model, tokens="all", metric=list(SCORED)).assign(layers_removed=0, what="scores")
+    scores["method"], keys = scores["metric"].replace(SCORED), ["what", "method", "layers_removed"]
+    rows = pick(rows, run_part="simdiff", model=model, role="choice", metric="nll").assign(side=side, what="sets")
+    rows = rows.assign(value=rows["value"] - pick(rows, method="dense")["value"].iloc[0])
+    rows = pick(rows[rows["search"] != "ternary"], method=COMPARED).astype({"layers_removed": int})
+    items = scores.sort_values("layer").groupby([*keys, "run"])["value"].agg(list).rename("item").reset_index()
+    items = pd.concat([items, rows[[*keys, "run"]].assign(item=rows["removed_layers"].str.split())])
+    texts = [" and ".join(scores["corpus"].unique()), int(scores["n"].max()), rows["alpha_corpus"].dropna().iloc[0]]
+    sizes = ("alpha_samples", "alpha_seq_len", "report_corpus", "report_windows", "report_seq_len")
+    return items, rows, BUDGET.format(side.capitalize(), *texts, *rows[list(sizes)].iloc[0])
+
+
+@figure("own_live_vs_committed", reads=BOTH)
+def live_vs_committed(chapter: Chapter) -> Drawing:
+    """The live run against a committed run of the same model: rank correlation of scores, layers in common, losses."""
+    name, keys = load(f"{chapter['live']}/selection.csv")["model"].iloc[0], ["what", "method", "layers_removed"]
+    (live, rows, told), (committed, others, budget) = (_side(chapter, side, name) for side in ("live", "committed"))
+    pairs = live.merge(committed, on=keys, suffixes=("", "_committed"))  # every draw of the one with every draw of the other
+    both = zip(pairs["layers_removed"], pairs["item"], pairs["item_committed"], strict=True)
+    pairs["value"] = [len({*a} & {*b}) / k if k else pd.Series(a).corr(pd.Series(b), "spearman") for k, a, b in both]
+    rows = pd.concat([rows, others[others["layers_removed"].isin(rows["layers_removed"])]])
+    losses = fig.spread(rows.assign(what="losses"), ["side", *keys])
+    data = pd.concat([fig.spread(pairs, keys), losses]).fillna({"side": "live"})
+    looks = {f"{method} committed": replace(fig.METHODS[method], line="--", hollow=True) for method in COMPARED}
+    looks = {**fig.METHODS, **{key: replace(look, title=f"{look.title}, committed") for key, look in looks.items()}}
+    data["line"] = data["method"] + np.where(data["side"] == "committed", " committed", "")
+    scores, shown = data[data["what"] == "scores"], data[data["what"] != "scores"]
+    grid = fig.Panels(shown, "what", titles=("layers in common, live and committed", "loss over the dense model"), height=3.2)
+    for axes, part in grid:
+        fig.lines(axes, part, looks, series="line", dodge=0.12)
+    grid.data = data.drop(columns="line")
+    found = [f"{fig.METHODS[one.method].title} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in scores.itertuples()]
+    text = f"{told} {budget} Rank correlation of the scores, all pairs of draws: {', '.join(found)}."
+    labels = {"x": "layers removed", "note": "median and min–max of all draws, or pairs of them", "text": text}
+    grid.grid[0, 0].set_ylabel("share of the set")
+    grid.grid[0, 1].set_ylabel("nats per token")
+    return grid.done(pd.concat([rows, live, committed]), **labels)
 
 
 TASKS = {"tasks": ("tables", "nlu"), "selection": ("rules",), "statistics": None}

@@ -14,7 +14,7 @@ from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
 from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "07_speed_and_memory"
-SPEED, COMBINING = {"speed": None}, {"combining": None}
+SPEED, COMBINING = {"speed": None, "gpu": None}, {"combining": None}
 TABLE4 = "16x4x2048"  # SimDiff's setting: batch 16, prompts of 4 tokens, 2,048 new ones
 PHASES = {"prefill": fig.Method("prefill", "#0072b2"), "decode": fig.Method("decode", "#d55e00", "s")}
 FORMATS = {

@@ -164,11 +164,13 @@ def read(config: Mapping) -> Profile:
 
 
 def chapter_values(profile: Profile, chapter: str) -> dict:
-    """Every parameter of one chapter, but `output`. The places of tables and figures are those of the profile."""
+    """Every parameter of one chapter, but `output`. The places of tables and figures are those of the profile, unless the
+    chapter's entry names committed ones."""
     notebook = chapter_notebook(chapter)
-    places = {"figures": profile.figures, **{experiment: profile.table(experiment) for experiment in profile.experiments}}
-    known = {name: place for name, place in places.items() if name in _known(notebook)}
-    return _complete(notebook, {"profile": known, f"chapters.{chapter}": profile.chapters[chapter]})
+    places, entry = {"figures": profile.figures, "live": profile.tables}, profile.chapters[chapter]
+    places |= {experiment: profile.table(experiment) for experiment in profile.experiments}
+    known = {name: place for name, place in places.items() if name in _known(notebook) and name not in entry}
+    return _complete(notebook, {"profile": known, f"chapters.{chapter}": entry})
 
 
 def experiment_notebook(experiment: str) -> str:

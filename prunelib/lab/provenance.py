@@ -22,6 +22,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "sci
 LIBRARIES += ("accelerate", "peft", "lm-eval", "papermill", "snakemake")
 # What decides a result; data/ and figures/ are left out because the batch itself rewrites them.
 CODE = ("prunelib", "notebooks", "profiles", "Snakefile", "pyproject.toml", "requirements.lock")
+TITLES = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct (30 layers, 135M, 4-bit weights dequantized)",
+    "gemma-3-270m": "Gemma-3-270m (18 layers, 268M, 4-bit weights dequantized)",
+    "ref-llama-32l": "ref-llama-32l (32 layers, 10.6M, trained here)",
+    "ref-neox-24l": "ref-neox-24l (24 layers, 5.8M, trained here)",
+}
 HASHED_BYTES = 200 * 2**20
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -30,6 +36,11 @@ def model_source(name: str) -> str:
     """What `models.load` takes: the absolute path when `name` is a folder or file (maybe below the root), else `name`."""
     path = at_root(name)
     return str(path) if path.exists() else name
+
+
+def model_title(name: str) -> str:
+    """A model as figures and cards name it; one that is not of this repository by its own name."""
+    return TITLES.get(Path(name).name, Path(name).name)
 
 
 def model_fingerprint(name: str) -> str:
