@@ -69,6 +69,18 @@ def test_the_front_matter_is_what_the_hub_reads_and_what_is_not_known_is_not_inv
     assert "peft" not in text, "what was not installed is not named"
 
 
+def test_a_packaged_model_is_no_name_of_the_hub_and_has_the_license_of_its_package(run):
+    name = "smollm2-135m-instruct"
+    found = model_card.base(name)
+    assert found == {"hub": None, "license": {"license": "apache-2.0"}}
+    assert model_card.base(name, "owner/original")["hub"] == "owner/original"
+    assert model_card.base("gemma-3-270m")["license"] == {"license": "other", "license_name": "Gemma terms of use"}
+    assert model_card.base("somewhere/model.gguf") == {"hub": None, "license": {}}
+    run["extra"]["card"] |= found
+    run["parameters"]["model"] = name
+    assert "\nSmolLM2-135M-Instruct (30 layers, 135M, 4-bit weights dequantized) without 3 of its" in model_card.card(run)
+
+
 def test_numbers_are_those_of_the_rows_with_their_intervals(run):
     text = model_card.card(run)
     for line in (

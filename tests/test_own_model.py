@@ -14,6 +14,7 @@ from prunelib.criteria import ABLATIONS, CRITERIA, collect
 from prunelib.depth import lowest
 from prunelib.evaluation.intervals import paired_bootstrap
 from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
+from prunelib.healing import RECIPES
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 from prunelib.lab.runs import read_run
 
@@ -91,6 +92,22 @@ def test_a_reported_text_that_was_seen_and_a_folder_in_use_are_refused(tmp_path)
         own_model.check_folder(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
     own_model.check_folder(tmp_path)
+
+
+def test_a_saved_model_that_differs_is_refused_and_a_budget_keeps_what_is_not_given(tiny_llama, windows, tmp_path):
+    models.save(tiny_llama, None, tmp_path / "saved")
+    measured = lambda model: {"text": perplexity(model, windows)}  # noqa: E731
+    again, difference = own_model.reload(tmp_path / "saved", measured(tiny_llama), measured, dtype="float32", device="cpu")
+    assert difference < 1e-6
+    assert again.config.num_hidden_layers == tiny_llama.config.num_hidden_layers
+    other = measured(models.remove_layers(tiny_llama, [2]))
+    with pytest.raises(RuntimeError, match="nats from the one in memory; do not use"):
+        own_model.reload(tmp_path / "saved", other, measured, dtype="float32", device="cpu")
+    plan = own_model.planned("lora", steps=7, batch=None)
+    assert (plan.steps, plan.batch) == (7, RECIPES["lora"].batch)
+    assert own_model.planned("none", steps=7) is None
+    with pytest.raises(ValueError, match="no repair 'glue'; there are: none, "):
+        own_model.check("greedy", "glue", tmp_path / "new")
 
 
 @pytest.fixture(scope="module")

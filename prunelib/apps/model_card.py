@@ -13,7 +13,9 @@ import pandas as pd
 from prunelib.figures.save import markdown
 from prunelib.io import at_root
 from prunelib.lab.profile import arguments
+from prunelib.lab.provenance import model_title
 from prunelib.lab.runs import read_run
+from prunelib.models.gguf import PACKAGED, is_gguf
 
 NOTEBOOK = "notebooks/own_model.ipynb"
 CARD = "README.md"
@@ -22,8 +24,19 @@ STATES = {"dense": "before", "pruned": "pruned", "repaired": "pruned and repaire
 PRIVATE = ("output", "push_to", "push_private")  # parameters that say nothing about the model
 
 
+def base(model: str, hub: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """What the card says of the base model: its name on the `hub`, None for one that is not there, and its `license`."""
+    local = at_root(model).exists() or is_gguf(model)
+    return {"hub": hub or (None if local else model), "license": license_of(model, revision)}
+
+
 def license_of(model: str, revision: str | None = None) -> dict[str, str]:
-    """The license in the card of a model (a folder, or a name on the hub), as front matter; empty where there is none."""
+    """The license of a packaged model, or in the card of a folder or of a name on the hub, as front matter; else empty."""
+    if model in PACKAGED:
+        name = PACKAGED[model].license
+        return {"license": "other", "license_name": name} if " " in name else {"license": name.lower()}
+    if is_gguf(model):
+        return {}
     try:
         card = at_root(model) / CARD
         path = card if at_root(model).is_dir() else huggingface_hub.hf_hub_download(model, CARD, revision=revision)
@@ -54,6 +67,7 @@ def card(run: Mapping[str, Any]) -> str:
             template_path=str(Path(__file__).with_suffix(".md")),
             **about,
             run=values,
+            title=model_title(values["model"]),
             name=values.get("push_to") or Path(values["folder"]).name,
             recipe=healing["recipe"] if healing else {},
             losses=_losses(run["rows"]),

@@ -2,20 +2,25 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunelib import models, text
 from prunelib.criteria import ABLATIONS, BLOCK_CRITERIA, CRITERIA, collect
 from prunelib.depth import LayerSet, LayerSetLoss, greedy, lowest, lowest_block
+from prunelib.depth.repair import METHODS as REPAIRS
 from prunelib.evaluation.intervals import paired_bootstrap
 from prunelib.evaluation.perplexity import Perplexity
 from prunelib.evaluation.tasks import TaskResults, compare
+from prunelib.healing import RECIPES, Recipe, heal
+from prunelib.text.sequences import TrainingRows
 
 LEVEL = 0.95  # of intervals
 SEARCHES = {
@@ -47,6 +52,14 @@ def layers_to_remove(model: PreTrainedModel, keep: float | int, of: str = "layer
             f"{max(size, 0)} of them: give a fraction from {math.ceil(least * 1000) / 1000:g} to {int(most * 1000) / 1000:g}"
         )
     return size
+
+
+def check(method: str, repair: str, folder: Path) -> str:
+    """`check_method`, after a refusal (ValueError) of a folder in use and of an unknown repair."""
+    check_folder(folder)
+    if repair not in ("none", *REPAIRS):
+        raise ValueError(f"no repair {repair!r}; there are: none, {', '.join(REPAIRS)}")
+    return check_method(method)
 
 
 def check_method(name: str) -> str:
@@ -100,6 +113,45 @@ def check_folder(folder: Path) -> None:
     """Raise ValueError when a folder holds something that an earlier run of this kind did not write: it would be replaced."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "plan.json").is_file()):
         raise ValueError(f"{folder} holds something other than a pruned model: give an empty or a new folder")
+
+
+def planned(recipe: str, **budget: Any) -> Recipe | None:
+    """A recipe with the budget given, its own where that is None; None for "none"."""
+    given = {name: value for name, value in budget.items() if value is not None}
+    return replace(RECIPES[recipe], **given) if recipe != "none" else None
+
+
+def train(
+    start: PreTrainedModel, rows: TrainingRows, plan: Recipe, work: Path, *, batch_size: int, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The healed model, and what its card says of the training.
+
+    batch_size: the most sequences of one backward pass. options: of `prunelib.healing.heal`, which raises.
+    """
+    micro_batch = max(size for size in range(1, min(batch_size, plan.batch) + 1) if plan.batch % size == 0)
+    healed = heal(start, rows, plan, work, micro_batch=micro_batch, **options)
+    told = {"tokens": healed.tokens, "trainable": healed.trainable, "seconds": healed.seconds}
+    return healed.model, {"recipe": asdict(plan), **told}
+
+
+def reload(
+    folder: Path, expected: Mapping[str, Perplexity], measured: Callable, *, dtype: str, device: str
+) -> tuple[PreTrainedModel, float]:
+    """The saved model, and the largest difference (nats) between what `measured` gives for it and what is `expected`.
+
+    Raises RuntimeError when they differ by more than 0.001 nats.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    difference = max(abs(one.nll - expected[name].nll) for name, one in measured(model).items())
+    if difference > 1e-3:
+        raise RuntimeError(f"the saved model differs by {difference:.3g} nats from the one in memory; do not use {folder}")
+    return model, difference
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each state and text: nats over the dense model, with the interval."""
+    form = "{state}, {text}: {value:.3f} [{low:.3f}, {high:.3f}] nats over dense"
+    return "\n".join(form.format(**row) for row in rows if row["metric"] == "nats_over_dense")
 
 
 def loss_rows(states: Mapping[str, Mapping[str, Perplexity]], *, seed: int = 0) -> list[dict[str, Any]]:
