@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from prunelib import io
 from prunelib.lab import provenance
+from prunelib.models.gguf import PACKAGED
 
 
 def test_paths_at_root_and_back(tmp_path, monkeypatch):
@@ -53,6 +56,18 @@ def test_file_and_source_hashes(tmp_path):
     assert provenance.source_sha256(tmp_path) == first, "a checkout with other line endings is the same code"
     (tmp_path / "a.py").rename(tmp_path / "b.py")
     assert provenance.source_sha256(tmp_path) != first
+
+
+def test_titles_of_models_say_their_size():
+    assert set(PACKAGED) < set(provenance.TITLES)
+    for name in set(provenance.TITLES) - set(PACKAGED):
+        folder = io.at_root("data/reference") / name
+        layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+        with safe_open(folder / "model.safetensors", "np") as file:
+            sizes = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+        assert f"({layers} layers, {sizes / 1e6:.1f}M, " in provenance.model_title(f"data/reference/{name}")
+    assert provenance.model_title("owner/other-7b") == "other-7b"
+    assert provenance.model_description("gemma-3-270m")["title"].startswith("Gemma-3-270m (18 layers, 268M, 4-bit weights ")
 
 
 def test_notebook_hash_sees_code_only(tmp_path):

@@ -58,8 +58,8 @@ def model_fingerprint(name: str) -> str:
 
 
 def model_description(name: str) -> dict:
-    """Name and fingerprint of a model; `dequantized_from` where its weights were those of a quantized GGUF file."""
-    described = {"name": name, "fingerprint": model_fingerprint(name)}
+    """Name, title and fingerprint of a model; `dequantized_from` where its weights were those of a quantized GGUF file."""
+    described = {"name": name, "title": model_title(name), "fingerprint": model_fingerprint(name)}
     for config in (at_root(name) / "config.json", at_root(CONVERTED) / name / "config.json"):
         if config.is_file() and (source := json.loads(config.read_text(encoding="utf-8")).get("dequantized_from")):
             return described | {"dequantized_from": source}
