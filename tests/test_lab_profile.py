@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from lab_project import BLOCKS, CHAPTER, PROFILE, STATISTICS, TINY, Project, write_notebook
+from snakemake.utils import update_config
 
 from prunelib.lab import profile as profiles
 
@@ -141,6 +142,10 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
     assert some.inputs["statistics"] == [f"{RUNS}/statistics/tiny__pydocs__s{seed}.json" for seed in (0, 1)]
     expected = {"blocks": "data/blocks.csv", "figures": "figures", "live": "data"}
     assert profiles.chapter_values(profile, "01_chapter") == expected
+    everywhere = profiles.read(PROFILE | {"everywhere": {"n_samples": 2}})
+    assert everywhere.experiments["statistics"][0].values == first.values | {"n_samples": 2}
+    with pytest.raises(profiles.ProfileError, match=r"everywhere\.n_sample is not a parameter of .* did you mean `?n_samples"):
+        profiles.read(PROFILE | {"everywhere": {"n_sample": 2}})
     committed = profiles.read(PROFILE | {"chapters": {"01_chapter": {"blocks": "data/pretrained/blocks.csv"}}})
     assert profiles.chapter_values(committed, "01_chapter") == expected | {"blocks": "data/pretrained/blocks.csv"}
     assert profiles.arguments({"a b": "it's", "seeds": [1, 2], "x": None}) == "'a b=it'\"'\"'s' 'seeds=[1, 2]' x=None"
@@ -182,7 +187,10 @@ def test_a_wrong_profile_is_an_error_that_names_the_key(notebooks, changes, mess
 
 @pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_can_be_read(path):
-    assert profiles.read(yaml.safe_load(path.read_text())).experiments
+    config = {}
+    for name in ["pretrained"] * (path.stem == "hub_small") + [path.stem]:  # as its first lines say
+        update_config(config, yaml.safe_load((path.parent / f"{name}.yaml").read_text()))
+    assert profiles.read(config).experiments
 
 
 @pytest.mark.slow
@@ -197,6 +205,17 @@ def test_a_dry_run_lists_every_run_of_the_papers():
     rules = [f"rule chapter_{chapter}:" for chapter in profile.chapters]
     wanted = [run.path for found in profile.experiments.values() for run in found] + rules
     assert [one for one in wanted if one not in done.stdout] == []
+
+
+@pytest.mark.slow
+def test_the_hub_profile_has_the_runs_of_the_pretrained_one_on_texts_of_the_hub():
+    command = [sys.executable, "-m", "snakemake", "-n", "--forceall", "--nolock", "-p", "--workflow-profile", "none"]
+    command += ["--configfile", "profiles/pretrained.yaml", "profiles/hub_small.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for model, name in (("gemma-3-270m", "google/gemma-3-270m"), ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B")):
+        assert re.search(rf"data/runs/hub_small/selection/{model}__rules.json model={name} .*data_dir=None", done.stdout), model
+    assert "build/texts" not in done.stdout
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ READ_CHOICES = ("tasks", "healing", "combining")  # sets of layers of a run of s
 WRITE_ARRAYS = ("statistics", "optimum")  # a .safetensors beside the run file
 REQUIRED = {"runs": str, "tables": str, "figures": str, "models": dict, "chapters": dict}
 OPTIONAL = {"calibration": {}, "calibration_seeds": [], "figure_rules": True, "threads": 1, "retries": 0, "resources": {}}
-OPTIONAL |= {experiment: {} for experiment in EXPERIMENTS}
+OPTIONAL |= {key: {} for key in ("everywhere", *EXPERIMENTS)}
 
 
 class ProfileError(ValueError):
@@ -50,6 +50,7 @@ class Profile:
     calibration, calibration_seeds: short name → {corpus (that name by default), split, n_samples, …}, of statistics.ipynb.
     statistics: its remaining parameters. selection, blocks, …: name → {models (all unless given), parameters of that notebook}.
         In those that start from choices, `choices` is a name below `selection` or `blocks`.
+    everywhere: values of these parameters in every run of an experiment that has them, whatever its entries say.
     chapters: notebook stem → its parameters besides tables, `figures` and `output`.
     figure_rules: whether every figure is a rule of its own; else its chapter draws it, in one process for all.
     threads, retries, resources: of every run (`resources: {gpu: 1}` where a scheduler counts them; drawing takes no GPU).
@@ -135,7 +136,8 @@ class Profile:
         """Every parameter of a run: those of its entries, and those of the model's entry that its notebook has."""
         notebook = experiment_notebook(experiment)
         known = {name: value for name, value in self.models[model].items() if name in _known(notebook)}
-        return _complete(notebook, {f"models.{model}": known} | entries)
+        values = _complete(notebook, {f"models.{model}": known} | entries)
+        return values | {name: _known(notebook)[name].parse(self.everywhere[name]) for name in values.keys() & self.everywhere}
 
     def _choices(self, experiment: str, part: str, model: str) -> str:
         """The run file that a run takes its sets of layers from."""
@@ -159,6 +161,7 @@ def read(config: Mapping) -> Profile:
     known = {name for experiment in used for name in _known(experiment_notebook(experiment))}
     for name, entry in profile.models.items():
         _refuse_unknown(entry, known, f"models.{name}", "the experiments that the profile runs")
+    _refuse_unknown(profile.everywhere, known, "everywhere", "the experiments that the profile runs")
     _ = profile.experiments, [chapter_values(profile, chapter) for chapter in profile.chapters]
     return profile
 
