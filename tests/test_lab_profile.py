@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,31 @@ def test_every_profile_can_be_read(path):
     for name in ["pretrained"] * (path.stem == "hub_small") + [path.stem]:  # as its first lines say
         update_config(config, yaml.safe_load((path.parent / f"{name}.yaml").read_text()))
     assert profiles.read(config).experiments
+
+
+def test_make_figures_names_the_offline_profile_where_the_packaged_model_cannot_be_installed(tmp_path):
+    for name in ("Makefile", "profiles/smollm2.yaml", "profiles/reference.yaml", "requirements.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name, does in (("python", "echo no matching distribution >&2; exit 1"), ("snakemake", 'echo started "$@"')):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+
+    def figures(*arguments):
+        command = ["make", "-s", "-o", ".venv/installed", "figures", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    refused = figures()
+    assert refused.returncode != 0
+    offline = "make figures PROFILE=profiles/reference.yaml"
+    assert refused.stdout.splitlines() == [
+        f"SmolLM2-135M-Instruct cannot be installed (build/smollm2.log says why). Go on with the offline profile: {offline}"
+    ]
+    assert "no matching distribution" in (tmp_path / "build/smollm2.log").read_text()
+    assert "started --cores 2 --configfile profiles/reference.yaml" in figures(offline.split()[-1]).stdout
+    (tmp_path / "build/models/smollm2-135m-instruct").mkdir(parents=True)  # converted before
+    assert "started --cores 2 --configfile profiles/smollm2.yaml" in figures().stdout
 
 
 @pytest.mark.slow
