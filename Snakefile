@@ -120,11 +120,11 @@ for experiment, runs in PROFILE.experiments.items():
         name: experiment
         input:
             unpack(run_of(experiment, lambda run: run.inputs)),
-            notebook=ancient(profiles.experiment_notebook(experiment)),
+            notebook=ancient(profiles.notebook_of(experiment)),
         output: **PROFILE.outputs(experiment)
         log: notebook=PROFILE.run(experiment, "{run}", suffix=".ipynb")
         params:
-            source=notebook_source_sha(profiles.experiment_notebook(experiment)),
+            source=notebook_source_sha(profiles.notebook_of(experiment)),
             weights=run_of(experiment, lambda run: model_fingerprint(run.values["model"])),
             arguments=run_of(experiment, lambda run: profiles.arguments(run.values)),
         wildcard_constraints: run="|".join(Path(run.path).stem for run in runs).replace(".", r"\.")
@@ -164,16 +164,16 @@ for chapter, values in CHAPTERS.items():
     rule:
         name: f"chapter_{chapter}"
         input:
-            notebook=ancient(profiles.chapter_notebook(chapter)),
+            notebook=ancient(profiles.notebook_of(chapter)),
             tables=[value for value in values.values() if str(value).endswith(".csv")],
             runs=[path for value in values.values() for path in below(value)],
             figures=[file for stem, entry in DRAWN.items() if entry.chapter == chapter for file in files(stem)],
         output:
-            [file for stem in figure_stems(profiles.chapter_notebook(chapter)) if stem not in [*DRAWN, *NOT_DRAWN] for file in files(stem)],
+            [file for stem in figure_stems(profiles.notebook_of(chapter)) if stem not in [*DRAWN, *NOT_DRAWN] for file in files(stem)],
             run=f"{PROFILE.runs}/chapters/{chapter}.json",
         log: notebook=f"{PROFILE.runs}/chapters/{chapter}.ipynb"
         params:
-            source=notebook_source_sha(profiles.chapter_notebook(chapter)),
+            source=notebook_source_sha(profiles.notebook_of(chapter)),
             arguments=profiles.arguments(values),
         threads: PROFILE.threads
         retries: PROFILE.retries or None

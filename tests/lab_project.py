@@ -128,7 +128,13 @@ class Project:
         for path in (root / "prunelib/figures").glob("*.py"):
             if path.stem not in ("__main__", "save", "style"):
                 path.unlink()
-        for name in ("Snakefile", "pyproject.toml", "prunelib/io.py", "profiles/default/config.yaml"):
+        for name in (
+            "Snakefile",
+            "pyproject.toml",
+            "data/models/titles.json",
+            "prunelib/io.py",
+            "profiles/default/config.yaml",
+        ):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
         for package in ("prunelib", "prunelib/figures"):

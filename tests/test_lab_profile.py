@@ -122,8 +122,8 @@ def interrupt(project, wanted):
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "at_root", lambda path: tmp_path / path)
-    write_notebook(tmp_path / profiles.experiment_notebook("statistics"), STATISTICS)
-    write_notebook(tmp_path / profiles.experiment_notebook("blocks"), BLOCKS)
+    write_notebook(tmp_path / profiles.notebook_of("statistics"), STATISTICS)
+    write_notebook(tmp_path / profiles.notebook_of("blocks"), BLOCKS)
     write_notebook(tmp_path / "notebooks/01_chapter.ipynb", CHAPTER)
 
 

@@ -135,9 +135,7 @@ if seed == 1 and not log.with_name("failed").exists():
 def test_runs_ask_for_gpus_short_ones_go_together_and_a_failed_one_is_tried_again(cluster, tmp_path):
     """Notebooks of a few lines, so that it is the way through SLURM that is tested."""
     project = Project(tmp_path)
-    write_notebook(
-        tmp_path / profiles.experiment_notebook("statistics"), STATISTICS | {"compute": FRAGILE + STATISTICS["compute"]}
-    )
+    write_notebook(tmp_path / profiles.notebook_of("statistics"), STATISTICS | {"compute": FRAGILE + STATISTICS["compute"]})
     project.profile(
         resources={"gpu": 1}, models={"tiny": TINY, "other": TINY}, blocks={"some": {"models": ["tiny"], "sizes": [2]}}
     )

@@ -1,4 +1,4 @@
-"""Put the claims table of the reference profile between two comment lines of a document.
+"""Put the claims table of the default profile between two comment lines of a document.
 
 `python -m prunelib.claims README.md`
 """
@@ -21,7 +21,7 @@ def main(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"{document} needs the line {BEGIN} and, below it, the line {END}")
-    settings = yaml.safe_load(at_root("profiles/reference.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load(at_root("profiles/smollm2.yaml").read_text(encoding="utf-8"))
     found = outcomes(Tables(profile.chapter_values(profile.read(settings), CHAPTER)))
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     write_text(document, f"{before}{BEGIN}\n\n{markdown(found, PAPERS)}\n\n{END}{after}")

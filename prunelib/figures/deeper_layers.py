@@ -40,7 +40,8 @@ def _medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _titles(rows: pd.DataFrame) -> dict[str, str]:
-    return {name: f"{name} ({count} layers)" for name, count in rows.groupby("model", sort=False)["layers"].first().items()}
+    layers = rows.groupby("model", sort=False)["layers"].first()
+    return {name: f"{fig.SHORT.get(name, name)} ({count} layers)" for name, count in layers.items()}
 
 
 def _scores(chapter: Chapter) -> pd.DataFrame:

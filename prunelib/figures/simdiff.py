@@ -46,7 +46,7 @@ def _sizes(chapter: Chapter) -> list[int]:
 
 def _titles(chapter: Chapter) -> dict[str, str]:
     layers = chapter.table("statistics").groupby("model")["layer"].max() + 1
-    return {name: f"{name} ({int(count)} layers)" for name, count in layers.items()}
+    return {name: f"{fig.SHORT.get(name, name)} ({int(count)} layers)" for name, count in layers.items()}
 
 
 @figure("simdiff_fig1_cosine_perplexity", reads=READS)
@@ -86,7 +86,7 @@ def fig2_importance(chapter: Chapter) -> Drawing:
     ours = fig.spread(rows, ["metric", "layer"]).rename(columns={"metric": "score"})
     ours["removed"] = ours.groupby("score")["value"].rank(method="first") <= k
     data = pd.concat([theirs[["score", "layer", "value", "removed"]], ours])
-    titles = ("published: schematic", *[f"ours: {name}, K = {k}"] * 2)
+    titles = ("published: schematic", *[f"ours: {fig.SHORT.get(name, name)}, K = {k}"] * 2)
     looks = (replace(fig.METHODS["simdiff"], hollow=True), fig.METHODS["block_influence"], fig.METHODS["simdiff_mssd"])
     labels = ("importance (unit not stated)", "1 − cosine (log)", "squared difference (log)")
     grid = fig.Panels(data, "score", titles=titles, height=2.6)
@@ -208,7 +208,8 @@ def fair_test(chapter: Chapter) -> Drawing:
 
 BOTH = dict.fromkeys(("committed", "live"), ("statistics", "selection"))
 SCORED = {"block_influence": "block_influence", "mssd": "simdiff_mssd", "masd": "simdiff_masd"}
-BUDGET = "{}: scores from {} ({:,} tokens a draw), alpha on {} ({} × {}), losses on {} ({} × {})."
+BUDGET = "The {side} run: scores from {texts} ({tokens:,} tokens a draw), alpha on {alpha_corpus} ({alpha_samples} windows of "
+BUDGET += "{alpha_seq_len}), losses on {report_corpus} ({report_windows} windows of {report_seq_len})."
 
 
 def _side(chapter: Chapter, side: str, model: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
@@ -221,9 +222,8 @@ def _side(chapter: Chapter, side: str, model: str) -> tuple[pd.DataFrame, pd.Dat
     rows = pick(rows[rows["search"] != "ternary"], method=COMPARED).astype({"layers_removed": int})
     items = scores.sort_values("layer").groupby([*keys, "run"])["value"].agg(list).rename("item").reset_index()
     items = pd.concat([items, rows[[*keys, "run"]].assign(item=rows["removed_layers"].str.split())])
-    texts = [" and ".join(scores["corpus"].unique()), int(scores["n"].max()), rows["alpha_corpus"].dropna().iloc[0]]
-    sizes = ("alpha_samples", "alpha_seq_len", "report_corpus", "report_windows", "report_seq_len")
-    return items, rows, BUDGET.format(side.capitalize(), *texts, *rows[list(sizes)].iloc[0])
+    told = {"texts": " and ".join(scores["corpus"].unique()), "tokens": int(scores["n"].max())}
+    return items, rows, BUDGET.format(**told, **rows.dropna(subset="alpha_corpus").iloc[0])
 
 
 @figure("own_live_vs_committed", reads=BOTH)
@@ -237,20 +237,17 @@ def live_vs_committed(chapter: Chapter) -> Drawing:
     rows = pd.concat([rows, others[others["layers_removed"].isin(rows["layers_removed"])]])
     losses = fig.spread(rows.assign(what="losses"), ["side", *keys])
     data = pd.concat([fig.spread(pairs, keys), losses]).fillna({"side": "live"})
-    looks = {f"{method} committed": replace(fig.METHODS[method], line="--", hollow=True) for method in COMPARED}
-    looks = {**fig.METHODS, **{key: replace(look, title=f"{look.title}, committed") for key, look in looks.items()}}
-    data["line"] = data["method"] + np.where(data["side"] == "committed", " committed", "")
     scores, shown = data[data["what"] == "scores"], data[data["what"] != "scores"]
-    grid = fig.Panels(shown, "what", titles=("layers in common, live and committed", "loss over the dense model"), height=3.2)
+    grid = fig.Panels(shown, "what", titles=("share of the set in common", "loss over dense, nats per token"), height=3.0)
     for axes, part in grid:
-        fig.lines(axes, part, looks, series="line", dodge=0.12)
-    grid.data = data.drop(columns="line")
+        for side, one in part.groupby("side", sort=False):
+            looks = {name: replace(fig.METHODS[name], hollow=side != "live") for name in COMPARED}
+            fig.lines(axes, one, looks, dodge=0.12)
+    grid.data = data
     found = [f"{fig.METHODS[one.method].title} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in scores.itertuples()]
     text = f"{told} {budget} Rank correlation of the scores, all pairs of draws: {', '.join(found)}."
-    labels = {"x": "layers removed", "note": "median and min–max of all draws, or pairs of them", "text": text}
-    grid.grid[0, 0].set_ylabel("share of the set")
-    grid.grid[0, 1].set_ylabel("nats per token")
-    return grid.done(pd.concat([rows, live, committed]), **labels)
+    note = "median and min–max of all draws, or pairs of them; hollow: committed"
+    return grid.done(pd.concat([rows, live, committed]), x="layers removed", note=note, text=text)
 
 
 TASKS = {"tasks": ("tables", "nlu"), "selection": ("rules",), "statistics": None}

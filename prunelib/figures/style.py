@@ -22,8 +22,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from seaborn.utils import relative_luminance
 
 from prunelib.figures.save import Drawing, FigureError
+from prunelib.lab.provenance import TITLES
 
 WIDTH = 7.2  # inches; at the width of a README 9 pt are then 9 pt on the screen
+SHORT = {name: title.split(" (")[0] for name, title in TITLES.items()}  # models without their size
 Looks = Mapping[Any, "Method"]
 Texts = str | Sequence[str]
 
@@ -133,7 +135,7 @@ class Panels:
         self.figure, self.grid = plt.subplots(*shape, figsize=size, squeeze=False, **options)
         titles = [titles.get(name, name) for name in self.columns] if isinstance(titles, Mapping) else titles or self.columns
         for axes, title in zip(self.grid[0], titles, strict=True):
-            axes.set_title(title)
+            axes.set_title(SHORT.get(title, title))
 
     def __iter__(self) -> Iterator[tuple[Axes, pd.DataFrame]]:
         column, row = self.names

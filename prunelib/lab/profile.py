@@ -134,7 +134,7 @@ class Profile:
 
     def _values(self, experiment: str, model: str, entries: dict[str, Mapping]) -> dict:
         """Every parameter of a run: those of its entries, and those of the model's entry that its notebook has."""
-        notebook = experiment_notebook(experiment)
+        notebook = notebook_of(experiment)
         known = {name: value for name, value in self.models[model].items() if name in _known(notebook)}
         values = _complete(notebook, {f"models.{model}": known} | entries)
         return values | {name: _known(notebook)[name].parse(self.everywhere[name]) for name in values.keys() & self.everywhere}
@@ -158,7 +158,7 @@ def read(config: Mapping) -> Profile:
     """
     profile = Profile(config)
     used = ["statistics", *(name for name in EXPERIMENTS[1:] if getattr(profile, name))]
-    known = {name for experiment in used for name in _known(experiment_notebook(experiment))}
+    known = {name for experiment in used for name in _known(notebook_of(experiment))}
     for name, entry in profile.models.items():
         _refuse_unknown(entry, known, f"models.{name}", "the experiments that the profile runs")
     _refuse_unknown(profile.everywhere, known, "everywhere", "the experiments that the profile runs")
@@ -167,21 +167,16 @@ def read(config: Mapping) -> Profile:
 
 
 def chapter_values(profile: Profile, chapter: str) -> dict:
-    """Every parameter of one chapter, but `output`. The places of tables and figures are those of the profile, unless the
-    chapter's entry names committed ones."""
-    notebook = chapter_notebook(chapter)
+    """Every parameter of one chapter, but `output`. Tables and figures: the profile's, unless its entry names others."""
+    notebook = notebook_of(chapter)
     places, entry = {"figures": profile.figures, "live": profile.tables}, profile.chapters[chapter]
     places |= {experiment: profile.table(experiment) for experiment in profile.experiments}
     known = {name: place for name, place in places.items() if name in _known(notebook) and name not in entry}
     return _complete(notebook, {"profile": known, f"chapters.{chapter}": entry})
 
 
-def experiment_notebook(experiment: str) -> str:
-    return f"notebooks/experiments/{experiment}.ipynb"
-
-
-def chapter_notebook(chapter: str) -> str:
-    return f"notebooks/{chapter}.ipynb"
+def notebook_of(name: str) -> str:
+    return f"notebooks/{'experiments/' * (name in EXPERIMENTS)}{name}.ipynb"
 
 
 def arguments(values: Mapping[str, object]) -> str:

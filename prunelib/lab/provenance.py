@@ -22,12 +22,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "sci
 LIBRARIES += ("accelerate", "peft", "lm-eval", "papermill", "snakemake")
 # What decides a result; data/ and figures/ are left out because the batch itself rewrites them.
 CODE = ("prunelib", "notebooks", "profiles", "Snakefile", "pyproject.toml", "requirements.lock")
-TITLES = {
-    "smollm2-135m-instruct": "SmolLM2-135M-Instruct (30 layers, 135M, 4-bit weights dequantized)",
-    "gemma-3-270m": "Gemma-3-270m (18 layers, 268M, 4-bit weights dequantized)",
-    "ref-llama-32l": "ref-llama-32l (32 layers, 10.6M, trained here)",
-    "ref-neox-24l": "ref-neox-24l (24 layers, 5.8M, trained here)",
-}
+TITLES = json.loads(at_root("data/models/titles.json").read_text(encoding="utf-8"))  # of models, by name
 HASHED_BYTES = 200 * 2**20
 PACKAGE = Path(__file__).resolve().parents[1]
 

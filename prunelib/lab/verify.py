@@ -52,7 +52,6 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> list[str]:
 
 def _by_coordinates(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Rows by their coordinates as text; their order tells those with the same ones apart (intervals of alpha)."""
-
     text = table[list(keys)].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
     place = text.mask(table[list(keys)].isna(), "")
     place["nth"] = place.groupby(list(keys)).cumcount().astype(str)
