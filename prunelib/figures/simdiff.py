@@ -241,12 +241,12 @@ def live_vs_committed(chapter: Chapter) -> Drawing:
     grid = fig.Panels(shown, "what", titles=("share of the set in common", "loss over dense, nats per token"), height=3.0)
     for axes, part in grid:
         for side, one in part.groupby("side", sort=False):
-            looks = {name: replace(fig.METHODS[name], hollow=side != "live") for name in COMPARED}
-            fig.lines(axes, one, looks, dodge=0.12)
+            kind = {"hollow": True, "line": "--"} if side == "committed" else {}
+            fig.lines(axes, one, {name: replace(fig.METHODS[name], **kind) for name in COMPARED}, dodge=0.12)
     grid.data = data
     found = [f"{fig.METHODS[one.method].title} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in scores.itertuples()]
     text = f"{told} {budget} Rank correlation of the scores, all pairs of draws: {', '.join(found)}."
-    note = "median and min–max of all draws, or pairs of them; hollow: committed"
+    note = "median and min–max of all draws, or pairs of them; dashed, hollow: committed"
     return grid.done(pd.concat([rows, live, committed]), x="layers removed", note=note, text=text)
 
 
