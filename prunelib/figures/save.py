@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
             drawing = draw(chapter, **options)
             numbers = numbers_of(chapter, reads, drawing.rows)
             if drawing.figure is None:
-                drawing.text = f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*"
+                drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*")
             else:
                 drawing.figure.suptitle(textwrap.fill(numbers, 120), fontsize=7, color="#555555", x=0.01, ha="left")
             save(drawing, stem, chapter.folder, provenance={"numbers": numbers, **origin(draw, chapter, drawing)})
