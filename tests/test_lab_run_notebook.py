@@ -17,7 +17,8 @@ from lab_project import write_notebook
 
 from prunelib.lab import run_notebook as notebook
 from prunelib.lab import runs as results
-from prunelib.lab.run_notebook import NotebookError, Parameter, ParameterError
+from prunelib.lab.parameters import Parameter, ParameterError
+from prunelib.lab.run_notebook import NotebookError
 
 PARAMETERS = """
 width = 2  # layers
@@ -107,8 +108,8 @@ def test_values_are_read_by_the_type_of_the_default(nb):
         "ratio": {"1e-3": 0.001, "1": 1.0, 1: 1.0},
         "mode": {"007": "007", "None": "None"},
         "fast": {"true": True},
-        "seeds": {"[3, 4]": [3, 4], "3,4": [3, 4], "[]": [], (1, 2): [1, 2]},
-        "data_dir": {"None": None, "/data/2": "/data/2"},
+        "seeds": {"[3, 4]": [3, 4], "3,4": [3, 4], (1, 2): [1, 2]},
+        "data_dir": {"None": None, "data/published": "data/published"},
         "limit": {"null": None, "5": 5},
     }.items():
         for text, value in read.items():

@@ -109,7 +109,10 @@ def test_tasks_stand_beside_chance(run):
     assert expected in model_card.card(run)
 
 
-def test_the_command_in_the_card_is_one_that_the_notebook_takes(run):
+def test_the_command_in_the_card_is_one_that_the_notebook_takes(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("texts", "tasks"):
+        (tmp_path / folder).mkdir()
     text = model_card.card(run)
     command = re.search(r"python -m prunelib\.lab\.run_notebook (\S+) OUTPUT\.json \\\n    (.*)\n", text)
     words = dict(word.split("=", 1) for word in shlex.split(command[2]))

@@ -86,7 +86,7 @@ def test_a_reported_text_that_was_seen_and_a_folder_in_use_are_refused(tmp_path)
     a, b, c = (str(tmp_path / f"{name}.txt") for name in "abc")
     report, used = own_model.read_texts([a], {"healing": c})
     assert (list(report), list(used)) == (["a.txt"], ["healing"])
-    with pytest.raises(ValueError, match=r"the reported text a\.txt is the text of healing"):
+    with pytest.raises(ValueError, match=r"100% of the reported text a\.txt are documents of the text of healing"):
         own_model.read_texts([a], {"calibration": c, "healing": b})
     own_model.check_folder(tmp_path / "new")
     with pytest.raises(ValueError, match="holds something other than a pruned model"):

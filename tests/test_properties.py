@@ -16,7 +16,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from prunelib.lab import profile as grid
 from prunelib.lab import runs as results
-from prunelib.lab.run_notebook import Parameter, ParameterError
+from prunelib.lab.parameters import Parameter, ParameterError
 from prunelib.models.plans import DropPlan
 from prunelib.slicing import schedules
 from prunelib.slicing.schedules import SlicePlan

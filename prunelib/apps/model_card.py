@@ -11,7 +11,7 @@ import huggingface_hub
 import pandas as pd
 
 from prunelib.figures.save import markdown
-from prunelib.io import at_root
+from prunelib.io import found as input_path
 from prunelib.lab.profile import arguments
 from prunelib.lab.provenance import model_title
 from prunelib.lab.runs import read_run
@@ -26,7 +26,7 @@ PRIVATE = ("output", "push_to", "push_private")  # parameters that say nothing a
 
 def base(model: str, hub: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """What the card says of the base model: its name on the `hub`, None for one that is not there, and its `license`."""
-    local = at_root(model).exists() or is_gguf(model)
+    local = input_path(model).exists() or is_gguf(model)
     return {"hub": hub or (None if local else model), "license": license_of(model, revision)}
 
 
@@ -38,9 +38,10 @@ def license_of(model: str, revision: str | None = None) -> dict[str, str]:
     if is_gguf(model):
         return {}
     try:
-        card = at_root(model) / CARD
-        path = card if at_root(model).is_dir() else huggingface_hub.hf_hub_download(model, CARD, revision=revision)
-        found = huggingface_hub.ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+        folder = input_path(model)
+        path = folder / CARD if folder.is_dir() else Path(huggingface_hub.hf_hub_download(model, CARD, revision=revision))
+        text = path.read_text(encoding="utf-8-sig", errors="replace")  # whatever its prose is written in
+        found = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # no card, one that is no YAML, no network, a gated model: the license is unknown, and the card says so
         return {}
     return {name: found[name] for name in LICENSE if isinstance(found.get(name), str)}

@@ -25,8 +25,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelib.evaluation.perplexity import check_windows
-from prunelib.io import at_root, replacing
-from prunelib.models import memory
+from prunelib.io import found as input_path
+from prunelib.io import replacing
+from prunelib.models import UnsupportedModel, memory
+from prunelib.models.architectures import SLICED_MODEL_TYPE
 from prunelib.models.layerwise import LayerwiseModel
 
 SUBSETS = ("all", "without_first", "last")
@@ -104,16 +106,19 @@ _ARRAYS = tuple(field.name for field in fields(LayerStats) if field.name != "hid
 def read_draws(runs: Iterable[str | os.PathLike], model: str) -> dict[tuple[str, int], LayerStats]:
     """Statistics by (text, seed) of their calibration windows, from run files of the statistics notebook.
 
-    Raises ValueError for statistics of another model, and as `LayerStats.load`.
+    Raises ValueError for statistics of another model or a draw that is there twice, and as `LayerStats.load`.
     """
-    draws = {}
-    for path in (at_root(path).with_suffix(".safetensors") for path in runs):
+    draws: dict[tuple[str, int], LayerStats] = {}
+    for path in (input_path(path).with_suffix(".safetensors") for path in runs):
         stats = LayerStats.load(path)
         with safe_open(path, framework="numpy") as file:
             made = json.loads(file.metadata()["metadata"])
         if made["model"] != model:
             raise ValueError(f"{path} holds statistics of {made['model']}, not of {model}")
-        draws[made["corpus"], int(made["seed"])] = stats
+        draw = made["corpus"], int(made["seed"])
+        if draw in draws:
+            raise ValueError(f"{path} holds another draw of {draw[0]} with seed {draw[1]}: give each once")
+        draws[draw] = stats
     return draws
 
 
@@ -144,7 +149,7 @@ def batch_sums(
     share: slice = slice(None),
 ) -> list[LayerStats]:
     """The statistics that `collect` adds up: of each batch, or of those in `share`."""
-    check_windows(model, windows, batch_size=batch_size)
+    check_collectable(model, windows, batch_size=batch_size)
     engine, buffer, found = LayerwiseModel(model), torch.empty(0), []
     starts = range(0, len(windows), batch_size)[share]
     for start in tqdm(starts, desc="layer statistics", unit="batch", disable=not progress):
@@ -155,13 +160,21 @@ def batch_sums(
     return found
 
 
+def check_collectable(model: PreTrainedModel, windows: Int[Tensor, "sample token"], *, batch_size: int = 1) -> None:
+    """Raise as `check_windows`, and UnsupportedModel for a sliced model, before any work."""
+    if model.config.model_type == SLICED_MODEL_TYPE:
+        raise UnsupportedModel("this model is sliced, and its hidden states differ in width: collect those of the dense model")
+    check_windows(model, windows, batch_size=batch_size)
+
+
 @torch.inference_mode()
 def influence_through_final_norm(model: PreTrainedModel, windows: Int[Tensor, "sample token"], *, batch_size: int = 8) -> float:
     """`block_influence` of the last layer as the released code of Dynamic LLM Slicing (arXiv 2411.03513) takes it.
 
     1 - mean over all tokens of cos(input of the last layer, its output after the final norm). A norm with unequal weights turns
-    the states, so it is larger than the layer's own. Raises RuntimeError for NaN and infinity.
+    the states, so it is larger than the layer's own. Raises as `collect`.
     """
+    check_collectable(model, windows, batch_size=batch_size)
     total = 0.0
     for batch in windows.split(batch_size):
         found = model.base_model(input_ids=batch.to(model.device), output_hidden_states=True, use_cache=False)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from prunelib.evaluation.perplexity import check_windows
 from prunelib.models import UnsupportedModel, decoder_layers, remove_layers
 
 
@@ -99,8 +100,8 @@ def collapse(
     those of the released notebook for Llama-2-13B. samples: windows, or token sequences of different length. layers_removed:
     stop when so many layers are gone (the published search has no such aim); it may end with fewer.
 
-    Raises ValueError for settings out of range, no samples or an unknown rule, UnsupportedModel as `merge`, and RuntimeError
-    for hidden states that are not finite.
+    Raises ValueError for settings out of range, no samples, an unknown rule and as `check_windows`, UnsupportedModel as
+    `merge`, and RuntimeError for hidden states that are not finite.
     """
     n_layers = len(decoder_layers(model))
     to_go = n_layers - 1 if layers_removed is None else layers_removed
@@ -113,6 +114,8 @@ def collapse(
         raise ValueError(f"unknown rule {rule!r}; there are: {', '.join(RULES)}")
     if len(samples) == 0 or min(len(ids) for ids in samples) == 0:
         raise ValueError("no tokens to compare the hidden states on: give at least one sample, none of them empty")
+    for ids in samples:
+        check_windows(model, ids[None])
     dense = [_final_states(model, ids) for ids in samples]
     origins = [(index,) for index in range(n_layers)]
     steps = []

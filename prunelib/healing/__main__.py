@@ -18,6 +18,7 @@ import torch
 from prunelib import models
 from prunelib.healing import RECIPES, Recipe, heal
 from prunelib.io import write_json
+from prunelib.models.saving import rehearse
 from prunelib.text import corpora
 from prunelib.text.sequences import document_rows, packed_rows
 
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = ROWS[given.rows](corpus, tokenizer, recipe.rows, recipe.seq_len, given.seed, progress=progress)
         pruned = models.load(given.model, **place)
         dense = models.load(given.dense, **place) if given.dense else None
+        rehearse(pruned, tokenizer, given.out / "healed")
         options = {name: getattr(given, name) for name in KEPT}
         healed = heal(pruned, rows, recipe, given.out / "training", dense=dense, progress=progress, **options)
         if int(os.environ.get("RANK", 0)) == 0:

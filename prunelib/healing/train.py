@@ -101,7 +101,7 @@ def heal(
     and HealingError when `folder` holds another training, or when a loss or gradient is NaN or infinite.
     """
     folder = Path(folder).absolute()
-    _check(pruned, rows, recipe, dense, measure_at)
+    check_training(pruned, rows, recipe, dense, measure_at)
     teacher = dense if recipe.objective == "distillation" else None
     settings = {"seed": seed, "save_steps": save_every, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing or None}
     arguments = _arguments(recipe, pruned, micro_batch, output_dir=str(folder), **settings)
@@ -123,9 +123,14 @@ def heal(
     return Healed(model, recipe, log, recipe.tokens, rows.real_tokens(recipe.rows), trainable, _seconds(log))
 
 
-def _check(
-    pruned: PreTrainedModel, rows: TrainingRows, recipe: Recipe, dense: PreTrainedModel | None, measure_at: Collection[int]
+def check_training(
+    pruned: PreTrainedModel,
+    rows: TrainingRows,
+    recipe: Recipe,
+    dense: PreTrainedModel | None = None,
+    measure_at: Collection[int] = (),
 ) -> None:
+    """Raise ValueError, before any work, for rows, sizes or models that do not fit the recipe."""
     count, length = rows.input_ids.shape
     longest = getattr(pruned.config.get_text_config(decoder=True), "max_position_embeddings", None)
     layers = len(decoder_layers(pruned))

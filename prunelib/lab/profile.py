@@ -11,9 +11,10 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from prunelib.io import at_root
-from prunelib.lab.run_notebook import Parameter, ParameterError, closest, parameters
+from prunelib.lab.parameters import Parameter, ParameterError, check_sizes, closest, parameters
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")  # names of run files join these with `__`
 EXPERIMENTS = ("statistics", "selection", "blocks", "slicing", "tasks", "optimum", "healing", "duplicates", "speed")
@@ -75,6 +76,8 @@ class Profile:
         seeds = self.calibration_seeds
         if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ProfileError(f"calibration_seeds must be different whole numbers from 0 on, not {seeds!r}")
+        if self.calibration and not seeds:
+            raise ProfileError("calibration_seeds is empty: the texts of `calibration` need at least one draw")
         if self.threads < 1 or self.retries < 0:
             raise ProfileError(f"threads = {self.threads!r} or retries = {self.retries!r} is too small")
         if both := self.selection.keys() & self.blocks.keys():
@@ -201,9 +204,15 @@ def _complete(notebook: str, sources: Mapping[str, Mapping]) -> dict:
             if name in values:
                 raise ProfileError(f"{place}.{name} sets a parameter of {notebook} that the profile has set already")
             try:
-                values[name] = known[name].parse(value)  # YAML reads 1e-3 as text, hence the runner's own reading
+                values[name] = known[name].checked(value)  # YAML reads 1e-3 as text, hence the runner's own reading
             except ParameterError as error:
                 raise ProfileError(f"{place}: {error}") from None
+    try:
+        check_sizes(Path(notebook).stem, values)
+    except ParameterError as error:
+        raise ProfileError(f"{', '.join(sources)}: {error}") from None
+    if values.get("calibration_corpus") and not values.get("calibration_seeds", True):
+        raise ProfileError(f"{', '.join(sources)}: calibration_corpus without calibration_seeds")
     if missing := known.keys() - values:
         raise ProfileError(f"the profile sets no `{min(missing)}`, a parameter of {notebook}; batches do not run on defaults")
     return values

@@ -16,21 +16,22 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from prunelib.io import CONVERTED, at_root, file_sha256, project_root
+from huggingface_hub import try_to_load_from_cache
+
+from prunelib.io import CONVERTED, at_root, file_sha256, found, project_root
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "datasets")
 LIBRARIES += ("accelerate", "peft", "lm-eval", "papermill", "snakemake")
 # What decides a result; data/ and figures/ are left out because the batch itself rewrites them.
 CODE = ("prunelib", "notebooks", "profiles", "Snakefile", "pyproject.toml", "requirements.lock")
 TITLES = json.loads(at_root("data/models/titles.json").read_text(encoding="utf-8"))  # of models, by name
-HASHED_BYTES = 200 * 2**20
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def model_source(name: str) -> str:
-    """What `models.load` takes: the absolute path when `name` is a folder or file (maybe below the root), else `name`."""
-    path = at_root(name)
-    return str(path) if path.exists() else name
+    """What `models.load` takes: the absolute path when `name` is a folder or file (as `io.found`), else `name`."""
+    path = found(name)
+    return str(path.absolute()) if path.exists() else name
 
 
 def model_title(name: str) -> str:
@@ -39,23 +40,27 @@ def model_title(name: str) -> str:
 
 
 def model_fingerprint(name: str) -> str:
-    """Hash of the weights of a local folder or GGUF file; the name of a hub or packaged model stands for itself.
+    """Hash of the weights of a local folder or GGUF file; of a hub model the commit that its client holds.
 
-    A folder above `HASHED_BYTES` is told apart by the names and sizes of its files alone.
+    The name of a packaged model, whose sha256 is fixed, stands for itself.
     """
-    folder = at_root(name)
-    if not folder.is_dir():
-        return file_sha256(folder)[:12] if folder.is_file() else name
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    small = sum(path.stat().st_size for path in files) <= HASHED_BYTES
-    lines = [f"{path.name} {file_sha256(path) if small else path.stat().st_size}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    folder = found(name)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        lines = [f"{path.name} {file_sha256(path)}" for path in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    if folder.is_file():
+        return file_sha256(folder)[:12]
+    with contextlib.suppress(ValueError):  # no name of the hub
+        cached = try_to_load_from_cache(name, "config.json")
+        return Path(cached).parent.name[:12] if isinstance(cached, str) else name
+    return name
 
 
 def model_description(name: str) -> dict:
     """Name, title and fingerprint of a model; `dequantized_from` where its weights were those of a quantized GGUF file."""
     described = {"name": name, "title": model_title(name), "fingerprint": model_fingerprint(name)}
-    for config in (at_root(name) / "config.json", at_root(CONVERTED) / name / "config.json"):
+    for config in (found(name) / "config.json", at_root(CONVERTED) / name / "config.json"):
         if config.is_file() and (source := json.loads(config.read_text(encoding="utf-8")).get("dequantized_from")):
             return described | {"dequantized_from": source}
     return described

@@ -6,27 +6,21 @@ when the notebook itself wrote OUTPUT. The executed copy stays beside OUTPUT wit
 batches, what the cells print goes only there.
 """
 
-import ast
-import difflib
-import json
 import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ConfigDict, JsonValue, TypeAdapter
-
-from prunelib.io import first_line, from_root, plain, project_root
-from prunelib.lab.provenance import code_cells
+from prunelib.io import first_line, from_root, project_root
+from prunelib.lab.parameters import ParameterError, check, parameters
 from prunelib.lab.runs import summary
 
 MINIMUM_FREE_MIB = 200  # below this a run would die while writing its result
-TYPES = (bool, int, float, str, list)  # of a default, besides None
+START_TIMEOUT = int(os.environ.get("PRUNELIB_START_TIMEOUT", "600"))  # seconds in which a kernel must have started
 # Progress bars as text: as widgets they would leave no trace in a log, and their state in every executed copy.
 PLAIN_BARS = "import sys, tqdm.std; sys.modules['tqdm.autonotebook'] = tqdm.std; del sys, tqdm"
 DISK = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system")
@@ -35,105 +29,6 @@ MEMORY = re.compile(r"OutOfMemory|MemoryError|can't allocate memory|out of memor
 
 class NotebookError(RuntimeError):
     """A run without a result: a cell raised, the kernel died, or OUTPUT was not written."""
-
-
-class ParameterError(ValueError):
-    """A run that was refused before a kernel started."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One line of the parameters cell: `name = default  # help`.
-
-    A default of None may be given a text, or another type when its help starts with it: `limit = None  # int: …`. Another
-    default may be given None where its help starts with that: `limit = 64  # int or None: …`.
-    """
-
-    name: str
-    default: object
-    help: str = ""
-
-    @property
-    def optional(self) -> bool:
-        """Whether None is a value of this parameter."""
-        return self.default is None or re.match(r"\w+ or None\b", self.help) is not None
-
-    @property
-    def kind(self) -> type:
-        if self.default is not None:
-            return type(self.default)
-        return {kind.__name__: kind for kind in TYPES}.get(re.match(r"\w*", self.help).group(), str)
-
-    def parse(self, value: object) -> object:
-        """`value` as plain data of this parameter's type. Raises ParameterError.
-
-        A text, as from a command line, is read as JSON; a list may be given as `1,2`.
-        """
-        elements = type(self.default[0]) if self.kind is list and self.default else JsonValue
-        kind = list[elements] if self.kind is list else self.kind
-        adapter = TypeAdapter(kind | None if self.optional else kind, config=ConfigDict(strict=True, allow_inf_nan=False))
-        try:
-            text = value.strip() if isinstance(value, str) else json.dumps(value, default=plain)
-            if isinstance(value, str) and self.optional and text.lower() == "none":
-                text = "null"
-            elif isinstance(value, str) and self.kind is str:
-                text = json.dumps(value)
-            elif isinstance(value, str) and self.kind is list and not text.startswith("["):
-                items = [item.strip() for item in text.split(",") if item.strip()]
-                text = json.dumps(items) if elements in (str, JsonValue) else f"[{','.join(items)}]"
-            return adapter.validate_json(text.lower() if self.kind is bool else text)
-        except (TypeError, ValueError, RecursionError):
-            wanted = f"{self.kind.__name__} or None" if self.optional else self.kind.__name__
-            raise ParameterError(f"{self.name} = {value!r} is not of type {wanted} (the default is {self.default!r})") from None
-
-
-def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
-    """Name → parameter of the one cell tagged `parameters`, which must be the first code cell.
-
-    The cell holds plain lines `name = literal  # help` and nothing else: papermill does not see others. Raises ParameterError.
-    """
-    found: dict[str, Parameter] = {}
-    try:
-        cells = code_cells(notebook)
-        if [index for index, (_, tags) in enumerate(cells) if "parameters" in tags] != [0]:
-            raise ValueError(f"{notebook}: exactly one cell, the first with code, must be tagged `parameters`")
-        lines = cells[0][0].encode().splitlines()  # `ast` counts bytes
-        for node in ast.parse(cells[0][0]).body:
-            name, equals, _ = ast.unparse(node).partition(" = ")
-            if not isinstance(node, ast.Assign) or not equals or not name.isidentifier() or name in found:
-                raise ValueError(f"`{ast.unparse(node)}` is no plain line `name = literal  # help`, each name once")
-            default = ast.literal_eval(node.value)
-            if default is not None and type(default) not in TYPES:
-                raise ValueError(f"the default of `{name}` is not of type bool, int, float, str, list or None")
-            found[name] = Parameter(name, default, lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# "))
-    except (ValueError, SyntaxError) as error:
-        raise ParameterError(f"{error} (the parameters cell of {notebook} needs literals; derive values below it)") from None
-    return found
-
-
-def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str, object]:
-    """Typed `values` for `notebook`; texts, as from a command line, are read.
-
-    Raises ParameterError naming the first parameter that is unknown (with the closest one) or ill-typed.
-    """
-    if not Path(notebook).is_file():
-        raise ParameterError(f"there is no notebook {notebook}")
-    known = parameters(notebook)
-    if "output" not in known:
-        raise ParameterError(f"{notebook} has no parameter `output`: it could not say where its result goes")
-    for name in values:
-        if name not in known:
-            raise ParameterError(f"{notebook} has no parameter `{name}`{closest(name, known)}")
-    try:
-        return {name: known[name].parse(value) for name, value in values.items()}
-    except ParameterError as error:
-        raise ParameterError(f"{notebook}: {error}") from None
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """A hint for a message about an unknown name."""
-    near = difflib.get_close_matches(name, known := list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{near[0]}`?" if near else f"; there are {', '.join(sorted(known))}"
 
 
 def run_notebook(notebook: str | os.PathLike, output: str | os.PathLike, /, *, quiet: bool = True, **values: object) -> Path:
@@ -149,6 +44,9 @@ def run_notebook(notebook: str | os.PathLike, output: str | os.PathLike, /, *, q
     executed = output.with_suffix(".ipynb")
     if executed in (output, notebook.absolute()):
         raise ParameterError(f"{output} would overwrite a notebook: give the result another name or suffix")
+    for place in (output, executed, output.with_suffix(".safetensors")):
+        if place.is_dir():
+            raise ParameterError(f"{place} is a folder: give the result another name")
     _check_place(output.parent)
     before, what = output.exists() and output.stat().st_ino, None  # a result that was written is another file
     try:
@@ -179,6 +77,7 @@ def _execute(notebook: Path, executed: Path, values: Mapping[str, object], quiet
                 parameters=dict(values),
                 kernel_name="python3",
                 kernel_manager_class=_kernel_manager(Path(scratch)),
+                start_timeout=START_TIMEOUT,
                 progress_bar=False,
                 stdout_file=printed,
                 stderr_file=printed,
@@ -190,6 +89,11 @@ def _execute(notebook: Path, executed: Path, values: Mapping[str, object], quiet
         except (DeadKernelError, RuntimeError) as error:
             if not isinstance(error, DeadKernelError) and "Kernel" not in str(error):
                 raise
+            if "respond in" in str(error):
+                why = "a busy machine, or a slow disk?"
+                raise NotebookError(
+                    f"the kernel had not started after {START_TIMEOUT} s ({why}): wait, or set PRUNELIB_START_TIMEOUT=SECONDS"
+                ) from None
             raise NotebookError("the kernel died (killed, or out of memory?)") from None
 
 

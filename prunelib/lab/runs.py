@@ -24,7 +24,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from prunelib.io import at_root, from_root, replacing, write_json
+from prunelib.io import at_root, found, from_root, replacing, write_json
+from prunelib.lab.parameters import parameters
 from prunelib.lab.provenance import model_description, peak_bytes, record
 
 SCHEMA = 1
@@ -88,8 +89,15 @@ class Recorder:
         return path
 
 
-def start(experiment: str, namespace: Mapping[str, object]) -> Recorder:
-    """Begin a run: `namespace` is the `globals()` of the notebook, where so far only the parameters have plain values."""
+def start(experiment: str, namespace: dict[str, object]) -> Recorder:
+    """Begin a run: `namespace` is the `globals()` of the notebook, where so far only the parameters have plain values.
+
+    Those of an experiment are read once more, in place: plain papermill takes `-p stream false` for a text, which is true.
+    Raises ParameterError.
+    """
+    for notebook in (at_root(f"notebooks/experiments/{experiment}.ipynb"), at_root(f"notebooks/{experiment}.ipynb")):
+        known = parameters(notebook) if notebook.is_file() else {}
+        namespace |= {name: known[name].checked(namespace[name]) for name in known.keys() & namespace}
     ours = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
     return Recorder(
         experiment, {name: value for name, value in ours.items() if isinstance(value, bool | int | float | str | list | None)}
@@ -130,7 +138,7 @@ def write_run(
 
 def read_run(path: str | os.PathLike) -> dict:
     """A run file, checked. Raises ResultError when it is not one, FileNotFoundError when it is not there."""
-    path = at_root(path)
+    path = found(path)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunelib.criteria.statistics import LayerStats, check_finite, from_states
+from prunelib.criteria.statistics import LayerStats, check_collectable, check_finite, from_states
 from prunelib.evaluation.perplexity import NllAccumulator, Perplexity, check_windows
 from prunelib.models import CheckpointError, UnsupportedModel, decoder_layers, final_norm
 from prunelib.models.layers import layers_path
@@ -315,7 +315,7 @@ def collect(
     progress: bool = True,
 ) -> LayerStats:
     """`statistics.collect` of an offloaded model: the same sums. `windows_at_once` as in its `plan`. Raises as both."""
-    check_windows(offloaded.model, windows, batch_size=batch_size)
+    check_collectable(offloaded.model, windows, batch_size=batch_size)
     setting = {"batch_size": batch_size, "windows_at_once": windows_at_once, "progress": progress}
     found = []
     for _, rows, states in _passes(offloaded, windows, states=True, **setting):

@@ -91,7 +91,10 @@ def document_rows(corpus: Corpus, tokenizer, count: int, seq_len: int, seed: int
                     raise ValueError(f"{corpus.label} has no document of at least 2 tokens: take more text")
                 order = generator.permutation(len(corpus.documents))
             text, order = corpus.documents[order[0]], order[1:]
-            encoded = tokenizer(text, truncation=True, max_length=seq_len, verbose=False)["input_ids"]
+            # Special tokens behind the text, which some tokenizers add, are not of it.
+            encoded, bare = tokenizer(text, verbose=False)["input_ids"], encode(tokenizer, [text])[0]
+            begins = (start for start in range(len(encoded)) if encoded[start : start + len(bare)] == bare)
+            encoded = encoded[: min(next(begins, seq_len) + len(bare), seq_len)]
             if len(encoded) >= 2:
                 ids[filled, : len(encoded)] = torch.tensor(encoded)
                 mask[filled, : len(encoded)] = True
