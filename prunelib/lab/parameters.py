@@ -134,8 +134,7 @@ def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
 def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str, object]:
     """Typed `values` for `notebook`; texts, as from a command line, are read.
 
-    Raises ParameterError naming the first parameter that is unknown (with the closest one), ill-typed, or that cannot be met:
-    a file or folder that is not there, a result where there is something else, more layers than the model has.
+    Raises ParameterError naming the first parameter that is unknown (with the closest one), ill-typed, or that cannot be meant.
     """
     if not Path(notebook).is_file():
         raise ParameterError(f"there is no notebook {notebook}")
@@ -146,16 +145,18 @@ def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str
         if name not in known:
             raise ParameterError(f"{notebook} has no parameter `{name}`{closest(name, known)}")
     try:
-        parsed = {name: known[name].checked(value) for name, value in values.items()}
-        settings = {name: parameter.default for name, parameter in known.items()} | parsed
-        for name, value in parsed.items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and (problem := _place_problem(name, text)):
-                    raise ParameterError(f"{name} = {text!r} {problem}")
-        check_sizes(Path(notebook).stem, settings)
+        return {name: known[name].checked(value) for name, value in values.items()}
     except ParameterError as error:
         raise ParameterError(f"{notebook}: {error}") from None
-    return parsed
+
+
+def check_places(notebook: str | os.PathLike, values: Mapping[str, object]) -> None:
+    """Raise ParameterError for an input that is not there, a result where there is something else, and as `check_sizes`."""
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (problem := _place_problem(name, text)):
+                raise ParameterError(f"{notebook}: {name} = {text!r} {problem}")
+    check_sizes(Path(notebook).stem, {name: parameter.default for name, parameter in parameters(notebook).items()} | values)
 
 
 def _place_problem(name: str, text: str) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prunelib.io import first_line, from_root, project_root
-from prunelib.lab.parameters import ParameterError, check, parameters
+from prunelib.lab.parameters import ParameterError, check, check_places, parameters
 from prunelib.lab.runs import summary
 
 MINIMUM_FREE_MIB = 200  # below this a run would die while writing its result
@@ -41,6 +41,7 @@ def run_notebook(notebook: str | os.PathLike, output: str | os.PathLike, /, *, q
     if "output" in values:
         raise ParameterError("`output` is the second argument, not a parameter to set beside it")
     values = check(notebook, values)
+    check_places(notebook, values)
     executed = output.with_suffix(".ipynb")
     if executed in (output, notebook.absolute()):
         raise ParameterError(f"{output} would overwrite a notebook: give the result another name or suffix")
