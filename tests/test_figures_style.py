@@ -171,7 +171,7 @@ def test_lines_follow_the_methods_and_not_the_random_band(rows, axes):
     edges = axes.collections[-1].get_paths()[0].vertices[:, 1]
     assert (edges.min(), edges.max()) == (band["low"].min(), band["high"].max())
     assert axes.get_ylim()[1] == pytest.approx(1.15 * summary.loc[summary["method"].isin(COMPARED[:3]), "value"].max())
-    assert [text.get_text() for text in axes.texts] == ["band goes up to 1,000.0"]
+    assert [text.get_text() for text in axes.texts] == ["band goes up to 1,000"]
     band = "random layers (median and min–max of 5 draws)"
     assert set(axes.get_legend_handles_labels()[1]) == {METHODS[name].title for name in COMPARED[:2]} | {"dense", band}
     assert list(axes.get_xticks()) == [0, 2, 4, 6]
@@ -183,6 +183,16 @@ def test_dots_stand_in_their_order_and_those_beyond_the_axis_say_so(axes):
     assert [text.get_text() for text in axes.get_yticklabels()] == ["deepest layers", "SimDiff (MSSD)"]
     assert [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines] == [(0.5, 2.0, 1, 1), (1.0, 1), (3, 0)]
     assert [text.get_text().strip() for text in axes.texts] == ["9.0"]
+
+
+def test_lines_are_labeled_at_their_ends_apart_and_at_the_top_where_they_leave(axes):
+    table = pd.DataFrame({"greedy": [1.0, 2.0], "block_influence": [1.0, 2.01], "deepest": [3.0, 20.0]}, index=[1, 2])
+    axes.set_ylim(0, 4)
+    figures.end_labels(axes, table)
+    places = {text.get_text(): text.xy for text in axes.texts}
+    assert list(places) == ["greedy NLL", "cosine", "deepest layers: 20.0 at 2"]
+    assert places["cosine"][1] - places["greedy NLL"][1] > 0.05 * 4
+    assert places["deepest layers: 20.0 at 2"] == (2, pytest.approx(3.88))
 
 
 def test_layer_bars_are_pale_where_layers_go(axes):

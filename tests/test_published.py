@@ -78,6 +78,18 @@ def test_readme_counts_and_names_what_is_there(everything):
     assert {path.name for path in FOLDER.glob("*.csv")} == set(re.findall(r"^\| `(\w+\.csv)`", README, re.MULTILINE))
 
 
+def test_retention_after_healing_averages_a_perplexity_with_tasks(everything):
+    rows = everything[everything["paper"] == "rearchitecting_llms"]
+    printed = rows[rows["metric"] == "retained_percent"].set_index("task")["value"]
+    dense, healed = (
+        rows[rows["item"] == item].drop_duplicates("task").set_index("task")["value"] for item in ("whole_sets", "healing")
+    )
+    tasks = ["arc_easy", "hellaswag", "lambada_openai", "piqa", "winogrande"]
+    assert 100 * dense["cosmopedia"] / healed["cosmopedia"] == pytest.approx(printed["cosmopedia"], abs=0.005)
+    assert 100 * healed[tasks].sum() / dense[tasks].sum() == pytest.approx(printed["avg5"], abs=0.005)
+    assert (printed["cosmopedia"] + printed["avg5"]) / 2 == pytest.approx(printed["all"], abs=0.005)
+
+
 def test_reader_selects_and_refuses_unknown_names():
     table = results.published("simdiff", "fig4a")
     assert list(table.index) == list(range(30))

@@ -139,7 +139,7 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
             if drawing.figure is None:
                 drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*")
             else:
-                drawing.figure.suptitle(textwrap.fill(numbers, 120), fontsize=7, color="#555555", x=0.01, ha="left")
+                _subtitle(drawing.figure, textwrap.fill(numbers, 120))
             save(drawing, stem, chapter.folder, provenance={"numbers": numbers, **origin(draw, chapter, drawing)})
             return drawing
 
@@ -147,6 +147,16 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
         return drawn
 
     return decorate
+
+
+def _subtitle(figure: Figure, text: str) -> None:
+    """A small line at the top of a figure, below its title if it has one."""
+    small, left, title = {"fontsize": 7, "color": "#555555"}, {"x": 0.01, "ha": "left"}, figure.get_suptitle()
+    if not title:
+        figure.suptitle(text, **left, **small)
+        return
+    whole = figure.suptitle(title + "\n" * (text.count("\n") + 1), **left)  # the empty lines keep room for the text
+    figure.axes[0].annotate(text, (0, 0), xycoords=whole, va="bottom", annotation_clip=False, **small).set_in_layout(False)
 
 
 def pick(table: pd.DataFrame, *, may_be_empty: bool = False, **where: Any) -> pd.DataFrame:
@@ -173,9 +183,10 @@ def numbers_of(chapter: Chapter, reads: Iterable[str], rows: pd.DataFrame) -> st
     values, live = [chapter.parameters.get(name) for name in reads], chapter.parameters.get("live")
     folders = {live if isinstance(at, list) else str(Path(at).parent) if at.endswith(".csv") else at for at in values if at}
     committed, names = sorted(folders - {live}), rows.get("model", [chapter.parameters.get("model")])
-    models = ", ".join(model_title(name) for name in pd.Series(names, dtype=object).dropna().unique())
-    run = "live run" if live in folders or not folders else ""
-    return "; ".join(filter(None, [models, run, f"committed results ({', '.join(committed)})" if committed else ""]))
+    parts = [", ".join(model_title(name) for name in pd.Series(names, dtype=object).dropna().unique())]
+    parts += ["live run"] if live in folders or not folders else []
+    parts += [f"committed results ({', '.join(committed)})"] if committed else []
+    return "; ".join(filter(None, parts))
 
 
 def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:

@@ -1,6 +1,5 @@
 """Chapter 01: is SimDiff's choice of layers better than the cosine rule, and than chance?"""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,14 +12,9 @@ from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "01_cosine_vs_simdiff"
 READS = {"selection": ("simdiff",), "statistics": None}
+CHOICES = {"selection": ("simdiff", "rules"), "statistics": None}
 SIMDIFF = ["simdiff_mssd", "simdiff_masd"]
 COMPARED = ["block_influence", *SIMDIFF]
-PAPER = "paper's protocol"
-PROTOCOLS = {  # scores from, alpha searched on (parameters of the chapter), search, line
-    PAPER: ("calibration", "alpha_text", "ternary", "-"),
-    "fair test": ("fair_calibration", "fair_alpha_text", "ternary", "--"),
-    "fair test, exact alpha": ("fair_calibration", "fair_alpha_text", "exact", ":"),
-}
 OUR_TITLES = {"block_influence": "ShortGPT", "entropy_gain_attention": "EntroDrop", "greedy": "SLEB (greedy)"}
 THEIR_TITLES = {"shortgpt": "ShortGPT", "entrodrop": "EntroDrop", "sleb": "SLEB", "dense_laco": "dense (copied from LaCo)"}
 DROPPED = {"w/o BoolQ": {"boolq"}, "w/o WSC": {"wsc"}, "w/o both": {"boolq", "wsc"}}
@@ -31,13 +25,18 @@ def _rows(chapter: Chapter, role: str = "choice", **where: object) -> pd.DataFra
     return pick(chapter.table("selection"), run_part="simdiff", role=role, **where).astype({"layers_removed": int})
 
 
-def _measured(chapter: Chapter, protocol: str = PAPER, *, search: str | None = None, **where: object) -> pd.DataFrame:
-    """Rows of every method: SimDiff under one protocol, the others from the same scores. search: instead of its own."""
-    scores, alpha_text, found_by, _ = PROTOCOLS[protocol]
-    rows = _rows(chapter, **where)
-    alike = (rows["alpha_corpus"] == chapter[alpha_text]) & (rows["search"] == (search or found_by))
-    rows = rows[~rows["method"].isin(SIMDIFF) | alike]
-    return rows[rows["calibration"].isna() | (rows["calibration"] == chapter[scores])]
+def _choices(chapter: Chapter, name: str) -> pd.DataFrame:
+    """Perplexities of one model: of SimDiff's protocol, or of the runs of all rules where there is none.
+
+    SimDiff with the exact best alpha; random sets without the first and last layer where there are any.
+    """
+    rows = pick(chapter.table("selection"), run_part=CHOICES["selection"], role="choice", metric="nll", model=name)
+    rows = rows[rows["run_part"] == rows["run_part"].max()].astype({"layers_removed": int})
+    scored = rows["calibration"].isna() | (rows["calibration"] == chapter["calibration"])
+    searched = rows["search"].isna() | (rows["search"] == "exact") & (rows["alpha_corpus"] == chapter["alpha_text"])
+    other = "random" if "random_protected" in set(rows["method"]) else "random_protected"
+    rows = rows[scored & searched & (rows["method"] != other)].replace({"method": {"random_protected": "random"}})
+    return rows.assign(value=np.exp(rows["value"]))
 
 
 def _sizes(chapter: Chapter) -> list[int]:
@@ -45,38 +44,21 @@ def _sizes(chapter: Chapter) -> list[int]:
 
 
 def _titles(chapter: Chapter) -> dict[str, str]:
-    layers = chapter.table("statistics").groupby("model")["layer"].max() + 1
+    """Models, the deepest first, and how a panel calls them."""
+    layers = chapter.table("statistics").groupby("model")["layer"].max().sort_values(ascending=False) + 1
     return {name: f"{fig.SHORT.get(name, name)} ({int(count)} layers)" for name, count in layers.items()}
 
 
-@figure("simdiff_fig1_cosine_perplexity", reads=READS)
+@figure("simdiff_fig1_cosine_perplexity", reads=CHOICES)
 def fig1_cosine_perplexity(chapter: Chapter) -> Drawing:
-    """Perplexity of the cosine rule against layers removed: published, and ours with min–max over the calibration draws."""
-    sources = {"Llama-2-7B": "fig1", "Mistral-7B-v0.3": "fig5a", "Llama-3.1-8B": "fig5b"}
-    theirs = pick(published("simdiff"), method="shortgpt", model=tuple(sources))
-    theirs = theirs[theirs["item"] == theirs["model"].map(sources)].assign(origin="published")
-    rows = pick(_measured(chapter, metric="ppl"), method=("block_influence", "dense"))
-    ours = fig.spread(rows, ["model", "method", "layers_removed"]).assign(origin="ours")
-    data = pd.concat([theirs[["origin", "model", "method", "layers_removed", "value"]], ours])
-    names = {name: f"{name} (published)" for name in sources} | _titles(chapter)
-    styles = zip(names.items(), itertools.cycle("os^D"), itertools.cycle(["-", "--", ":", "-."]))
-    cosine = fig.METHODS["block_influence"].color
-    looks = {name: fig.Method(title, cosine, marker, line, name in sources) for (name, title), marker, line in styles}
-    titles = ("published: three 7–8B models, WikiText-2", f"ours: {rows['report_corpus'].iloc[0]}")
-    grid = fig.Panels(data, "origin", titles=titles, height=3.4)
-    for axes, part in grid:
-        fig.lines(axes, part[part["method"] != "dense"], looks, series="model")
-        for value in part.loc[part["method"] == "dense", "value"]:
-            fig.level(axes, value, label="dense, each model")
-        fig.log_scale(axes)
-    note = fig.error_note(ours[ours["method"] != "dense"])
-    return grid.done(rows, x="layers removed", y="perplexity (log scale)", note=note, published=[PUBLISHED])
+    """Perplexity of the cosine rule against layers removed: published for Llama-2-7B, ours for all."""
+    return _perplexity(chapter, "fig1", "Llama-2-7B", list(_titles(chapter)), ["block_influence", "random", "deepest"])
 
 
 @figure("simdiff_fig2_importance", reads=READS, models=0)
 def fig2_importance(chapter: Chapter) -> Drawing:
     """Importance of every layer: the published schematic, and the two ingredients of SimDiff's score; removed layers pale."""
-    name = chapter.models("selection")[0]
+    name = _rows(chapter)["model"].iloc[0]
     scores = pick(chapter.table("statistics"), model=name, corpus=chapter["calibration"])
     rows = pick(scores, metric=["block_influence", "mssd"], tokens="all")
     theirs = pick(published("simdiff"), item="fig2").reset_index(drop=True).rename_axis("layer").reset_index()
@@ -86,7 +68,7 @@ def fig2_importance(chapter: Chapter) -> Drawing:
     ours = fig.spread(rows, ["metric", "layer"]).rename(columns={"metric": "score"})
     ours["removed"] = ours.groupby("score")["value"].rank(method="first") <= k
     data = pd.concat([theirs[["score", "layer", "value", "removed"]], ours])
-    titles = ("published: schematic", *[f"ours: {fig.SHORT.get(name, name)}, K = {k}"] * 2)
+    titles = ("published: schematic", "ours: the cosine rule", "ours: the difference")
     looks = (replace(fig.METHODS["simdiff"], hollow=True), fig.METHODS["block_influence"], fig.METHODS["simdiff_mssd"])
     labels = ("importance (unit not stated)", "1 − cosine (log)", "squared difference (log)")
     grid = fig.Panels(data, "score", titles=titles, height=2.6)
@@ -97,7 +79,8 @@ def fig2_importance(chapter: Chapter) -> Drawing:
             fig.log_scale(axes)
     note = f"error bars: min–max of {rows['seed'].nunique()} calibration draws; pale: the {k} lowest ({count} published)"
     tokens = pick(scores, metric="mssd").pivot_table("value", "layer", "tokens", "median").eval("all / without_first - 1")
-    text = f"The first token of each window matters most in layer {tokens.idxmax()}: it raises the MSSD by {tokens.max():.0%}."
+    text = f"The first token of each window matters most in layer {tokens.idxmax()}: "
+    text += f"with it the MSSD is {1 + tokens.max():.1f} times as large."
     return grid.done(rows, x="layer", note=note, text=text, published=[PUBLISHED])
 
 
@@ -114,18 +97,21 @@ def fig4b_alpha_masd(chapter: Chapter) -> Drawing:
 
 
 def _alpha_map(chapter: Chapter, item: str, method: str) -> Drawing:
-    name, sizes = chapter.models("selection")[0], _sizes(chapter)
-    where = {"calibration": chapter["calibration"], "calibration_seed": 0, "metric": "accuracy"}
-    where["layers_removed"] = [size for size in sizes if size >= 8] or sizes
+    sizes = [size for size in _sizes(chapter) if size >= 8] or _sizes(chapter)
+    where = {"calibration": chapter["calibration"], "calibration_seed": 0, "metric": "accuracy", "layers_removed": sizes}
+    name = _rows(chapter)["model"].iloc[0]
     rows = _rows(chapter, "path", model=name, method=method, **where)
     parts = [pick(published("simdiff"), item=item)[["layers_removed", "alpha", "value"]].assign(origin="published")]
     for k, path in rows.sort_values("alpha_low").groupby("layers_removed"):
-        alphas = np.round(0.1 * np.arange(1, 11), 1)
+        alphas = np.round(0.1 * np.arange(11), 1)
         steps = np.searchsorted(path["alpha_high"], alphas)  # the first interval that reaches up to each alpha
         values = 100 * path["value"].to_numpy()[steps]
         parts.append(pd.DataFrame({"layers_removed": k, "alpha": alphas, "value": values, "origin": "ours"}))
     data = pd.concat(parts).assign(all="")
-    titles = ("published: Llama-3.1-8B", f"ours: {_titles(chapter)[name]}, {rows['report_corpus'].iloc[0]}")
+    titles = (
+        "published: Llama-3.1-8B, 8 tasks",
+        f"ours: {_titles(chapter)[name]}, next token of {fig.text_title(rows['report_corpus'].iloc[0])}",
+    )
     grid = fig.Panels(data, "all", "origin", titles=[""], height=2.15)
     for (axes, part), title, label in zip(grid, titles, ("mean of 8 tasks, %", "next token, %"), strict=True):
         cells = part.pivot(index="layers_removed", columns="alpha", values="value").astype(float)
@@ -136,74 +122,77 @@ def _alpha_map(chapter: Chapter, item: str, method: str) -> Drawing:
     return Drawing(grid.figure, data.drop(columns="all"), rows, published=[PUBLISHED])
 
 
-@figure("simdiff_fig5a_perplexity", reads=READS, models=("mistral-7b", 0))
+@figure("simdiff_fig5a_perplexity", reads=CHOICES, models=("mistral-7b", 0))
 def fig5a_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Mistral-7B, ours for a Mistral or the first model."""
-    return _perplexity(chapter, "fig5a", "Mistral-7B-v0.3", 0)
+    return _perplexity(chapter, "fig5a", "Mistral-7B-v0.3", list(_titles(chapter))[:1], [*COMPARED, "random"])
 
 
-@figure("simdiff_fig5b_perplexity", reads=READS, models=("llama-3.1", -1))
+@figure("simdiff_fig5b_perplexity", reads=CHOICES, models=("llama-3.1", -1))
 def fig5b_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Llama-3.1-8B, ours for the same model or the last one."""
-    return _perplexity(chapter, "fig5b", "Llama-3.1-8B", -1)
+    return _perplexity(chapter, "fig5b", "Llama-3.1-8B", list(_titles(chapter))[-1:], [*COMPARED, "random"])
 
 
-def _perplexity(chapter: Chapter, item: str, model: str, otherwise: int) -> Drawing:
-    names = chapter.models("selection")
-    name = next((name for name in names if model.rsplit("-", 1)[0].lower() in name.lower()), names[otherwise])
-    theirs = pick(published("simdiff"), item=item).replace({"method": {"shortgpt": "block_influence"}})
-    exact = _measured(chapter, search="exact", metric="ppl", model=name, method=SIMDIFF)
-    rows = _measured(chapter, metric="ppl", model=name, method=["dense", "random", *COMPARED])
-    ours = [fig.spread(part, ["search", "method", "layers_removed"]) for part in (rows, exact)]
-    data = pd.concat([theirs.assign(origin="published"), *ours]).fillna({"origin": "ours"})
-    data = data[["origin", "search", "method", "layers_removed", "value", "low", "high", "n"]]
-    titles = (f"published: {model}, WikiText-2", f"ours: {_titles(chapter)[name]}, {rows['report_corpus'].iloc[0]}")
-    grid = fig.Panels(data, "origin", titles=titles, height=3.6)
+def _perplexity(chapter: Chapter, item: str, model: str, names: list[str], methods: list[str]) -> Drawing:
+    """A published curve beside ours: a panel for each model; if one of ours is the published model, it alone."""
+    names = [name for name in _titles(chapter) if model.rsplit("-", 1)[0].lower() in name.lower()] or names
+    theirs = (
+        pick(published("simdiff"), item=item).replace({"method": {"shortgpt": "block_influence"}}).assign(origin="published")
+    )
+    rows = pd.concat([pick(_choices(chapter, name), method=["dense", *methods]) for name in names])
+    ours = fig.spread(rows.assign(origin=pd.Categorical(rows["model"], names)), ["origin", "method", "layers_removed"])
+    data = pd.concat([theirs, ours])[["origin", "method", "layers_removed", "value", "low", "high", "n"]]
+    grid = fig.Panels(data, "origin", titles=[f"published: {model}", *names], height=3.3, sharey=True)
     for axes, part in grid:
         fig.log_scale(axes)
         kind = {"hollow": True, "line": "--"} if "published" in set(part["origin"]) else {}
-        looks = {method: replace(fig.METHODS[method], **kind) for method in ("dense", "random", *COMPARED)}
-        fig.lines(axes, part[part["search"] != "exact"], looks, dodge=0.15)
-        best = part[part["search"] == "exact"]
-        if len(best):
-            axes.plot(best["layers_removed"], best["value"], "k*", markersize=6, zorder=3, label="exact alpha")
+        fig.lines(axes, part, {method: replace(look, **kind) for method, look in fig.METHODS.items()}, dodge=0.15)
+        axes.set_ylim(top=3 * data.loc[data["method"] != "random", "value"].max())
         fig.log_scale(axes)
-    note = f"{fig.error_note(pick(data, method=COMPARED, origin='ours'))}; dashed, hollow: published"
-    used = _rows(chapter, model=name, metric="ppl")
-    medians = _measured(chapter, metric="ppl", model=name).pivot_table("value", "layers_removed", "method", "median")
-    random = medians.index[medians["random"] < medians["block_influence"]].tolist()
-    deepest = medians.index[medians["deepest"] < medians[COMPARED].min(axis=1)].tolist()
-    text = f"{name}, medians: random layers have a lower perplexity than the cosine rule at K in {random}, "
-    text += f"the deepest layers a lower one than all rules here at K in {deepest}."
-    labels = {"x": "layers removed", "y": "perplexity (log scale)", "note": note, "text": text}
-    return grid.done(used, **labels, published=[PUBLISHED])
+    medians = rows.pivot_table("value", ["model", "layers_removed"], "method", "median", sort=False).drop(index=0, level=1)
+    asked = [rule for rule in methods[1:] if rule in SIMDIFF] or methods[1:]
+    told, total = [], len(set(rows["layers_removed"]) - {0})
+    for rule in asked:
+        less = (medians[rule] - medians[methods[0]]).groupby("model", sort=False)
+        counts = [f"{(one < 0).sum()}{f' (equal at {(one == 0).sum()})' if (one == 0).any() else ''}" for _, one in less]
+        told.append(f"{fig.METHODS[rule].title.split('(')[-1].strip(')')} {' and '.join(counts)}")
+    title = f"Better than cosine at how many of {total} K? {', '.join(told)}"
+    draws = rows.groupby("method")["calibration_seed"].nunique().max()
+    text = fig.text_title(rows["report_corpus"].iloc[0])
+    note = f"ours on {text}: median and min–max of {draws} calibration draws; hollow: published"
+    note += "; alpha: the exact best" if asked != methods[1:] else ""
+    return grid.done(rows, x="layers removed", y="perplexity (log scale)", title=title, note=note, published=[PUBLISHED])
 
 
 @figure("own_fair_test", reads=READS)
 def fair_test(chapter: Chapter) -> Drawing:
-    """SimDiff's loss minus the cosine rule's: the paper's protocol, and scores, alpha and report from three texts."""
-    parts, looks = [], {}
-    for method, (protocol, (scores, text, search, line)) in itertools.product(SIMDIFF, PROTOCOLS.items()):
-        rows = _measured(chapter, protocol, metric="nll_over_cosine", method=method)
-        title = f"{fig.METHODS[method].title}, {protocol}"
-        looks[title] = replace(fig.METHODS[method], title=title, line=line, hollow=line != "-")
-        told = {"calibration": chapter[scores], "alpha_text": chapter[text], "search": search, "protocol": protocol}
-        parts.append(rows.assign(line=title, **told))
-    rows = pd.concat(parts)
-    data = fig.spread(rows, ["model", "line", "method", "protocol", "calibration", "alpha_text", "search", "layers_removed"])
-    grid = fig.Panels(data, "model", titles=_titles(chapter), height=3.4, sharey=True)
+    """SimDiff's loss minus the cosine rule's for every K, by search of alpha; scores, alpha and report from different texts."""
+    scored = pick(chapter.table("selection"), run_part="simdiff", calibration=chapter["fair_calibration"])
+    rows = pick(scored, metric="nll_over_cosine", method=SIMDIFF, alpha_corpus=chapter["fair_alpha_text"])
+    rows["report"] = rows["model"].map(lambda name: fig.SHORT.get(name, name)) + ", " + rows["corpus"].map(fig.text_title)
+    rows["line"] = rows["method"].map(lambda name: fig.METHODS[name].title) + ", " + rows["search"]
+    data = fig.spread(rows, ["role", "report", "line", "method", "search", "layers_removed"])
+    lines = sorted(rows["line"].unique(), reverse=True)
+    grid = fig.Panels(data, "report", height=0.25 * len(lines) + 1.3, sharey=True)
     for axes, part in grid:
-        fig.level(axes, 0, "cosine (block influence)", fig.METHODS["block_influence"].color, "-")
-        fig.lines(axes, part, looks, series="line", dodge=0.06)
-    better = pick(data, protocol="fair test").assign(better=lambda one: one["value"] < 0)
-    better = better.groupby(["model", "method"], sort=False)["better"].agg(["sum", "size"])
-    counts = [f"{model}, {fig.METHODS[method].title}: {k} of {n}" for (model, method), k, n in better.itertuples()]
-    keys = ["model", "layers_removed", "method", "calibration", "calibration_seed", "alpha_corpus"]
-    searches = _rows(chapter, metric="nll", method=SIMDIFF).pivot_table("alpha_nll", keys, "search").eval("ternary - exact")
-    text = f"K better than cosine in the fair test (medians): {'; '.join(counts)}. Ternary search missed the best alpha in "
-    text += f"{(searches > 1e-12).sum()} of {len(searches)} searches, by up to {searches.max():.2f} nats."
-    labels = {"x": "layers removed", "y": "nats per token, minus cosine", "note": fig.error_note(data), "text": text}
-    return grid.done(rows, **labels, keep=list(data.columns.drop("line")))
+        axes.axvline(0, color=fig.METHODS["block_influence"].color)
+        for line, one in part.groupby("line"):
+            look, place = fig.METHODS[one["method"].iloc[0]], lines.index(line)
+            axes.plot(one["value"], [place] * len(one), look.marker, color=look.color, alpha=0.5)
+            axes.plot([one["value"].mean()], [place], "k|", markersize=16)
+        fig.titled_rows(axes, lines)
+    mean = data[(data["report"] == data["report"].iloc[0]) & (data["method"] == SIMDIFF[0])].groupby("search")["value"].mean()
+    title = f"MSSD minus cosine, mean over K: {mean['exact']:+.2f} nats with exact alpha, {mean['ternary']:+.2f} with ternary"
+    keys = ["model", "layers_removed", "method", "calibration_seed"]
+    missed = pick(scored, metric="nll", method=SIMDIFF, role="choice", alpha_corpus=chapter["fair_alpha_text"])
+    missed = missed.pivot_table("alpha_nll", keys, "search").eval("ternary - exact")
+    path = pick(scored, role="path").groupby(keys)["removed_layers"].nunique()
+    text = f"Ternary search missed the best alpha in {(missed > 1e-12).sum()} of {len(missed)} searches, by up to "
+    text += f"{missed.max():.2f} nats. Between alpha = 0 and 1 a rule chooses {path.min()} to {path.max()} sets of layers, "
+    text += f"{path.median():.0f} in the median."
+    note = "dots: one K each, median of the calibration draws; bar: mean of the K; left of the line: better than cosine"
+    return grid.done(rows, x="loss minus the cosine rule's (nats/token)", note=note, text=text, title=title)
 
 
 BOTH = dict.fromkeys(("committed", "live"), ("statistics", "selection"))
@@ -250,7 +239,7 @@ def live_vs_committed(chapter: Chapter) -> Drawing:
     return grid.done(pd.concat([rows, live, committed]), x="layers removed", note=note, text=text)
 
 
-TASKS = {"tasks": ("tables", "nlu"), "selection": ("rules",), "statistics": None}
+TASKS = {"tasks": ("nlu", "tables", "items", "more_sizes", "full")}
 
 
 def _printed(item: str) -> pd.DataFrame:
@@ -268,65 +257,44 @@ def _printed(item: str) -> pd.DataFrame:
     return table.reset_index().dropna(axis=1, how="all")
 
 
-def _ours(chapter: Chapter, names: list[str], sizes: list[int], part: str) -> pd.DataFrame:
-    """Our rows: accuracy of each task in percent, the average, its interval, RP, perplexity, and p against the cosine rule."""
-    scores = pick(chapter.table("tasks"), run_part=part, model=names, size=(0, *sizes), method=tuple(fig.METHODS))
-    losses = pick(chapter.table("selection"), run_part="rules", metric="nll", role="choice")
-    losses = pick(losses, calibration_seed=losses["calibration_seed"].min())
-    losses = losses.groupby(["model", "method", "layers_removed"])["value"].first()
-    titles = {method: OUR_TITLES.get(method, look.title) for method, look in fig.METHODS.items()}
+def _ours(scores: pd.DataFrame) -> pd.DataFrame:
+    """Our rows: accuracy of each task in percent, the average, its interval, RP, and p against the cosine rule."""
+    titles = {method: look.title for method, look in fig.METHODS.items()} | OUR_TITLES
     scores["order"] = scores["method"].map(list(fig.METHODS).index)
     lines, dense = [], {}
     for (name, size, _, method), rows in scores.groupby(["model", "size", "order", "method"]):
         value, accuracy = 100 * rows.groupby("metric")["value"].first(), pick(rows, metric="acc").set_index("task")["value"]
         tests = rows.loc[rows["metric"] == "over_cosine", "mcnemar_p"].dropna()
-        sets = pick(scores, model=name, size=size, metric="average").set_index("method")["removed_layers"].sort_index()
-        alike = [titles[other] for other in sets.index if size and other != method and sets[other] == sets[method]]
-        line = {"model": name, "method": titles[method], "K": size, "ppl": np.exp(losses.get((name, method, size), np.nan))}
+        line = {"model": name, "method": titles[method], "K": size}
         line |= (100 * accuracy).rename(lambda task: task.removeprefix("pydocs_")).to_dict()
         line |= {"AVG": value["average"], "low": value["average_low"], "high": value["average_high"]}
         line["RP"] = 100 * line["AVG"] / dense.setdefault(name, line["AVG"])
         line["p v. cosine"] = min(1.0, tests.min() * len(tests)) if len(tests) else None
-        lines.append({**line, "same layers as": ", ".join(alike) or None})
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
-def _table(chapter: Chapter, item: str, names: list[str], sizes: list[int], part: str = "tables") -> Drawing:
-    theirs, ours = _printed(item), _ours(chapter, names, sizes, part)
+def _table(chapter: Chapter, item: str, count: int | None) -> Drawing:
+    """A published table and ours, of the `count` numbers of layers that are nearest to a quarter of the model."""
+    part = TASKS["tasks"][:1] if item == "table1" and "nlu" in set(chapter.table("tasks")["run_part"]) else TASKS["tasks"][1:]
+    rows = pick(chapter.table("tasks"), run_part=part, method=tuple(fig.METHODS))
+    # Of one set of layers the run of most items counts; the one without a limit has all.
+    rows = rows.sort_values("limit", kind="stable").drop_duplicates(["model", "method", "size", "task", "metric"], keep="last")
+    sizes = (rows.drop_duplicates("size").set_index("size")["fraction"].dropna() - 0.25).abs().sort_values().index[:count]
+    theirs, ours = _printed(item), _ours(pick(rows, size=(0, *sizes)))
     both = pd.concat([theirs.assign(origin="published"), ours.assign(origin="ours")]).dropna(axis=1, how="all")
-    digits = dict.fromkeys(ours.columns, 1) | {"p v. cosine": 3, "ppl": 2}
+    digits = dict.fromkeys(ours.columns, 1) | {"p v. cosine": 3}
     text = f"**Published**\n\n{markdown(theirs)}\n\n**Ours**\n\n{markdown(ours, digits=digits)}"
-    return Drawing(None, both, pick(chapter.table("tasks"), run_part=part, model=names), text, [PUBLISHED])
-
-
-def _task_sizes(chapter: Chapter, fraction: float | int = 0) -> list[int]:
-    """Every K of the tasks, those nearest to this fraction of the first model's layers first."""
-    layers = pick(chapter.table("statistics"), model=chapter.models("selection")[0])["layer"].max() + 1
-    sizes = pick(chapter.table("tasks"), run_part="tables")["size"].astype(int).unique()
-    return sorted(sizes[sizes > 0].tolist(), key=lambda size: abs(size - fraction * layers))
+    return Drawing(None, both, rows, text, [PUBLISHED])
 
 
 @figure("simdiff_table1_quarter", reads=TASKS, models=0)
 def table1_quarter(chapter: Chapter) -> Drawing:
     """Tasks with a quarter of the layers removed: the paper's ten where the profile has them (part `nlu`)."""
-    part = "nlu" if "nlu" in set(chapter.table("tasks")["run_part"]) else "tables"
-    return _table(chapter, "table1", chapter.models("selection")[:1], _task_sizes(chapter, 0.25)[:1], part)
-
-
-@figure("simdiff_table2_fifth", reads=TASKS, models=0)
-def table2_fifth(chapter: Chapter) -> Drawing:
-    """Tasks with about a fifth of the layers removed."""
-    return _table(chapter, "table2", chapter.models("selection")[:1], _task_sizes(chapter, 0.2)[:3])
+    return _table(chapter, "table1", 1)
 
 
 @figure("simdiff_table3_layers_removed", reads=TASKS, models=0)
 def table3_layers_removed(chapter: Chapter) -> Drawing:
     """Tasks for every number of layers removed."""
-    return _table(chapter, "table3", chapter.models("selection")[:1], _task_sizes(chapter))
-
-
-@figure("simdiff_table5_other_models", reads=TASKS)
-def table5_other_models(chapter: Chapter) -> Drawing:
-    """Tasks for the other models of the profile."""
-    names, sizes = chapter.models("selection"), _task_sizes(chapter)
-    return _table(chapter, "table5", names[1:] or names, [size for size in sizes if size >= 8] or sizes)
+    return _table(chapter, "table3", None)

@@ -89,6 +89,11 @@ METHODS = _Methods(
 """The look of every method by name; an unknown name raises FigureError listing the known ones."""
 
 
+def text_title(name: str) -> str:
+    """A text as its authors write it; one that has no such name by its own."""
+    return {"wikitext2": "WikiText-2", "c4": "C4", "alpaca": "Alpaca"}.get(name, name)
+
+
 def use_style() -> None:
     """The style of all figures, for the rest of the session: matplotlib's defaults with `figures.mplstyle` on top."""
     plt.style.use(["default", Path(__file__).with_name("figures.mplstyle")])
@@ -144,16 +149,26 @@ class Panels:
             yield axes, self.data[here & (self.data[row] == below) if row else here]
 
     def done(
-        self, rows: pd.DataFrame, *, x: Texts = "", y: Texts = "", note: str = "", keep: Sequence[str] = (), **more: Any
+        self,
+        rows: pd.DataFrame,
+        *,
+        x: Texts = "",
+        y: Texts = "",
+        note: str = "",
+        keep: Sequence[str] = (),
+        title: str = "",
+        **more: Any,
     ) -> Drawing:
         """Label the outer axes (one text, or one per column or row), put the legend under all, and hand over.
 
         rows: of results behind the numbers. note: a line above the legend that says what error bars are. keep: columns of the
-        table that go into the csv, all by default. more: of `Drawing`.
+        table that go into the csv, all by default. title: of the whole figure. more: of `Drawing`.
         """
+        if title:
+            self.figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         for line, texts, name in ((self.grid[-1], x, "xlabel"), (self.grid[:, 0], y, "ylabel")):
             for axes, label in zip(line, itertools.repeat(texts, len(line)) if isinstance(texts, str) else texts, strict=True):
-                axes.set(**{name: label} if label else {})
+                axes.set(**{name: SHORT.get(label, label)} if label else {})
         legend(self.figure, note)
         data = self.data[list(keep)] if len(keep) else self.data.drop(columns=["run", "code"], errors="ignore")
         return Drawing(self.figure, data.dropna(axis=1, how="all"), rows, **more)
@@ -239,6 +254,25 @@ def curve(axes: Axes, data: pd.DataFrame, look: Method, *, x: str = "layers_remo
     axes.errorbar(place, value, yerr=error if error.any() else None, elinewidth=1.0, **look_of | style)
 
 
+def end_labels(axes: Axes, table: pd.DataFrame, looks: Looks = METHODS) -> None:
+    """The title of every line (a column of `table`; the index is x) at its right end, or at the top if it leaves the axes."""
+    top, place = axes.get_ylim()[1], -np.inf
+    for name, line in table.ffill().sort_values(table.index[-1], axis=1).items():
+        title, inside = looks[name].title.split(" (")[0], line[line <= top]
+        style = {
+            "color": "#666666" if name == "random" else looks[name].color,
+            "fontsize": 10,
+            "textcoords": "offset points",
+            "va": "center",
+        }
+        if len(inside) == len(line.dropna()):
+            place = max(line.iloc[-1], place + 0.055 * top)
+            axes.annotate(title, (line.index[-1], place), xytext=(9, 0), **style)
+        else:
+            text = f"{title}: {line.iloc[-1]:.1f} at {line.index[-1]}"
+            axes.annotate(text, (line.index[len(inside)], 0.97 * top), xytext=(5, 0), **style)
+
+
 def random_band(axes: Axes, data: pd.DataFrame, *, x: str = "layers_removed", below: float | int, label: str = "") -> None:
     """Randomly removed layers as a line (`value`) and a band (`low` to `high`); the axis ends a little above `below`."""
     look, data = METHODS["random"], data.sort_values(x)
@@ -251,7 +285,7 @@ def random_band(axes: Axes, data: pd.DataFrame, *, x: str = "layers_removed", be
     if data["high"].max() > 1.15 * below:
         axes.set_ylim(bottom, 1.15 * below)
         place = {"xycoords": "axes fraction", "va": "top", "color": "#666666", "fontsize": 8}
-        axes.annotate(f"band goes up to {data['high'].max():,.1f}", (0.03, 0.97), **place)
+        axes.annotate(f"band goes up to {data['high'].max():,.4g}", (0.03, 0.97), **place)
 
 
 def level(axes: Axes, value: float | int, label: str = "dense", color: str = "black", line: str = ":") -> None:
@@ -298,7 +332,7 @@ def layer_bars(axes: Axes, data: pd.DataFrame, look: Method) -> None:
     for bar, gone in zip(bars, data.get("removed", itertools.repeat(False)), strict=False):
         bar.set_alpha(0.3 if gone else None)
     axes.set_xlim(data["layer"].min() - 0.7, data["layer"].max() + 0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.grid(visible=False, axis="x")
 
 
