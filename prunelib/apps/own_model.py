@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelib import models, text
+from prunelib.apps import publishing
 from prunelib.criteria import ABLATIONS, BLOCK_CRITERIA, CRITERIA, collect
 from prunelib.depth import LayerSet, LayerSetLoss, greedy, lowest, lowest_block
 from prunelib.depth.repair import METHODS as REPAIRS
@@ -61,11 +62,16 @@ def layers_to_remove(model: PreTrainedModel, keep: float | int, of: str = "layer
     return size
 
 
-def check(method: str, repair: str, folder: Path) -> str:
-    """`check_method`, after a refusal (ValueError) of a folder in use and of an unknown repair."""
+def check(method: str, repair: str, folder: Path, push_to: str | None = None) -> str:
+    """What `check_method` says, once nothing else is wrong.
+
+    Raises ValueError for a folder in use and an unknown method or repair, and as `publishing.check`.
+    """
     check_folder(folder)
     if repair not in ("none", *REPAIRS):
         raise ValueError(f"no repair {repair!r}; there are: none, {', '.join(REPAIRS)}")
+    if push_to:
+        publishing.check(push_to)
     return check_method(method)
 
 
