@@ -159,3 +159,13 @@ def test_the_notebook_draws_static_pictures_of_any_model(tmp_path):
     assert {row["size"] for row in rows if row["method"] == "progress"} == {1, 2, 3}
     value = {row["metric"]: row["value"] for row in rows if row["method"] == "simdiff_mssd"}
     assert value["dense_nll"] > 0
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_on_any_model(tmp_path):
+    place = write_project(tmp_path, n_layers=6, words=drawn_words(60))
+    values = {"model": str(place / "model"), "corpus": str(place / "text.txt"), "prompt": "w1 w2", "layers_removed": 2}
+    values |= {"n_samples": 4, "report_windows": 4, "seq_len": 16, "pruned_folder": str(place / "pruned")}
+    rows = read_run(run_notebook("notebooks/00_quickstart.ipynb", place / "run.json", **values))["rows"]
+    assert {row["method"] for row in rows} == {"dense", "block_influence", "simdiff_mssd", "random"}
+    assert len(json.loads((place / "pruned" / "plan.json").read_text())["removed"]) == 2

@@ -183,10 +183,9 @@ def numbers_of(chapter: Chapter, reads: Iterable[str], rows: pd.DataFrame) -> st
     values, live = [chapter.parameters.get(name) for name in reads], chapter.parameters.get("live")
     folders = {live if isinstance(at, list) else str(Path(at).parent) if at.endswith(".csv") else at for at in values if at}
     committed, names = sorted(folders - {live}), rows.get("model", [chapter.parameters.get("model")])
-    parts = [", ".join(model_title(name) for name in pd.Series(names, dtype=object).dropna().unique())]
-    parts += ["live run"] if live in folders or not folders else []
-    parts += [f"committed results ({', '.join(committed)})"] if committed else []
-    return "; ".join(filter(None, parts))
+    models = ", ".join(model_title(name) for name in pd.Series(names, dtype=object).dropna().unique())
+    run = "live run" if live in folders or not folders else ""
+    return "; ".join(filter(None, [models, run, f"committed results ({', '.join(committed)})" if committed else ""]))
 
 
 def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
