@@ -48,7 +48,7 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(file, model, vocabulary, *, architecture="llama", tokens=True, parts=0, drop=None):
+def write(file, model, vocabulary, *, architecture="llama", tokens=True, parts=0, drop=None, pre="smollm"):
     config, writer = model.config, library.GGUFWriter(file, architecture)
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
@@ -65,7 +65,7 @@ def write(file, model, vocabulary, *, architecture="llama", tokens=True, parts=0
     if tokens:
         state = vocabulary.get_vocab()
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_pre(pre)
         writer.add_token_list(sorted(state, key=state.get))
         writer.add_token_merges([" ".join(pair) for pair in merges(vocabulary)])
         writer.add_bos_token_id(0)
@@ -149,6 +149,7 @@ def no_gguf(file):
         ({}, no_gguf, r"bad\.gguf is not a GGUF file"),
         ({"architecture": "gemma3n"}, None, r"architecture 'gemma3n'.*safetensors"),
         ({"tokens": False}, None, r"no tokenizer"),
+        ({"pre": "next-year"}, None, r"splits text as 'next-year', which transformers .* does not know"),
         ({"parts": 3}, None, r"one of 3 parts.*--merge"),
         ({"drop": "1.ffn_up"}, None, r"1 missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
     ],

@@ -23,7 +23,10 @@ from prunelib import io
 from prunelib.models.loading import CheckpointError, from_files
 from prunelib.models.saving import save
 
-WANTED = ("general.architecture", "split.count", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
+WANTED = ("general.architecture", "split.count", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
+# Splits (`tokenizer.ggml.pre`) that transformers does not know: single digits first, then as GPT-2; and as GPT-2 alone.
+DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2")
 PERPLEXITY_BOUND = 200.0  # of other files: a wrong import gives thousands, a small model of English below 100
 PASSAGE = (
     "The river rises in the hills and runs south for about two hundred miles before it reaches the sea. In the spring, when "
@@ -130,9 +133,9 @@ def _packaged_file(name: str, packaged: PackagedModel) -> Iterator[Path]:
 
 def _convert(file: Path, folder: Path, sha256: str, bound: float) -> None:
     """Dequantize, check and save in `folder`, complete or not at all."""
-    fields = _metadata(file)
     if not hasattr(transformers, "GgufConfig"):
         raise CheckpointError(f"reading {file.name} needs transformers 5.23 or later; this is {transformers.__version__}")
+    fields = _metadata(file)
     place = {"gguf_file": file.name, "local_files_only": True}
     dequantize = transformers.GgufConfig(dequantize=True)  # else the configuration asks for a quantizer that can't save
     model = from_files(file.parent, dtype=torch.float32, quantization_config=dequantize, **place)
@@ -140,8 +143,7 @@ def _convert(file: Path, folder: Path, sha256: str, bound: float) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **place)
     except Exception as error:  # of many unrelated types
         raise CheckpointError(f"cannot read the tokenizer of {file.name}: {io.first_line(error)}") from error
-    if fields["tokenizer.ggml.pre"] == "smollm":
-        # transformers takes GPT-2's split; this model was trained with single digits split off first.
+    if fields["tokenizer.ggml.pre"] in DIGITS_FIRST:  # where transformers takes GPT-2's split
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -182,6 +184,14 @@ def _metadata(file: Path) -> dict[str, object]:
         )
     if "tokenizer.ggml.tokens" not in found:
         raise CheckpointError(f"{file.name} has no tokenizer (tokenizer.ggml.tokens): take a GGUF file that holds one")
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    split = found.get("tokenizer.ggml.pre")
+    if found.get("tokenizer.ggml.model") == "gpt2" and split not in {*GGUF_PRE_TOKENIZER_SPLITS, *DIGITS_FIRST, *LIKE_GPT2}:
+        raise CheckpointError(
+            f"the tokenizer of {file.name} splits text as {split!r}, which transformers {transformers.__version__} does not "
+            "know: the tokens would be others than the model's. Take a safetensors checkpoint"
+        )
     types = [tensor.tensor_type.name for tensor in reader.tensors]
     weights = " ".join(f"{types.count(kind)} {kind}" for kind in sorted(set(types), key=types.count, reverse=True))
     return {name: found.get(name) for name in WANTED} | {"weights": weights}
