@@ -1,6 +1,5 @@
 """Prune a model of your own: how many layers go, which ones, and what that costs (`notebooks/own_model.ipynb`)."""
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,8 +26,6 @@ from prunelib.text.sequences import TrainingRows
 
 LEVEL = 0.95  # of intervals
 NEW_TOKENS = 24  # of the text that continues the prompt
-# Largest shares of a reported text that may be in a text that is used: of the embedded ones, up to 0.8 % and 34 % are.
-SHARED = {"documents": 0.02, "lines": 0.5}
 SEARCHES = {
     "greedy": ("nll", "SLEB, arXiv 2402.09025: the layer without which the loss is lowest, one after the other"),
     "greedy_kl": ("kl", "the layer without which the predictions stay nearest to the dense model's, one after the other"),
@@ -143,13 +140,7 @@ def read_texts(
         raise ValueError("no text to report: name at least one")
     reported = dict(zip(_labels(report), map(read, report), strict=True))
     seen = {role: read(name) for role, name in used.items()}
-    for (name, one), (role, other) in itertools.product(reported.items(), seen.items()):
-        for unit, most in SHARED.items():
-            share = _shared(one, other, unit)
-            if share > most:
-                raise ValueError(
-                    f"{share:.0%} of the reported text {name} are {unit} of the text of {role}: report another text or split"
-                )
+    text.check_held_out(reported, seen)
     return reported, seen
 
 
@@ -161,17 +152,6 @@ def _labels(names: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     raise ValueError(f"report_texts={list(names)}: one of them is named twice")
-
-
-def _shared(one: text.Corpus, other: text.Corpus, unit: str) -> float:
-    """The share of the characters of a text that are in documents, or in lines, that another text has as well."""
-
-    def pieces(corpus: text.Corpus) -> list[str]:
-        whole = corpus.documents if unit == "documents" else "\n".join(corpus.documents).splitlines()
-        return [" ".join(piece.split()) for piece in whole]
-
-    known, mine = set(pieces(other)), pieces(one)
-    return sum(len(piece) for piece in mine if piece in known) / max(1, sum(map(len, mine)))
 
 
 def check_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +23,8 @@ DOCUMENT_END = "<|endoftext|>"  # on a line of its own, ends a document of a .tx
 BLANK_LINE = "\n\n"
 COMPRESSIONS: Mapping[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".parquet")
+# Largest shares of a reported text that a text in use may have; unrelated ones have many a line of markup in common.
+SHARED = {"documents": 0.02, "lines": 0.5}
 SPLITS = {"train", "validation", "test", "calibration", "evaluation"}  # words that name files of a folder
 DAMAGED = (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
@@ -109,6 +111,30 @@ def _files(folder: Path, split: str) -> list[Path]:
         known = ", ".join(sorted({*names.values()}))
         raise FileNotFoundError(f"{str(folder)!r} has no file of the split {split!r}, only of {known}")
     return [path for path in files if names[path] == split]
+
+
+def check_held_out(reported: Mapping[str, Corpus], used: Mapping[str, Corpus]) -> None:
+    """Raise ValueError when a reported text, by its name, is one that is used, by its role, in whole or in a good part."""
+    for (name, one), (role, other) in product(reported.items(), used.items()):
+        if {one.name, other.name} <= {*embedded.EMBEDDED} and (one.name, one.split) != (other.name, other.split):
+            continue  # made without documents in common
+        for unit, most in SHARED.items():
+            share = _shared(one, other, unit)
+            if share > most:
+                raise ValueError(
+                    f"{share:.0%} of the reported text {name} are {unit} of the text of {role}: report another text or split"
+                )
+
+
+def _shared(one: Corpus, other: Corpus, unit: str) -> float:
+    """The share of the characters of a text that are in documents, or in lines, that another text has as well."""
+
+    def pieces(corpus: Corpus) -> list[str]:
+        whole = corpus.documents if unit == "documents" else "\n".join(corpus.documents).splitlines()
+        return [" ".join(piece.split()) for piece in whole]
+
+    known, mine = set(pieces(other)), pieces(one)
+    return sum(len(piece) for piece in mine if piece in known) / max(1, sum(map(len, mine)))
 
 
 def _suffix(path: Path) -> str:
