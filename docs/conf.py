@@ -18,7 +18,7 @@ project = "prunelib"
 extensions = ["myst_nb", "sphinx_design"]
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "notebooks/*.ipynb", "*.md", "data/README.md"]
-exclude_patterns = [".*", "build", "data/[!R]*", "figures", "prunelib", "tests"]
+exclude_patterns = [".*", "build", "data/[!R]*", "docs/claims.md", "figures", "prunelib", "tests"]
 suppress_warnings = ["myst.header", "myst.xref_missing"]  # links to folders
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
@@ -73,9 +73,9 @@ def chapter(text, executed):
 
 
 def first_page():
-    """The claims table of the README, with links to the figures in the chapters, and the title and stem of every figure."""
-    claims = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- claims:")[2].partition("<!-- /claims")[0]
-    claims = re.sub(r"\(figures/(\w+)\.\w+\)", r"(#\1)", claims.partition("-->")[2])
+    """The claims, with links to the figures in the chapters, and the title and stem of every figure."""
+    claims = (ROOT / "docs/claims.md").read_text(encoding="utf-8").partition("<!-- claims:")[2].partition("<!-- /claims")[0]
+    claims = re.sub(r"\(\.\./figures/(\w+)\.\w+\)", r"(#\1)", claims.partition("-->")[2])
     figures = []
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

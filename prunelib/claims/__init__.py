@@ -1,7 +1,7 @@
-"""What does a paper say, and what do the tables say to it? `published` and `measures` of each paper have an entry per claim."""
+"""What does a paper say, and what do the tables say to it? `measures` of each paper has an entry per claim."""
 
 from prunelib.claims.judge import PRINTED, ClaimError, Tables, load, pick
-from prunelib.claims.table import BEGIN, END, MARKS, VERDICTS, counts, markdown, number, outcomes
+from prunelib.claims.table import MARKS, VERDICTS, changes, markdown, models, number, outcomes, pipes, summary
 
-__all__ = ["BEGIN", "END", "MARKS", "PRINTED", "VERDICTS", "ClaimError", "Tables", "counts", "load", "markdown"]
-__all__ += ["number", "outcomes", "pick"]
+__all__ = ["MARKS", "PRINTED", "VERDICTS", "ClaimError", "Tables", "changes", "load", "markdown", "models"]
+__all__ += ["number", "outcomes", "pick", "pipes", "summary"]

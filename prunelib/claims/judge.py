@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from prunelib.io import at_root
-from prunelib.lab import runs
+from prunelib.lab import profile, runs
 
 PRINTED = "as printed"  # stands for the model where the paper's own numbers are recomputed
 NAN = float("nan")
 NOTHING = pd.DataFrame(columns=["model", "value", "run", "code"])
-OF_THE_ROW = {"row": "95 % interval of the run, n = {}", "row_quartiles": "quartiles of {} rounds of the run"}
 
 
 class ClaimError(ValueError):
@@ -49,6 +49,12 @@ class Tables:
     parameters: Mapping[str, Any]
     _read: dict[str, pd.DataFrame] = field(default_factory=dict)
 
+    @classmethod
+    def of_profile(cls, path: str | os.PathLike) -> "Tables":
+        """Those that the chapter of the claims has in a profile."""
+        settings = yaml.safe_load(at_root(path).read_text(encoding="utf-8"))
+        return cls(profile.chapter_values(profile.read(settings), "08_claims"))
+
     def __getattr__(self, name: str) -> Any:
         if name not in self.parameters:
             raise AttributeError(f"no table or setting {name!r}; there are: {', '.join(self.parameters)}")
@@ -62,8 +68,8 @@ class Tables:
         return self._read[name]
 
     def code(self, used: Iterable[str]) -> pd.DataFrame:
-        """The given runs with the hash of the library that made each: columns `run` and `code`."""
-        found = pd.concat([table[["run", "code"]] for table in self._read.values()]).drop_duplicates()
+        """The given runs with their model and the hash of the library that made each: columns `run`, `code` and `model`."""
+        found = pd.concat([table[["run", "code", "model"]] for table in self._read.values()]).drop_duplicates()
         return found[found["run"].isin(used)]
 
 
@@ -145,8 +151,8 @@ def measure(
     """The statistic of every model's rows: a line each with `measured`, `low`, `high`, `n`, what the `interval` is, and `runs`.
 
     draws: the column of the random draws; the value is the median over them, the interval goes from the least to the greatest.
-    interval: another one: "bootstrap" (95 % for a mean), "leave_one_out" (least and greatest), "row" or "row_quartiles" (that
-    of the row itself).
+    interval: another one: "bootstrap" (95 % for a mean), "leave_one_out" (least and greatest), "row" (that of the row itself:
+    95 % of task items, quartiles of times).
     """
     found = []
     rows = rows if "model" in rows else rows.assign(model=PRINTED)
@@ -167,13 +173,12 @@ def _with_interval(
             return float(np.median(found)), min(found), max(found), n, f"least and greatest of {len(found)} draws"
         return found[0], NAN, NAN, n, ""
     value = value_of(rows, statistic)
-    if interval in OF_THE_ROW:
+    if interval == "row":
         row = rows.iloc[0]
-        n = int(row["n"]) if np.isfinite(row["n"]) else n
-        return value, float(row["low"]), float(row["high"]), n, OF_THE_ROW[interval].format(n)
+        return value, float(row["low"]), float(row["high"]), int(row["n"]), f"interval of the run, n = {row['n']:.0f}"
     if interval == "leave_one_out" and n > 2:
-        again = [value_of(rows.drop(index), statistic) for index in rows.index]
-        return value, min(again), max(again), n, f"least and greatest with one of {n} values left out"
+        again = [value, *(value_of(rows.drop(index), statistic) for index in rows.index)]
+        return value, min(again), max(again), n, f"least and greatest with at most one of {n} values left out"
     if interval == "bootstrap" and n > 2:
         again = rows["value"].to_numpy(dtype=float)[np.random.default_rng(0).integers(n, size=(2000, n))].mean(axis=1)
         return value, *map(float, np.quantile(again, (0.025, 0.975))), n, f"95 % bootstrap over {n} values"

@@ -114,38 +114,27 @@ def table4_throughput(chapter: Chapter) -> Drawing:
 
 @figure("own_speed_by_layers", reads=SPEED)
 def speed_by_layers(chapter: Chapter) -> Drawing:
-    """Time of a prefill and of a decode step, and their speed-up, by layers removed; the limits, and an A40's numbers."""
+    """Speed-up of a prefill and of a decode step by layers removed, beside the ratio of their limits and an A40's numbers."""
     found = timings(chapter)
-    keys = ["model", "phase", "mode", "setting"]
-    fits = pick(found.rows, role="fit", fitted="seconds").set_index([*keys, "metric"])["value"].unstack().add_prefix("fit_")
-    rows = pick(found.shown, method="layers", phase=list(PHASES)).merge(fits.reset_index(), how="left", on=keys)
-    parts = []
-    for metric, scale in (("seconds", 1000), ("speedup", 1)):
-        names = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high", f"limit_{metric}": "limit"}
-        values = scale * rows[list(names)].rename(columns=names)
-        what = rows["phase"].map({"prefill": "ms per prefill", "decode": "ms per step"}) if metric == "seconds" else "speed-up"
-        parts.append(pd.concat([rows[[*keys, "layers_removed", "run", "code", *fits]], values], axis=1).assign(what=what))
-    paper = _table4_published().assign(what="speed-up", phase="A40", value=lambda one: one["speedup"], model="llama-3.1-8b")
-    if "llama-3.1-8b" in found.titles:
-        parts.append(paper[["model", "phase", "what", "layers_removed", "value"]].astype({"layers_removed": float}))
-    data = pd.concat(parts)
+    names = {"speedup": "value", "speedup_low": "low", "speedup_high": "high", "limit_speedup": "limit"}
+    rows = pick(found.shown, method="layers", phase=list(PHASES)).rename(columns=names)
+    paper = _table4_published().rename(columns=names).assign(phase="A40", model="llama-3.1-8b")
+    keep = ["model", "phase", "mode", "setting", "layers_removed", *names.values()]
+    data = pd.concat([rows[keep], paper.loc[paper["model"].isin(rows["model"]), paper.columns.intersection(keep)]])
     looks = PHASES | {"A40": fig.Method("A40, generation (published)", "#777777", "s", "--", hollow=True)}
     limits = {phase: replace(look, title=f"{phase}, limit", line=":", marker="") for phase, look in PHASES.items()}
-    grid = fig.Panels(data, "model", "what", titles=found.titles, height=2.1, sharex="col")
+    grid = fig.Panels(data, "model", titles=found.titles, height=2.6, sharey=True)
     for axes, part in grid:
         fig.lines(axes, part, looks, series="phase", linewidth=1)
-        bounded = part.dropna(subset="limit").drop(columns=["low", "high"])
-        fig.lines(axes, bounded, limits, y="limit", series="phase")
-        first = part.iloc[0]
-        if first["what"] != "speed-up":
-            slope = f"\n{-1000 * first['fit_slope']:.3g} ms per layer" if pd.notna(first["fit_slope"]) else ""
-            axes.text(0.97, 0.95, first["setting"] + slope, transform=axes.transAxes, ha="right", va="top", fontsize=8)
-            axes.set_ylim(0, 1.25 * part["value"].max())
-    text = data.dropna(subset="fit_slope").drop_duplicates(["model", "phase"])[["model", "phase", "setting", *fits]]
-    text = markdown(text, digits={"fit_slope": 7, "fit_intercept": 5, "fit_r2": 5})
-    note = "in a panel: batch × prompt × new tokens; error bars: quartiles of rounds with all models in turn"
-    labels = {"x": "layers removed", "y": grid.rows, "note": note, "text": text}
-    return grid.done(rows, **labels, published=[PUBLISHED])
+        fig.lines(axes, part.dropna(subset="limit").drop(columns=["low", "high"]), limits, y="limit", series="phase")
+    linear = pick(found.rows, role="fit", fitted="seconds", metric="r2")["value"]
+    share = rows.loc[rows["layers_removed"] > 0, "value"] / rows["limit"]
+    text = (
+        f"Time is linear in the number of layers (R² of a line {linear.min():.3f} or more in all settings). "
+        f"The speed-ups are {share.min():.0%} to {share.max():.0%} of what the limits give."
+    )
+    note = "error bars: quartiles of rounds with all models in turn; limit: the speed-up of the limits"
+    return grid.done(rows, x="layers removed", y=["speed-up"], note=note, text=text, published=[PUBLISHED])
 
 
 @figure("own_table_speed_limits", reads=SPEED)
