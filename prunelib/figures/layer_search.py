@@ -232,6 +232,7 @@ def table_selection(chapter: Chapter) -> Drawing:
     apart = (
         pick(found.regrets, may_be_empty=True, method=APART).groupby([*keys, "layers_removed"])["value"].median().reset_index()
     )
+    apart["method"] = [fig.METHODS[method].title for method in apart["method"]]
     text += f"\n\nLayers merged, or attention and MLP removed apart (regret):\n\n{markdown(apart)}"
     return Drawing(None, numbers, pick(found.rows, role="choice"), text)
 
