@@ -172,17 +172,15 @@ def _correlations(found: Search) -> pd.DataFrame:
 def _sums(found: Search) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sum of the single costs and true cost of all pairs and triples, and how well one predicts the other by model and K."""
     parts, lines = [], []
-    for name, k in itertools.product(found.truth, (3, 2)):
-        losses = found.truth[name]
-        if f"all_k{k}" in losses:
-            single, cost = losses["all_k1"] - found.dense[name], losses[f"all_k{k}"] - found.dense[name]
-            sums = single[np.array(list(itertools.combinations(range(len(single)), k)))].sum(axis=1)
-            one, chosen = pd.DataFrame({"model": name, "K": k, "sum": sums, "cost": cost}), cost[sums.argmin()]
-            line = {"model": name, "K": k, "sets": len(one), "spearman": one["sum"].corr(one["cost"], method="spearman")}
-            lines.append({**line, "rank_of_best_sum": int((cost < chosen).sum()) + 1, "regret": chosen - cost.min()})
+    for name, losses in found.truth.items():
+        single = losses["all_k1"] - found.dense[name]
+        for k in [k for k in (3, 2) if f"all_k{k}" in losses] or [1]:
+            cost, sets = losses[f"all_k{k}"] - found.dense[name], list(itertools.combinations(range(len(single)), k))
+            one = pd.DataFrame({"model": name, "K": k, "sum": single[np.array(sets)].sum(axis=1), "cost": cost})
+            chosen, rank = cost[one["sum"].argmin()], one["sum"].corr(one["cost"], method="spearman")
+            line = {"model": name, "K": k, "sets": len(one), "spearman": rank, "regret": chosen - cost.min()}
+            lines.append({**line, "rank_of_best_sum": int((cost < chosen).sum()) + 1})
             parts.append(one)
-    if not parts:  # only single layers were tried
-        return pd.DataFrame(columns=["model", "K", "sum", "cost"]), pd.DataFrame(columns=["model", "K", "sets"])
     return pd.concat(parts), pd.DataFrame(lines)
 
 

@@ -268,7 +268,7 @@ def _ours(scores: pd.DataFrame) -> pd.DataFrame:
     for (name, size, _, method), rows in scores.groupby(["model", "size", "order", "method"]):
         value, accuracy = 100 * rows.groupby("metric")["value"].first(), pick(rows, metric="acc").set_index("task")["value"]
         tests = rows.loc[rows["metric"] == "over_cosine", "mcnemar_p"].dropna()
-        line = {"model": name, "method": titles[method], "K": size}
+        line = {"model": name, "method": titles[method], "K": size, "items": int(pick(rows, metric="acc")["n"].sum())}
         line |= (100 * accuracy).rename(lambda task: task.removeprefix("pydocs_")).to_dict()
         line |= {"AVG": value["average"], "low": value["average_low"], "high": value["average_high"]}
         line["RP"] = 100 * line["AVG"] / dense.setdefault(name, line["AVG"])
