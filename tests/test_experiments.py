@@ -63,7 +63,7 @@ def test_every_choice_of_every_size_and_the_exact_alpha_is_never_worse(place, st
     found = results.read_run(run_notebook(SELECTION, place / "simdiff.json", **values))["rows"]
     choices = [row for row in found if row["role"] == "choice" and row["layers_removed"]]
     assert {row["method"] for row in choices} == {
-        "block_influence", "relative_magnitude", "deepest", "random", "simdiff_mssd", "simdiff_masd"
+        "block_influence", "relative_magnitude", "deepest", "random", "random_protected", "simdiff_mssd", "simdiff_masd"
     }  # fmt: skip
     assert all(len(row["removed_layers"].split()) == row["layers_removed"] for row in choices)
     gaps = [row for row in choices if row["metric"] == "nll_over_cosine" and row["method"] == "block_influence"]
