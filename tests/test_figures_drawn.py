@@ -73,9 +73,11 @@ MISSING = [  # stem, table, rows that are taken away, what the error names
     ("simdiff_fig2_importance", "statistics", {"metric": "mssd"}, "mssd"),
     ("simdiff_table3_layers_removed", "tasks", {"run_part": "tables"}, "tables"),
     ("own_regret", "optimum_runs", {"experiment": "optimum"}, "profiles/optimum.yaml"),
-    ("own_every_block", "optimum_runs", {"role": "every_block"}, "profiles/optimum.yaml"),
+    ("deeper_layers_fig5_simple_vs_similarity", "blocks", {"role": "every_block"}, "profiles/optimum.yaml"),
     ("deeper_layers_fig2_accuracy", "tasks", {"run_part": "blocks"}, "blocks"),
-    ("dynamic_slicing_fig1_lr", "slicing", {"metric": "layer_redundancy"}, "layer_redundancy"),
+    ("dynamic_slicing_fig1_lr", "statistics", {"metric": "block_influence"}, "block_influence"),
+    ("dynamic_slicing_fig2to7_slice_base", "slicing", {"method": "dynamic"}, "dynamic"),
+    ("own_healing_tokens", "healing", {"recipe": "none"}, "none"),
     ("own_depth_vs_slicing", "selection", {"run_part": "rules"}, "rules"),
 ]
 
@@ -117,10 +119,17 @@ def test_few_functions_between_table_and_picture(chapters, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_one_figure_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "prunelib.figures", "deeper_layers_fig4_heatmap", str(tmp_path), "blocks=data/blocks.csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "prunelib.figures",
+        "deeper_layers_fig1c_distance_curves",
+        str(tmp_path),
+        "blocks=data/pretrained/blocks.csv",
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
-    drawn = pd.read_csv(tmp_path / "deeper_layers_fig4_heatmap.csv")
-    pd.testing.assert_frame_equal(drawn, pd.read_csv(ROOT / "figures/deeper_layers_fig4_heatmap.csv"), rtol=1e-8)
+    drawn = pd.read_csv(tmp_path / "deeper_layers_fig1c_distance_curves.csv")
+    pd.testing.assert_frame_equal(drawn, pd.read_csv(ROOT / "figures/deeper_layers_fig1c_distance_curves.csv"), rtol=1e-8)
     unknown = subprocess.run(
         [*command[:3], "own_nothing", str(tmp_path)], cwd=ROOT, check=False, capture_output=True, text=True
     )

@@ -6,23 +6,26 @@ import numpy as np
 import pandas as pd
 
 from prunelib.figures import style as fig
-from prunelib.figures.save import Chapter, Drawing, figure, pick
+from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
 from prunelib.lab.runs import PUBLISHED, published
 
 CHAPTER = "05_healing"
 READS = {"healing": None, "converged": None}
-BLOCKS = ("angular", "deepest")
-KINDS = {"before": {"line": ":"}, "short": {"hollow": True}, "long": {}}  # budgets of training; `long` ones of a folder
 # Columns that a model before its training and after it have in common, and those that may lack in a table.
-CUT = ["budget", "model", "run", "method", "size", "slice_percentage", "repair"]
+CUT = ["model", "run", "method", "size", "slice_percentage", "repair"]
 OPTIONAL = ("slice_percentage", "healing_corpus", "unique", "trained_modules", "task")
 LOSSES = ["before", "after", "dense"]
+MODELS = [fig.Method("", color, marker) for color, marker in (("#332288", "o"), ("#b07aa1", "s"), ("#44aa99", "^"))]
+LIKE, OTHER = "text as trained on", "another text"
+MAIN = ("choices", "curve", "sizes")  # studies with one recipe and several choices of layers
 # Studies that change one thing of the base case, and what a row of the figure says of it.
 VARIANTS = {
-    "curve": "base: rank {rank:.0f}, rate {learning_rate:g}",
+    "base": "base: rank {rank:.0f}, rate {learning_rate:g}",
     "rank": "rank {rank:.0f}",
     "modules": "modules: {trained_modules} alone",
     "recipe": "recipe: {recipe}",
+    "distillation": "recipe: {recipe}",
+    "qlora": "recipe: {recipe}",
     "rate": "learning rate: {learning_rate:g}",
     "seed": "seed {healing_seed:.0f}",
     "data": "text: {healing_corpus}{copies}",
@@ -33,199 +36,204 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Healings:
-    """The healing runs of a chapter: `short` ones of the profile, and `long` ones where it names a folder of them.
+    """The healing runs of a chapter.
 
-    rows: all rows. healed: one line per trained model and text, with the loss `before` and `after` and the `dense` model's, in
-    nats per token, and the share `recovered`. base: the case that every ablation changes one thing of. longest: the budget of
-    the longest training. texts: the held-out texts, first the one that is like the training text.
+    rows: all rows; `where` says of a held-out text whether it is like the training text. healed: one line per trained model
+    and text, with the loss `before` and `after` and the `dense` model's, in nats per token, and the share `recovered`. base:
+    the case that every ablation changes one thing of, for the models that have ablations.
     """
 
     rows: pd.DataFrame
     healed: pd.DataFrame
     base: pd.DataFrame
-    longest: str
-    texts: list[str]
 
-    @property
     def titles(self) -> dict[str, str]:
-        """The titles of the texts."""
-        return {text: f"{text}, {'as' if text == self.texts[0] else 'not'} trained on" for text in self.texts}
-
-    def tokens(self, budget: str) -> str:
-        """A budget in words, by the tokens of its longest training; "before" stays as it is."""
-        if budget == "before":
-            return budget
-        count = self.rows.loc[(self.rows["budget"] == budget) & (self.rows["recipe"] != "none"), "tokens"].max()
-        return f"{count / 1e6:.1f}M tokens" if count >= 1e6 else f"{count / 1e3:.0f}k tokens"
+        """The two kinds of held-out text, with their names."""
+        texts = self.base.groupby("where")["text"].unique()
+        return {where: f"{where} ({', '.join(names)})" for where, names in texts.items()}
 
     def looks(self) -> dict[str, fig.Method]:
-        """The look of every model and budget, as "model budget"."""
-        found = {}
-        for name, method in zip(self.rows["model"].unique(), ("block_influence", "simdiff_mssd", "simdiff_masd"), strict=False):
-            for budget in self.rows["budget"].unique():
-                title = f"{name}, {self.tokens(budget)}"
-                found[f"{name} {budget}"] = replace(fig.METHODS[method], title=title, **KINDS[budget])
+        """The look of every model, with the tokens of its trainings."""
+        tokens, found = self.rows.groupby("model", sort=False)["tokens"].max() / 1e6, {}
+        for (name, count), look in zip(tokens.items(), MODELS, strict=False):
+            found[name] = replace(look, title=f"{fig.SHORT.get(name, name)}, {count:.2g}M tokens")
         return found
 
 
 def healings(chapter: Chapter) -> Healings:
-    """The tables of a chapter as `Healings`. Budgets differ in their windows: each is compared with its own dense model."""
-    parts = {"short": chapter.table("healing")}
+    """The tables of a chapter as `Healings`; of a model in both tables the longer trainings, those of `converged`."""
+    rows = chapter.table("healing")
     if chapter["converged"] is not None:
-        parts["long"] = pick(chapter.table("converged"), experiment="healing").dropna(axis=1, how="all")
-    rows = pd.concat([part.assign(budget=budget) for budget, part in parts.items()], ignore_index=True)
+        longer = pick(chapter.table("converged"), experiment="healing").dropna(axis=1, how="all")
+        rows = pd.concat([rows[~rows["model"].isin(longer["model"])], longer], ignore_index=True)
     rows = rows.assign(**{column: np.nan for column in OPTIONAL if column not in rows})
     rows["study"] = rows["run_part"].str.split("_").str[0]  # curve, rank, recipe, …
-    rows["kind"] = rows["budget"].where(rows["recipe"] != "none", "before")
+    trained_on = rows[rows["study"].isin(MAIN)].groupby("model")["healing_corpus"].first()
+    rows["where"] = np.where(rows["text"] == rows["model"].map(trained_on), LIKE, OTHER)
 
     loss = pick(rows, metric="nll")
-    last = loss["step"] == loss.groupby(["budget", "run"])["step"].transform("max")
+    last = loss["step"] == loss.groupby("run")["step"].transform("max")
     after = loss[(loss["recipe"] != "none") & last].rename(columns={"value": "after"})
     before = pick(loss, recipe="none").rename(columns={"value": "before"})
-    where = ["budget", "model", "text"]
-    dense = pick(before, method="dense").groupby(where)["before"].first().rename("dense").reset_index()
+    place = ["model", "text"]
+    dense = pick(before, method="dense").groupby(place)["before"].first().rename("dense").reset_index()
     before = before.drop_duplicates([*CUT, "text"])[[*CUT, "text", "before"]]
-    healed = after.merge(before, on=[*CUT, "text"], how="left").merge(dense, on=where, how="left")
+    healed = after.merge(before, on=[*CUT, "text"], how="left").merge(dense, on=place, how="left")
     lost = healed["before"] - healed["dense"]
     recovered = ((healed["before"] - healed["after"]) / lost).where(lost > 0.01)
     healed = healed.assign(nats_over_dense=healed["after"] - healed["dense"], recovered=recovered)
-    base = pick(healed, study="curve", method="angular", repair="none")
-    base = base[base["size"] == base["model"].map(pick(healed, study="rank").groupby("model")["size"].max())]
-    return Healings(rows, healed, base, rows["budget"].iloc[-1], list(rows["text"].dropna().unique()))
-
-
-def answers(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy on the tasks: the mean of several where there are several, else that of the one task."""
-    mean = rows[(rows["task"] == "all") & (rows["metric"] == "average")]
-    return mean if len(mean) else rows[rows["task"].notna() & (rows["metric"] == "acc")]
-
-
-def _by_rule(data: pd.DataFrame, found: Healings) -> tuple[pd.DataFrame, dict[str, fig.Method]]:
-    """Numbers with a column `line` for their rule and kind (before, short, long), and the looks of these lines."""
-    looks = {}
-    for method, kind in data[["method", "kind"]].drop_duplicates().itertuples(index=False):
-        title = f"{fig.METHODS[method].title.split(' (')[0]}, {'healed, ' * (kind != 'before')}{found.tokens(kind)}"
-        looks[f"{method} {kind}"] = replace(fig.METHODS[method], title=title, **KINDS[kind])
-    return data.assign(line=data["method"] + " " + data["kind"]), looks
+    case = ["model", "method", "size"]
+    ablated = pick(healed, study="rank", may_be_empty=True)[case].drop_duplicates()
+    base = pick(healed, study=MAIN, repair="none", recipe="lora", may_be_empty=True).merge(ablated, on=case)
+    return Healings(rows, healed, base.drop_duplicates([*case, "text"]))
 
 
 @figure("deeper_layers_fig3_healed_loss", reads=READS)
 def fig3_healed_loss(chapter: Chapter) -> Drawing:
     """Loss over the logarithm of the vocabulary size before and after, against the fraction of layers removed."""
-    found = healings(chapter)
-    rows = pick(found.healed, study="curve", text=found.texts[0])
+    found, keys = healings(chapter), ["model", "method"]
+    rows = pick(found.healed, study=MAIN, where=LIKE, repair="none").drop_duplicates([*keys, "size"])
+    rows = rows[rows.groupby(keys)["size"].transform("size") > 1]
     scales = pick(found.rows, metric="log_vocabulary").groupby("model")["value"].first()
     rows[LOSSES] = rows[LOSSES].div(rows["model"].map(scales), axis=0)
-    data = pick(rows, method=BLOCKS)
-    before = pick(data, budget=found.longest).assign(kind="before", value=lambda one: one["before"])
-    start = before.drop_duplicates(["model", "method"]).assign(fraction=0.0, value=lambda one: one["dense"])
-    lines, looks = _by_rule(pd.concat([start, before, data.assign(kind=data["budget"], value=data["after"])]), found)
-    grid = fig.Panels(lines, "model", height=3.4, sharey=True)
+    start = rows.drop_duplicates(keys).assign(fraction=0.0, before=lambda one: one["dense"], after=lambda one: one["dense"])
+    data = pd.concat([start, rows])
+    titles = {
+        name: f"{fig.SHORT.get(name, name)}\non {fig.text_title(text)}"
+        for name, text in rows.groupby("model")["text"].first().items()
+    }
+    grid = fig.Panels(data, "model", titles=titles, height=3.8, sharey=True, sharex=True)
     for axes, part in grid:
-        fig.level(axes, part["dense"].iloc[0], "dense")
-        fig.lines(axes, part, looks, x="fraction", series="line")
-        trained = pick(rows, model=part["model"].iloc[0], method="dense", budget=found.longest, may_be_empty=True)["after"]
-        for value in trained:
-            fig.level(axes, value, "dense, trained as well", "#888888", "--")
-    grid.data = data
-    keep = ["model", "method", "budget", "tokens", "fraction", "before", "after"]
-    return grid.done(rows, x="layers removed, %", y="loss / log(vocabulary)", keep=keep)
-
-
-@figure("deeper_layers_fig2_healed_accuracy", reads=READS)
-def fig2_healed_accuracy(chapter: Chapter) -> Drawing:
-    """Accuracy on the tasks (95 % interval over their items) and of the next token, before and after."""
-    found = healings(chapter)
-    keys, ends = ["run", "method", "fraction", "recipe"], ["average_low", "average_high"]
-    bounds = pick(found.rows, task="all", metric=ends, may_be_empty=True).set_index([*keys, "metric"])["value"].unstack()
-    bounds = bounds.reindex(columns=ends).set_axis(["low", "high"], axis=1).reset_index()
-    asked = answers(found.rows).merge(bounds, how="left", on=keys).assign(panel="tasks")
-    asked = asked[(asked["study"] == "curve") | (asked["method"] == "dense")]
-    next_token = pick(found.rows, metric="accuracy", text=found.texts[0], study="curve").assign(panel="next token")
-    longest = next_token["budget"] == found.longest
-    last = next_token["step"] == next_token.groupby(["budget", "model", "method"])["step"].transform("max")
-    rows = pd.concat([asked, next_token[np.where(next_token["recipe"] == "none", longest, last)]])
-    rows["title"] = rows["model"] + ", " + rows["panel"]
-    data, looks = _by_rule(pick(rows, method=BLOCKS), found)
-    grid = fig.Panels(data, "title", height=4.0)
-    for axes, part in grid:
-        fig.lines(axes, part, looks, x="fraction", series="line")
-        fig.level(axes, pick(rows, title=part["title"].iloc[0], method="dense", recipe="none")["value"].iloc[0], "dense")
-        if "tasks" in set(part["panel"]):
-            fig.level(axes, 0.25, "chance", "#333333", "--")
-        fig.percent(axes.yaxis)
-    note = "tasks: mean of the tasks, 95 % interval over their items"
-    keep = ["model", "panel", "method", "kind", "fraction", "value", "low", "high", "n"]
-    return grid.done(data, x="layers removed, %", y="accuracy, %", note=note, keep=keep)
+        fig.level(axes, part["dense"].iloc[0])
+        for method, line in part.groupby("method", sort=False):
+            look = replace(fig.METHODS[method], title=f"{fig.METHODS[method].title.split(' (')[0]}, healed")
+            axes.plot(line["fraction"], line["before"], ":", color=look.color, linewidth=1.2)
+            fig.curve(axes, line, look, x="fraction", y="after")
+        axes.plot([], [], ":", color="#555555", label="before healing")
+        fig.percent(axes.xaxis)
+    text = []
+    for name, part in rows.groupby("model", sort=False):
+        straight = [one["fraction"].corr(one["after"]) ** 2 for _, one in data[data["model"] == name].groupby("method")]
+        least, most = part["recovered"].min(), part["recovered"].max()
+        line = f"- {fig.SHORT.get(name, name)}: training wins back {least:.0%} to {most:.0%} of the loss; "
+        line += f"R² of a straight line through the healed losses of a rule: {min(straight):.2f} or more."
+        text.append(line)
+    title = "Loss before and after healing"
+    keep = [*keys, "tokens", "fraction", "before", "after"]
+    return grid.done(rows, x="layers removed, %", y="loss / log(vocabulary)", keep=keep, text="\n".join(text), title=title)
 
 
 @figure("own_healing_tokens", reads=READS)
 def healing_tokens(chapter: Chapter) -> Drawing:
     """Loss over the dense model against the tokens of the training, for every way to choose the layers."""
     found = healings(chapter)
-    rows = pick(found.rows, metric="nll", text=found.texts[0], budget=found.longest, study=("choices", "curve"))
-    dense = pick(rows, method="dense", recipe="none").groupby("model")["value"].first()
-    rows = rows[rows["method"].isin(rows.loc[rows["recipe"] != "none", "method"])]
-    sizes = pick(rows, study="choices").groupby("model", sort=False)["size"].max().astype(int)
-    rows = rows[(rows["size"] == rows["model"].map(sizes)) | (rows["method"] == "dense")]
-    rows = rows.drop_duplicates(["model", "method", "step", "recipe"])
-    data = rows.assign(layers_removed=rows["model"].map(sizes), nats_over_dense=rows["value"] - rows["model"].map(dense))
+    rows = pick(found.rows, metric="nll", study=MAIN, repair="none")
+    unlike = rows.sort_values("where", key=lambda where: where == LIKE, kind="stable").groupby("model")["text"].first()
+    rows = rows[rows["text"] == rows["model"].map(unlike)]  # not the training text, where there is another
+    dense = pick(rows, method="dense", recipe="none", model=list(rows["model"].unique())).groupby("model")["value"].first()
+    rows = rows[rows["method"].isin(rows.loc[rows["recipe"] != "none", "method"]) & (rows["method"] != "dense")]
+    counts = rows.groupby(["model", "size"], sort=False)["method"].nunique().reset_index()
+    sizes = counts.sort_values(["method", "size"]).groupby("model", sort=False)["size"].last()  # where most rules were healed
+    rows = rows[rows["size"] == rows["model"].map(sizes)].drop_duplicates(["model", "method", "step", "recipe"])
+    data = rows.assign(layers_removed=rows["size"].astype(int), nats_over_dense=rows["value"] - rows["model"].map(dense))
     # Where zero tokens are drawn on a logarithmic axis; a method of several sets has its number in its name.
     data["place"] = data["tokens"].clip(lower=data.loc[data["tokens"] > 0, "tokens"].min() / 3)
     looks = {method: replace(fig.METHODS[method.split()[0]], line="-") for method in data["method"].unique()}
-    looks["dense"] = fig.Method("dense, trained as well", "#000000", "")
-    titles = {name: f"{name}, {size} layers removed" for name, size in sizes.items()}
-    grid = fig.Panels(data, "model", titles=titles, height=3.5, sharey=True)
+    texts = data.groupby("model")["text"].first()
+    titles = {
+        name: f"{fig.SHORT.get(name, name)}\nK = {sizes[name]:.0f}, {fig.text_title(texts[name])}" for name in texts.index
+    }
+    grid = fig.Panels(data, "model", titles=titles, height=4.1, sharey=True, sharex=True)
     for axes, part in grid:
         for method, line in part.groupby("method", sort=False):
             fig.curve(axes, line, looks[method], x="place", y="nats_over_dense", markersize=4)
-        axes.axhline(0, color="black", linestyle=":", linewidth=1)
         axes.set_xscale("log")
-    keep = ["model", "method", "layers_removed", "tokens", "nats_over_dense"]
-    return grid.done(rows, x="tokens of training (left end: none)", y="nats per token over dense", keep=keep)
+        fig.log_scale(axes)
+        marks = {data["place"].min(): "0"} | {at: f"{at / 1e6:g}M" for at in (1e5, 1e6) if at < data["tokens"].max()}
+        axes.set_xticks(list(marks), list(marks.values()))
+    keep = ["model", "method", "layers_removed", "text", "tokens", "nats_over_dense"]
+    note = "one training for each line; random layers: one line for each set"
+    first = data[(data["model"] == data["model"].iloc[0]) & (data["recipe"] != "none")]
+    ends = first[first["step"] == first["step"].max()]["nats_over_dense"].agg(["min", "max"])
+    title = "After healing the choices of layers still cost {:.2f} to {:.2f} nats".format(*ends)
+    title += f" ({fig.SHORT.get(first['model'].iloc[0], first['model'].iloc[0])})"
+    labels = {
+        "x": "tokens of training",
+        "y": "extra loss (nats/token, log)",
+        "note": note,
+        "text": _healed_table(found),
+        "title": title,
+    }
+    return grid.done(pd.concat([rows, found.healed]), **labels, keep=keep)
+
+
+def _healed_table(found: Healings) -> str:
+    """In Markdown: the first model's losses before and after on each text, what the dense control gains, and equal choices."""
+    model, times = found.rows["model"].iloc[0], {"start": "before", "nats_over_dense": "after"}
+    rows = pick(found.healed, model=model, study=MAIN, repair="none").drop_duplicates(["method", "size", "text"])
+    rows = rows.assign(start=rows["before"] - rows["dense"], K=rows["size"].astype(int))
+    rows["method"] = rows["method"].replace({method: look.title for method, look in fig.METHODS.items()})
+    control, cut = (rows[(rows["method"] == "dense") == dense] for dense in (True, False))
+    table = cut.pivot(index=["K", "method"], columns="text", values=list(times)).swaplevel(axis=1)
+    table = table[[(text, when) for text in cut["text"].unique() for when in times]]
+    table.columns = [f"{text}: {times[when]}" for text, when in table]
+    parts = [f"Extra loss of {fig.SHORT.get(model, model)}, in nats per token:", markdown(table.reset_index())]
+    gains = ", ".join(f"{-one.nats_over_dense:.2f} nats on {one.text}" for one in control.itertuples())
+    parts += [f"The dense model gains {gains} by the same training."] if gains else []
+    for (size, _), part in cut.groupby(["K", "removed_layers"]):
+        if len(same := part["method"].unique()) > 1:
+            parts.append(f"K = {size}: {' and '.join(same)} removed the same layers.")
+    for (size, text), part in cut.groupby(["K", "text"], sort=False):
+        first, last = (part.loc[part[when].idxmin(), "method"] for when in LOSSES[:2])
+        if first != last:
+            parts.append(f"K = {size}, {text}: {first} is the best before healing, {last} after it.")
+    return "\n\n".join(parts)
 
 
 @figure("own_healing_ablations", reads=READS)
 def healing_ablations(chapter: Chapter) -> Drawing:
     """Share of the lost nats that a training wins back; every line changes one thing of the base case."""
-    found = healings(chapter)
-    data = pd.concat([found.base, pick(found.healed, study=(*VARIANTS,)[1:], repair="none")])
+    found, case = healings(chapter), ["model", "method", "size"]
+    changed = pick(found.healed, study=(*VARIANTS,), repair="none", may_be_empty=True)
+    changed = changed[(changed["study"] == "sliced") | changed[case].isin(found.base[case].to_dict("list")).all(axis=1)]
+    data = pd.concat([found.base.assign(study="base"), changed])
+    data = pick(data, model=tuple(found.base["model"]))
     data["copies"] = np.where(data["unique"].astype(str) == "True", ", deduplicated", "")
     data["variant"] = [VARIANTS[row["study"]].format(**row).replace("_", " ") for row in data.to_dict("records")]
     rows = data.drop_duplicates("variant")
-    group = rows["study"].replace("unique", "data").map(list(VARIANTS).index)
+    group = rows["study"].replace({"unique": "data", "distillation": "recipe", "qlora": "recipe"}).map(list(VARIANTS).index)
     rows = rows.assign(group=group, number=rows["rank"].where(rows["study"] == "rank", 0))
     rows = rows.sort_values(["group", "number"], kind="stable")
-    data, models = data[np.isfinite(data["recovered"])], list(found.rows["model"].unique())
-    grid = fig.Panels(data, "text", titles=found.titles, height=0.25 * len(rows) + 1.6, sharey=True)
+    data, looks = data[np.isfinite(data["recovered"])], found.looks()
+    grid = fig.Panels(data, "where", titles=found.titles(), height=0.25 * len(rows) + 1.4, sharey=True)
     for axes, part in grid:
-        for series, look in found.looks().items():
-            one = part[(part["model"] + " " + part["budget"]) == series]
-            if len(one):
-                shift = 0.18 * (models.index(one["model"].iloc[0]) - look.hollow)
-                style = {"markerfacecolor": "white" if look.hollow else look.color, "markersize": 5, "label": look.title}
-                places = one["variant"].map(list(rows["variant"]).index) + shift
-                axes.plot(one["recovered"], places, look.marker, color=look.color, **style)
+        for place, (name, one) in enumerate(part.groupby("model", sort=False)):
+            base = one.loc[one["study"] == "base", "recovered"].iloc[0]
+            axes.axvline(base, color=looks[name].color, linewidth=0.8, alpha=0.6)
+            places = one["variant"].map(list(rows["variant"]).index) + 0.18 * place
+            axes.plot(
+                one["recovered"], places, looks[name].marker, color=looks[name].color, markersize=5, label=looks[name].title
+            )
         axes.axvline(1, color="black", linestyle=":", linewidth=1, label="dense")
-        axes.axvline(0, color="#333333", linestyle="--", linewidth=1, label="not healed")
+        axes.axvline(0, color="#333333", linewidth=1, label="not healed")
         axes.hlines(np.flatnonzero(rows["group"].diff() > 0) - 0.5, *axes.get_xlim(), color="#cccccc", linewidth=0.7)
         fig.percent(axes.xaxis)
         fig.titled_rows(axes, list(rows["variant"]))
-    keep = ["text", "study", "variant", "model", "tokens", *LOSSES, "recovered"]
-    return grid.done(data, x="share of the lost nats recovered, %", keep=keep, text=_repaired(found))
+    keep = ["where", "text", "study", "variant", "model", "tokens", *LOSSES, "recovered"]
+    note = "vertical lines: the base case of each model; one training each"
+    labels = {"x": "share of the lost nats recovered, %", "note": note, "text": _repaired(found)}
+    return grid.done(data, **labels, keep=keep, title="What a training recovers, one change at a time")
 
 
 def _repaired(found: Healings) -> str:
     """In Markdown: the base case before and after training, and the best closed-form repair of the same cut."""
-    base = pick(found.base, recipe="lora", text=found.texts[0])
-    repaired = pick(found.healed, study="repair", text=found.texts[0], may_be_empty=True)
+    repaired = pick(found.healed, study="repair", where=LIKE, may_be_empty=True)
     repaired, lines = repaired[repaired["repair"] != "none"].sort_values("before"), []
-    for one in base.to_dict("records"):
+    for one in pick(found.base, where=LIKE).to_dict("records"):
         line = f"- {one['model']}, {one['size']:.0f} layers removed: {one['before'] - one['dense']:.2f} nats over dense, "
-        line += (
-            f"{one['nats_over_dense']:.2f} after {found.tokens(one['budget'])} of training ({one['recovered']:.0%} recovered)"
-        )
-        for best in pick(repaired, model=one["model"], budget=one["budget"], may_be_empty=True).head(1).to_dict("records"):
+        line += f"{one['nats_over_dense']:.2f} after {one['tokens'] / 1e6:.2g}M tokens of training"
+        line += f" ({one['recovered']:.0%} recovered)"
+        for best in pick(repaired, model=one["model"], may_be_empty=True).head(1).to_dict("records"):
             line += f"; repaired in closed form ({best['repair'].replace('_', ' + ')}) {best['before'] - best['dense']:.2f}, "
             line += f"after the same training {best['nats_over_dense']:.2f}"
         lines.append(line)
@@ -234,71 +242,92 @@ def _repaired(found: Healings) -> str:
 
 @figure("deeper_layers_fig9_rank", reads=READS)
 def fig9_rank(chapter: Chapter) -> Drawing:
-    """Loss over the dense model against the rank of the adapters, on both held-out texts."""
-    found = healings(chapter)
-    keys = ["model", "budget", "text"]
+    """Loss over the dense model against the rank of the adapters, on both kinds of held-out text."""
+    found, keys = healings(chapter), ["model", "text"]
     data = pd.concat([pick(found.healed, study="rank", repair="none"), found.base]).drop_duplicates([*keys, "rank"])
-    data = data[data.groupby(keys)["rank"].transform("size") > 1]
-    data = data.assign(line=data["model"] + " " + data["budget"]).sort_values(["line", "rank"], kind="stable")
-    grid = fig.Panels(data, "text", titles=found.titles, height=3.2, sharey=True)
+    data = data.sort_values(["model", "rank"], kind="stable")
+    grid = fig.Panels(data, "where", titles=found.titles(), height=3.0, sharey=True)
     for axes, part in grid:
-        fig.lines(axes, part, found.looks(), x="rank", y="nats_over_dense", series="line")
+        fig.lines(axes, part, found.looks(), x="rank", y="nats_over_dense", series="model")
         axes.set_xscale("log", base=2)
         axes.set_xticks(data["rank"].unique(), [f"{rank:.0f}" for rank in data["rank"].unique()])
-    keep = [*keys, "tokens", "method", "size", "rank", *LOSSES, "nats_over_dense"]
-    return grid.done(data, x="rank of the adapters", y="nats per token over dense", keep=keep)
+    keep = [*keys, "where", "tokens", "method", "size", "rank", *LOSSES, "nats_over_dense"]
+    labels = {"x": "rank of the adapters", "y": "extra loss (nats/token)", "note": "one training for each point"}
+    labels["title"] = "Loss after healing against the rank of the adapters"
+    return grid.done(data, **labels, keep=keep)
 
 
-def _simdiff(found: Healings) -> pd.DataFrame:
+def _simdiff(chapter: Chapter) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Accuracy before and after healing, published (K = 12) and ours, and the share of the dense accuracy (`level`).
 
+    Ours is the first model of the chapter that was asked, with the 95 % interval over the items; and the rows behind it.
     Table A.7 prints the dense row of another model: the right one is in Table 3.
     """
     paper = pick(published("simdiff"), item=("table3", "tableA7"), task="avg8", metric="avg_acc")
     dense = pick(paper, item="table3", model="Llama-3.1-8B", method="dense")["value"].iloc[0]
     paper = paper[(paper["item"] == "tableA7") & (paper["method"] != "dense")]
     paper = paper.assign(healed=paper["healed"] != "none", source="published", level=dense)
-    rows = answers(found.rows)
-    start = 100 * pick(rows, method="dense", recipe="none")["value"].mean()
-    kept = pick(rows, study="choices", method=("simdiff_mssd", "simdiff_masd", "block_influence", "greedy"))
-    ours = kept.assign(healed=kept["recipe"] != "none").groupby(["method", "healed"], sort=False)["value"].mean().mul(100)
-    ours = ours.reset_index().assign(source="ours", level=start)
-    data = pd.concat([paper[list(ours)], ours], ignore_index=True)
-    levels = data.drop_duplicates("source").assign(method="dense", healed=False)
-    data = pd.concat([data, levels.assign(value=levels["level"])]).rename(columns={"value": "accuracy_percent"})
-    return data.assign(retained_percent=100 * data["accuracy_percent"] / data["level"])
+    asked, keys = chapter.table("healing"), ["method", "recipe"]
+    asked = asked[asked["task"].notna() & asked["run_part"].isin(MAIN)]
+    asked = pick(asked, model=asked["model"].iloc[0])
+    # The mean of several tasks, or the one task.
+    means = pick(asked, task="all", metric=["average", "average_low", "average_high"], may_be_empty=True)
+    rows = means if len(means) else pick(asked, metric="acc").assign(metric="average")
+    wide = 100 * rows.pivot_table(index=keys, columns="metric", values="value", sort=False)
+    wide = wide.rename(columns={"average": "value", "average_low": "low", "average_high": "high"}).reset_index()
+    size = int(pick(rows, method="block_influence")["size"].max())
+    kept = rows.loc[rows["size"] == size, "method"]
+    ours = wide[wide["method"].isin(kept)].assign(healed=wide["recipe"] != "none", source=f"ours: K = {size}")
+    ours["level"] = wide.loc[(wide["method"] == "dense") & (wide["recipe"] == "none"), "value"].iloc[0]
+    data = pd.concat([paper, ours], ignore_index=True)
+    levels = data.drop_duplicates("source").assign(method="dense", healed=False, value=lambda one: one["level"])
+    data = pd.concat([data, levels.drop(columns=["low", "high"], errors="ignore")])
+    data = data.rename(columns={"value": "accuracy_percent"})
+    data["retained_percent"] = 100 * data["accuracy_percent"] / data["level"]
+    columns = ["method", "healed", "accuracy_percent", "low", "high", "source", "level", "retained_percent"]
+    return data.reindex(columns=columns).dropna(axis=1, how="all"), asked
 
 
-@figure("simdiff_fig3_healing", reads=READS)
+@figure("simdiff_fig3_healing", reads={"healing": None})
 def fig3_healing(chapter: Chapter) -> Drawing:
     """SimDiff's Figure 3: accuracy before and after healing, published and ours."""
-    found = healings(chapter)
-    data, rows = _simdiff(found), pick(found.rows, study=("choices", "curve"))
-    names = ", ".join(answers(rows)["model"].unique())
-    titles = ("published: Llama-3.1-8B, K = 12", f"ours: {names}, {found.tokens('short')}")
-    grid = fig.Panels(data, "source", titles=titles, height=3.2)
+    data, rows = _simdiff(chapter)
+    name, ours = rows["model"].iloc[0], data["source"].iloc[-1]
+    chance = 100 * pick(rows, metric="chance").groupby("task")["value"].first()
+    chance = chance.reindex(rows.loc[rows["task"] != "all", "task"].unique()).fillna(0).mean()  # of a next word it is 0
+    titles = ("published: K = 12\nLlama-3.1-8B", f"{ours}\n{fig.SHORT.get(name, name)}")
+    grid = fig.Panels(data, "source", titles=titles, height=3.2, sharex=True)
     for axes, part in grid:
-        fig.level(axes, part["level"].iloc[0], "dense")
-        bars = part[part["method"] != "dense"].pivot(index="method", columns="healed", values="accuracy_percent")
-        for healed, shift, style in ((False, -0.2, {"color": "white", "hatch": "///"}), (True, 0.2, {})):
-            colors = [fig.METHODS[method].color for method in bars.index]
-            drawn = axes.bar(np.arange(len(bars)) + shift, bars[healed], 0.36, edgecolor=colors, **{"color": colors, **style})
-            axes.bar_label(drawn, fmt="%.1f", fontsize=8)
-            axes.bar(0, 0, edgecolor="#555555", label="healed (LoRA)" if healed else "before", **{"color": "#555555", **style})
-        axes.set_xticks(range(len(bars)), [fig.METHODS[method].title.replace(" (", "\n(") for method in bars.index], fontsize=8)
-        axes.set_ylim(0, 1.12 * part["level"].iloc[0])
-        axes.grid(axis="x", visible=False)
-    keep = ["method", "healed", "accuracy_percent", "source", "retained_percent"]
-    return grid.done(rows, y="mean accuracy, %", keep=keep, published=[PUBLISHED])
+        axes.axvline(part["level"].iloc[0], color="black", linestyle=":", label="dense")
+        cut = part[part["method"] != "dense"].assign(place=lambda one: pd.factorize(one["method"])[0])
+        for healed, shift, color in ((False, 0.12, "#999999"), (True, -0.12, "#000000")):
+            one = cut[cut["healed"] == healed]
+            ends = one.reindex(columns=["low", "high"]).fillna(
+                {"low": one["accuracy_percent"], "high": one["accuracy_percent"]}
+            )
+            error = [one["accuracy_percent"] - ends["low"], ends["high"] - one["accuracy_percent"]]
+            hollow = {"markerfacecolor": "white"} if "published" in set(part["source"]) else {}
+            axes.errorbar(one["accuracy_percent"], one["place"] + shift, xerr=error, fmt="o", color=color, **hollow)
+            axes.plot([], [], "o", color=color, label="healed (LoRA)" if healed else "before")
+        fig.titled_rows(axes, [fig.METHODS[method.split()[0]].title for method in cut["method"].unique()])
+    axes.axvline(chance, color="#333333", linestyle="-", linewidth=0.8, label="chance (ours)")
+    gains = data.pivot(index=["source", "method"], columns="healed", values="accuracy_percent").dropna()
+    gains = (gains[True] - gains[False]).groupby("source").mean()
+    title = f"Healing adds {gains[ours]:.1f} points in the mean (published: {gains['published']:.1f})"
+    note = "hollow: published; ours: 95 % interval over the items, one training each"
+    return grid.done(
+        rows, x="mean accuracy, %", keep=list(data.columns.drop("level")), note=note, published=[PUBLISHED], title=title
+    )
 
 
-@figure("simdiff_tablea7_healing", reads=READS)
+@figure("simdiff_tablea7_healing", reads={"healing": None})
 def tablea7_healing(chapter: Chapter) -> Drawing:
     """SimDiff's Table A.7, also as printed: over the wrong dense row. RP is the share of the dense accuracy kept, in %."""
-    found, table = healings(chapter), pick(published("simdiff", "tableA7"), task="avg8")
+    right, rows = _simdiff(chapter)
+    table = pick(published("simdiff", "tableA7"), task="avg8")
     table = table.assign(healed=table["healed"] != "none", source="published, as printed")
     printed = table.pivot(index=["source", "method", "healed"], columns="metric", values="value").reset_index()
-    right = _simdiff(found).drop(columns="level").rename(columns={"accuracy_percent": "avg_acc"})
+    right = right.drop(columns="level").rename(columns={"accuracy_percent": "avg_acc"})
     data = pd.concat([printed, right]).replace({"healed": {True: "lora", False: "no"}})
     data = data.rename(columns={"avg_acc": "mean accuracy", "retained_percent": "RP"})
-    return Drawing(None, data, pick(found.rows, study=("choices", "curve")), published=[PUBLISHED])
+    return Drawing(None, data, rows, published=[PUBLISHED])

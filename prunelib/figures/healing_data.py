@@ -6,35 +6,21 @@ from prunelib.figures.healing import healings
 from prunelib.figures.save import Chapter, Drawing, figure, markdown, pick
 
 CHAPTER = "06_healing_data"
-READS = {"duplicates": None}
 
 
-def _searched(chapter: Chapter) -> pd.DataFrame:
+def _searched(chapter: Chapter, table: str) -> pd.DataFrame:
     """The rows of the first model (one scores the texts) with a column `text`."""
-    rows = chapter.table("duplicates")
+    rows = chapter.table(table)
     return pick(rows, run=rows["run"].iloc[0]).assign(text=lambda one: one["corpus"] + ", " + one["split"])
 
 
-@figure("own_table_largest_clusters", reads=READS)
-def table_largest_clusters(chapter: Chapter) -> Drawing:
-    """One document of each of the largest clusters."""
-    rows = _searched(chapter)
-    largest = pick(rows, metric="largest", may_be_empty=True).sort_values("value", ascending=False, kind="stable")
-    if largest.empty:
-        return Drawing(None, pd.DataFrame({"text": rows["text"].dropna().unique(), "documents": 1}), rows)  # no near-copies
-    data = largest.rename(columns={"value": "documents", "sources": "found in"}).astype({"documents": int, "characters": int})
-    data = data[["text", "documents", "characters", "found in", "excerpt"]]
-    quoted = [f"`{' '.join(one.replace('`', ' ').split())}`" for one in data["excerpt"]]  # Markdown must not read them
-    return Drawing(None, data, largest, markdown(data.assign(excerpt=quoted)))
-
-
-@figure("own_table_deduplication", reads={"duplicates": None, "healing": None, "converged": None})
+@figure("own_table_deduplication", reads={"duplicates": None, "web": None, "healing": None, "converged": None})
 def table_deduplication(chapter: Chapter) -> Drawing:
     """What deduplication removes, and the loss after healing on either text, at the same tokens of the same recipe."""
-    rows = _searched(chapter)
+    rows = pd.concat([_searched(chapter, table) for table in ("duplicates", "web") if chapter[table]], ignore_index=True)
     kinds = ("documents", "characters", "clusters", "kept_characters", "clusters_thorough")
     counts = pick(rows, metric=kinds).pivot(index="text", columns="metric", values="value")
-    near = pick(rows, metric="near_duplicates", target=rows["target"].dropna().iloc[0], may_be_empty=True)
+    near = pick(rows, metric="near_duplicates", may_be_empty=True)  # the evaluation text is the first target of each
     texts = {
         "documents": counts["documents"],
         "million characters": counts["characters"] / 1e6,
