@@ -71,18 +71,15 @@ def measures(t: Tables) -> dict[str, pd.DataFrame]:
     healed = pick(t.healing, run_part="choices", metric="average", task="all", method=SIMDIFF)
     healed = paired(pick(healed, recipe="lora"), pick(healed, recipe="none"), ["method"])
     faster = pick(t.gpu, role="speed", phase="generation", setting="16x4x2048", mode="graph", layers_removed=12)
-    return (
-        _choices(t)
-        | _arithmetic()
-        | {
-            "simdiff-11": measure(pick(tasks, method="simdiff_mssd"), interval="row"),
-            "simdiff-12": measure(pick(tasks, method="simdiff_masd"), interval="row"),
-            "simdiff-14": _loss_over(quarter, "simdiff_mssd", "entropy_gain_attention"),
-            "simdiff-15": _loss_over(quarter, "simdiff_mssd", "greedy"),
-            "simdiff-19": measure(percent(healed), "mean"),
-            "simdiff-20": measure(pick(faster, metric="speedup"), interval="row"),
-        }
-    )
+    found = {
+        "simdiff-11": measure(pick(tasks, method="simdiff_mssd"), interval="row"),
+        "simdiff-12": measure(pick(tasks, method="simdiff_masd"), interval="row"),
+        "simdiff-14": _loss_over(quarter, "simdiff_mssd", "entropy_gain_attention"),
+        "simdiff-15": _loss_over(quarter, "simdiff_mssd", "greedy"),
+        "simdiff-19": measure(percent(healed), "mean"),
+        "simdiff-20": measure(pick(faster, metric="speedup"), interval="row"),
+    }
+    return found | _choices(t) | _arithmetic()
 
 
 def _choices(t: Tables) -> dict[str, pd.DataFrame]:
@@ -109,9 +106,7 @@ def _choices(t: Tables) -> dict[str, pd.DataFrame]:
         "simdiff-03": measure(pick(paper, method="simdiff_masd", **over_cosine), "mean", **draws),
         "simdiff-04": measure(pick(fair, method="simdiff_mssd", **over_cosine), "mean", **draws),
         "simdiff-05": measure(pick(fair, method="simdiff_masd", **over_cosine), "mean", **draws),
-        "simdiff-06": _loss_over(
-            pick(paper, metric="nll", search="ternary", layers_removed=12), "simdiff_masd", "simdiff_mssd"
-        ),
+        "simdiff-06": _loss_over(pick(paper, metric="nll", search="ternary", layers_removed=12), *SIMDIFF[::-1]),
         "simdiff-07": measure(pick(alpha, method="simdiff_mssd"), "median", **draws),
         "simdiff-08": measure(pick(alpha, method="simdiff_masd"), "median", **draws),
         "simdiff-09": measure(percent(collapse.drop(columns=["low", "high"], errors="ignore")), "mean", **draws),

@@ -45,11 +45,8 @@ def claims(chapter: Chapter) -> Drawing:
     data["label"] = data["verdict_of_model"].map(papers.MARKS) + " " + numbers
     few = [name for name, count in data["model"].value_counts().items() if count == 1 and name != papers.PRINTED]
     shown = data.replace({"model": dict.fromkeys(few, papers.PRINTED)})
-    lines, columns = first.index, papers.models(shown)
-    labels, cells = (
-        shown.pivot(index="id", columns="model", values=name).reindex(index=lines, columns=columns)
-        for name in ("label", "verdict_of_model")
-    )
+    both = shown.pivot(index="id", columns="model", values=["label", "verdict_of_model"]).reindex(first.index)
+    labels, cells = (both[name][papers.models(shown)] for name in ("label", "verdict_of_model"))
     labels.insert(0, "published", list(map(papers.number, first["published"], first["digits"])))
     labels.insert(1, "holds if", first["holds_if"])
     cells = cells.map(list(COLORS).index, na_action="ignore").reindex(columns=labels.columns).astype(float)

@@ -156,7 +156,7 @@ def check_places(notebook: str | os.PathLike, values: Mapping[str, object]) -> N
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (problem := _place_problem(name, text)):
                 raise ParameterError(f"{notebook}: {name} = {text!r} {problem}")
-    check_sizes(Path(notebook).stem, {name: parameter.default for name, parameter in parameters(notebook).items()} | values)
+    check_sizes(Path(notebook).stem, {"model": parameters(notebook).get("model", Parameter("model", "")).default} | values)
 
 
 def _place_problem(name: str, text: str) -> str | None:
@@ -185,7 +185,10 @@ def check_sizes(notebook: str, settings: Mapping[str, object]) -> None:
         layers = next((said[name] for name in LAYERS if name in said), None)
     except (ValueError, TypeError, AttributeError):  # the model's loader says what is wrong
         return
+    evolved = any("evolutionary" in one for one in settings.get("searches") or ())
     for name, value in settings.items():
+        if name == "evolved_sizes" and not evolved:
+            continue
         asked = value if name.endswith("sizes") and isinstance(value, list) else [value] if name == "layers_removed" else []
         if isinstance(layers, int) and any(_is_number(size) and not size < layers for size in asked):
             raise ParameterError(f"{name} = {value!r}: the model has {layers} layers, and at least one must stay")
