@@ -227,11 +227,10 @@ def table_selection(chapter: Chapter) -> Drawing:
     numbers = numbers.sort_values(keys, key=lambda column: column.map([*found.truth, *found.order].index))
     numbers["method"] = [fig.METHODS[method].title for method in numbers["method"]]
     text = markdown(numbers, digits={f"cost, forwards (K={k})": 1, f"sets evaluated (K={k})": 0})
-    apart = (
-        pick(found.regrets, may_be_empty=True, method=APART).groupby([*keys, "layers_removed"])["value"].median().reset_index()
-    )
+    apart = pick(found.regrets, may_be_empty=True, method=APART)
+    apart = apart.groupby([*keys, "layers_removed"])["value"].median().rename("regret").reset_index()
     apart["method"] = [fig.METHODS[method].title for method in apart["method"]]
-    text += f"\n\nLayers merged, or attention and MLP removed apart (regret):\n\n{markdown(apart)}"
+    text += f"\n\nLayers merged, or attention and MLP removed apart:\n\n{markdown(apart)}"
     return Drawing(None, numbers, pick(found.rows, role="choice"), text)
 
 
@@ -242,6 +241,8 @@ def table_gemma_published(chapter: Chapter) -> Drawing:
     given = pick(chapter.table("selection"), run_part="published_sets", metric="nll", **where)
     chosen = pick(found.regrets, method=tuple(found.order), layers_removed=(2, 4), **where).sort_values("value")
     used, lines = pd.concat([given, chosen.drop_duplicates(["method", "layers_removed"])]), []  # of each rule its best draw
+    tried = [k for k in range(1, 5) if f"all_k{k}" in found.truth.get(GEMMA, {})]
+    used = used[used["layers_removed"].isin(tried)]
     titles = used["method"].map(lambda method: "published" if method.startswith("given") else fig.METHODS[method].title)
     for (k, layers), rows in used.assign(by=titles).groupby(["layers_removed", "removed_layers"]):
         losses, known = found.truth[GEMMA][f"all_k{k:.0f}"], found.truth[GEMMA]["all_k1"]
@@ -255,16 +256,13 @@ def table_gemma_published(chapter: Chapter) -> Drawing:
     parts = 100 * dense["cosmopedia"] / healed["cosmopedia"], 100 * healed[TASKS].mean() / dense[TASKS].mean()
     text = f"**Published** (perplexity on Cosmopedia, tasks in %)\n\n{markdown(printed.reset_index())}\n\n"
     text += f"The printed retention of {pick(theirs, task='all')['value'].iloc[0]:.2f} % after healing is the mean of "
-    text += (
-        f"{parts[0]:.2f} % for the perplexity, on the kind of text that healed it, and {parts[1]:.2f} % for the five tasks; "
-    )
-    text += f"recomputed: {np.mean(parts):.2f} %."
+    text += f"{parts[0]:.2f} % for the perplexity, on the kind of text that healed it, and {parts[1]:.2f} % for the five "
+    text += f"tasks; recomputed: {np.mean(parts):.2f} %."
     ours = pd.DataFrame(lines)
     if lines:
         ours = ours.sort_values(["sets", "rank"])
-        levels = [
-            f"{np.exp(one.value):.2f} on {fig.text_title(one.corpus)}" for one in pick(given, method="dense").itertuples()
-        ]
-        text += f"\n\n**Ours** (perplexity of the dense model: {', '.join(levels)})\n\n{markdown(ours)}"
+        levels = np.exp(pick(given, method="dense").set_index("corpus")["value"]).rename(fig.text_title)
+        levels = ", ".join(f"{value:.2f} on {text}" for text, value in levels.items())
+        text += f"\n\n**Ours** (perplexity of the dense model: {levels})\n\n{markdown(ours)}"
     both = pd.concat([printed.reset_index().assign(origin="published"), ours.assign(origin="ours")])
     return Drawing(None, both, used if lines else found.rows, text, [PUBLISHED])
