@@ -220,6 +220,7 @@ def test_the_claims_of_the_documents_are_current():
 def test_a_document_without_the_comment_lines_is_refused(tmp_path, monkeypatch, tables):
     monkeypatch.setattr(document, "at_root", lambda path: tmp_path / "a.md")
     monkeypatch.setattr(document, "outcomes", lambda *_: claims.outcomes(claims.Tables(dict.fromkeys(tables[0].parameters))))
+    monkeypatch.setattr(document, "FINDINGS", ())
     (tmp_path / "a.md").write_text("no lines")
     with pytest.raises(ValueError, match="needs the line"):
         document.documents()

@@ -20,7 +20,6 @@ CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 COMPUTING = ("00_quickstart", "09_explorer")  # chapters that run a model themselves
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def canonical(name: str) -> str:
@@ -97,9 +96,10 @@ def test_parameters_of_chapters_are_those_of_the_default_profile():
         assert written == profile.chapter_values(default, path.stem), path.stem
 
 
-def test_commands_of_the_readme_have_parameters_that_their_notebooks_know():
-    commands = re.findall(r"python -m prunelib\.lab\.run_notebook (\S+) (\S+) ((?:.|\\\n)*?)(?=\n[^ ]|\n```|$)", README)
-    assert commands
+def test_commands_of_the_documents_have_parameters_that_their_notebooks_know():
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    commands = re.findall(r"python -m prunelib\.lab\.run_notebook (\S+) (\S+) ((?:.|\\\n)*?)(?=\n[^ ]|\n```|$)", texts)
+    assert len(commands) > 3
     for path, _, rest in commands:
         words = shlex.split(rest.replace("\\\n", " "), comments=True)
         values = dict(word.split("=", 1) for word in words if "=" in word)

@@ -135,12 +135,13 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
         @functools.wraps(draw)
         def drawn(chapter: Chapter, **options: Any) -> Drawing:
             drawing = draw(chapter, **options)
-            numbers = numbers_of(chapter, reads, drawing.rows)
+            numbers, title = numbers_of(chapter, reads, drawing.rows), {}
             if drawing.figure is None:
                 drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*")
             else:
+                title = {"title": " ".join(drawing.figure.get_suptitle().split())}
                 _subtitle(drawing.figure, textwrap.fill(numbers, 120))
-            save(drawing, stem, chapter.folder, provenance={"numbers": numbers, **origin(draw, chapter, drawing)})
+            save(drawing, stem, chapter.folder, provenance=title | {"numbers": numbers, **origin(draw, chapter, drawing)})
             return drawing
 
         FIGURES[stem] = Entry(stem, sys.modules[draw.__module__].CHAPTER, drawn, reads, models)
