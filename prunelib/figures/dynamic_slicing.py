@@ -93,7 +93,7 @@ def fig1_lr(chapter: Chapter) -> Drawing:
     data = fig.spread(data, ["model", "score", "layer"])
     order = list(dict.fromkeys([authors, *chapter.models("slicing"), *rows["model"].unique()]))
     data = data.sort_values(["score", "model"], key=lambda column: column.map([*order, "lr", "fs"].index), kind="stable")
-    grid = fig.Panels(data, "model", "score", height=1.8, sharey="row", sharex="col")
+    grid = fig.Panels(data, "model", "score", height=2.2, sharey="row", sharex="col")
     for axes, part in grid:
         look = replace(DYNAMIC, title="ours")
         if authors in set(part["model"]):
@@ -129,7 +129,7 @@ def fig2to7_slice_base(chapter: Chapter) -> Drawing:
     sizes = sorted(plans["slice_percentage"].unique())
     shades = [to_hex(colormaps["cividis"](place)) for place in np.linspace(0, 0.85, len(sizes))]
     looks = {one: fig.Method(f"$S_P$ = {one:g}", *look) for one, *look in zip(sizes, shades, "osv^P", strict=False)}
-    grid = fig.Panels(pd.concat(parts).dropna(subset="value"), "model", "metric", height=2.9, sharey="row", sharex=True)
+    grid = fig.Panels(pd.concat(parts).dropna(subset="value"), "model", "metric", height=3.3, sharey="row", sharex=True)
     for axes, part in grid:
         dynamic, marks = part["method"] == "dynamic", part[part["method"] == "keep_first_full"]
         constant = part[part["method"] == "constant"].fillna({"value": 0.0})
@@ -229,7 +229,7 @@ def depth_vs_slicing(chapter: Chapter) -> Drawing:
     data = data.assign(removed=100 * data["removed"], flops_gone=100 * (1 - data["flops_left"]))
     titles = {"removed": "parameters removed, %", "flops_gone": "FLOPs per token removed, %"}
     points = pd.concat([data.assign(what=what, x=data[what]) for what in titles])
-    grid = fig.Panels(points, "what", "model", titles=[""] * 2, height=3.0, sharey=True)
+    grid = fig.Panels(points, "what", "model", titles=[""] * 2, height=3.6, sharey=True)
     for axes, part in grid:
         fig.lines(axes, part.drop(columns=["low", "high"])[part["method"] != "random"], LOOKS, x="x", markersize=4)
         if len(random := part[part["method"] == "random"]):

@@ -111,16 +111,16 @@ def fig3_healed_loss(chapter: Chapter) -> Drawing:
             fig.curve(axes, line, look, x="fraction", y="after")
         axes.plot([], [], ":", color="#555555", label="before healing")
         fig.percent(axes.xaxis)
-    text = []
+    text, shares = [], []
     for name, part in rows.groupby("model", sort=False):
         straight = [one["fraction"].corr(one["after"]) ** 2 for _, one in data[data["model"] == name].groupby("method")]
         least, most = part["recovered"].min(), part["recovered"].max()
-        line = f"- {fig.SHORT.get(name, name)}: training wins back {least:.0%} to {most:.0%} of the loss; "
+        shares.append(f"{fig.SHORT.get(name, name)}: training wins back {least:.0%} to {most:.0%} of the loss")
+        line = f"- {shares[-1]}; "
         line += f"R² of a straight line through the healed losses of a rule: {min(straight):.2f} or more."
         text.append(line)
-    title = "Loss before and after healing"
     keep = [*keys, "tokens", "fraction", "before", "after"]
-    return grid.done(rows, x="layers removed, %", y="loss / log(vocabulary)", keep=keep, text="\n".join(text), title=title)
+    return grid.done(rows, x="layers removed, %", y="loss / log(vocabulary)", keep=keep, text="\n".join(text), title=shares[0])
 
 
 @figure("own_healing_tokens", reads=READS)
@@ -246,7 +246,7 @@ def fig9_rank(chapter: Chapter) -> Drawing:
     found, keys = healings(chapter), ["model", "text"]
     data = pd.concat([pick(found.healed, study="rank", repair="none"), found.base]).drop_duplicates([*keys, "rank"])
     data = data.sort_values(["model", "rank"], kind="stable")
-    grid = fig.Panels(data, "where", titles=found.titles(), height=3.0, sharey=True)
+    grid = fig.Panels(data, "where", titles=found.titles(), height=3.4, sharey=True)
     for axes, part in grid:
         fig.lines(axes, part, found.looks(), x="rank", y="nats_over_dense", series="model")
         axes.set_xscale("log", base=2)
