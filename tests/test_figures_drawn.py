@@ -93,6 +93,17 @@ def test_a_missing_group_is_named(stem, table, where, named, chapters, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_healings_of_one_size_and_without_ablations(chapters, tmp_path):
+    whole = chapters["05_healing"]
+    rows = whole.table("healing")
+    chapter = Chapter(tmp_path, whole.parameters | {"converged": None}, {"healing": rows[rows["run_part"] == "choices"]})
+    for stem in ("deeper_layers_fig3_healed_loss", "own_healing_tokens"):
+        assert set(REGISTRY[stem].draw(chapter).data["method"]) == set(rows["method"]) - {"dense"}
+    for stem in ("own_healing_ablations", "deeper_layers_fig9_rank"):
+        with pytest.raises(FigureError, match="no rows of results"):
+            REGISTRY[stem].draw(chapter)
+
+
 def test_few_functions_between_table_and_picture(chapters, tmp_path, monkeypatch):
     """Who reads Figure 5a from its function to its table or its png follows at most 8 calls, one inside the other."""
     inside, deepest, folder = [], [], f"{os.sep}prunelib{os.sep}"

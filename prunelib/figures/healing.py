@@ -93,7 +93,9 @@ def fig3_healed_loss(chapter: Chapter) -> Drawing:
     """Loss over the logarithm of the vocabulary size before and after, against the fraction of layers removed."""
     found, keys = healings(chapter), ["model", "method"]
     rows = pick(found.healed, study=MAIN, where=LIKE, repair="none").drop_duplicates([*keys, "size"])
-    rows = rows[rows.groupby(keys)["size"].transform("size") > 1]
+    rows = rows[rows["method"] != "dense"]
+    sizes = rows.groupby(keys)["size"].transform("size")
+    rows = rows[sizes == sizes.groupby(rows["model"]).transform("max")]  # the rules that were healed at most sizes
     scales = pick(found.rows, metric="log_vocabulary").groupby("model")["value"].first()
     rows[LOSSES] = rows[LOSSES].div(rows["model"].map(scales), axis=0)
     start = rows.drop_duplicates(keys).assign(fraction=0.0, before=lambda one: one["dense"], after=lambda one: one["dense"])
@@ -106,7 +108,8 @@ def fig3_healed_loss(chapter: Chapter) -> Drawing:
     for axes, part in grid:
         fig.level(axes, part["dense"].iloc[0])
         for method, line in part.groupby("method", sort=False):
-            look = replace(fig.METHODS[method], title=f"{fig.METHODS[method].title.split(' (')[0]}, healed")
+            look = fig.METHODS[method.split()[0]]
+            look = replace(look, title=f"{look.title.split(' (')[0]}, healed")
             axes.plot(line["fraction"], line["before"], ":", color=look.color, linewidth=1.2)
             fig.curve(axes, line, look, x="fraction", y="after")
         axes.plot([], [], ":", color="#555555", label="before healing")
