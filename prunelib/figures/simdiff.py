@@ -122,7 +122,7 @@ def _alpha_map(chapter: Chapter, item: str, method: str) -> Drawing:
     return Drawing(grid.figure, data.drop(columns="all"), rows, published=[PUBLISHED])
 
 
-@figure("simdiff_fig5a_perplexity", reads=CHOICES, models=("mistral-7b", 0))
+@figure("simdiff_fig5a_perplexity", reads=READS, models=("mistral-7b", 0))
 def fig5a_perplexity(chapter: Chapter) -> Drawing:
     """Perplexity of the cosine rule and SimDiff: published for Mistral-7B, ours for a Mistral or the first model."""
     return _perplexity(chapter, "fig5a", "Mistral-7B-v0.3", list(_titles(chapter))[:1], [*COMPARED, "random"])
