@@ -8,6 +8,7 @@ from prunelib.criteria.statistics import collect
 from prunelib.evaluation import tasks
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.lab import runs
+from prunelib.lab.parameters import ParameterError
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 from prunelib.slicing import constant, count_parameters, dynamic, layer_redundancy, slice_model
 from prunelib.text import corpora
@@ -26,10 +27,11 @@ def place(tmp_path_factory):
 def run(place, stats, **changes):
     text, model = str(place / "text.txt"), str(place / "model")
     stats.save(place / "s0.safetensors", {"model": model, "corpus": text, "seed": "0"})
+    (place / "s0.json").write_text("{}")  # the run file itself is not read
     values = {"model": model, "statistics": [str(place / "s0.json")], "redundancy_corpus": text, "corpus": text}
     values |= {"split": "train", "seq_len": LENGTH, "random_seeds": [0], "normalizations": [], "window_seeds": [1]}
     values |= {"slice_percentages": [0.25], "slice_bases": [0.0, 0.125], "control_percentage": 0.25, "control_base": 0.125}
-    values |= {"other_percentages": [0.5], "bare_percentages": [], "counted_percentages": [0.25], "depth_sizes": [1, 4]}
+    values |= {"other_percentages": [0.5], "bare_percentages": [], "counted_percentages": [0.25], "depth_sizes": [1, 3]}
     values |= {"latency_repeats": 1, "tasks": ["pydocs_parameter"], "tasks_limit": 5}
     values |= {"report_corpus": text, "report_split": "train", "report_windows": 4, "report_seq_len": LENGTH}
     return runs.read_run(run_notebook("notebooks/experiments/slicing.ipynb", place / "sliced.json", **(values | changes)))
@@ -64,7 +66,8 @@ def test_rows_and_tasks_are_those_of_the_sliced_models(place):
     assert {row["value"] for row in rows if row["metric"] == "mean_slice" and row["slice_percentage"] == 0.25} >= {0.25}
     one_layer = models.removed_fraction(dense, models.remove_layers(dense, [2]))
     assert value("removed", role="count", method="layers", layers_removed=1) == pytest.approx(one_layer)
-    assert not any(row.get("layers_removed") == 4 for row in rows), "a model without layers is none"
+    with pytest.raises(ParameterError, match=r"depth_sizes = .*4 layers"):  # a model without layers is none
+        run(place, stats, depth_sizes=[1, 4])
 
     # The same batches: this tokenizer knows no word of the items, so that choices of one length tie.
     asked = {"bos": True, "limit": 5, "num_fewshot": 0, "batch_size": 32, "progress": False}
