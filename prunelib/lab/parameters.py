@@ -112,7 +112,7 @@ def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
 
     The cell holds plain lines `name = literal  # help` and nothing else: papermill does not see others. Raises ParameterError.
     """
-    found: dict[str, Parameter] = {}
+    known: dict[str, Parameter] = {}
     try:
         cells = code_cells(notebook)
         if [index for index, (_, tags) in enumerate(cells) if "parameters" in tags] != [0]:
@@ -120,15 +120,15 @@ def parameters(notebook: str | os.PathLike) -> dict[str, Parameter]:
         lines = cells[0][0].encode().splitlines()  # `ast` counts bytes
         for node in ast.parse(cells[0][0]).body:
             name, equals, _ = ast.unparse(node).partition(" = ")
-            if not isinstance(node, ast.Assign) or not equals or not name.isidentifier() or name in found:
+            if not isinstance(node, ast.Assign) or not equals or not name.isidentifier() or name in known:
                 raise ValueError(f"`{ast.unparse(node)}` is no plain line `name = literal  # help`, each name once")
             default = ast.literal_eval(node.value)
             if default is not None and type(default) not in TYPES:
                 raise ValueError(f"the default of `{name}` is not of type bool, int, float, str, list or None")
-            found[name] = Parameter(name, default, lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# "))
+            known[name] = Parameter(name, default, lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# "))
     except (ValueError, SyntaxError) as error:
         raise ParameterError(f"{error} (the parameters cell of {notebook} needs literals; derive values below it)") from None
-    return found
+    return known
 
 
 def check(notebook: str | os.PathLike, values: Mapping[str, object]) -> dict[str, object]:
