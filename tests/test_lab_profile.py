@@ -152,6 +152,11 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
     assert profiles.arguments({"a b": "it's", "seeds": [1, 2], "x": None}) == "'a b=it'\"'\"'s' 'seeds=[1, 2]' x=None"
 
 
+def test_a_part_says_better_than_its_model(notebooks):
+    profile = profiles.read(PROFILE | {"blocks": {"some": {"sizes": [1], "dtype": "float16"}}})
+    assert {run.part: run.values["dtype"] for run in profile.experiments["blocks"]} == {"some": "float16"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -164,7 +169,7 @@ def test_every_parameter_of_a_run_comes_from_the_profile(notebooks):
         ({"calibration": {"pydocs": {"n_samples": "4.5"}}}, "calibration.pydocs: n_samples"),
         ({"calibration": {"pydocs": 4}}, "calibration.pydocs must be a mapping"),
         ({"calibration_seeds": [0, 0]}, "calibration_seeds must be different whole numbers"),
-        ({"blocks": {"some": {"sizes": [1], "dtype": "float16"}}}, "blocks.some.dtype sets a parameter .* already"),
+        ({"statistics": {"seed": 3}}, "statistics.seed sets a parameter .* already"),
         ({"blocks": {"some": {"sizes": [1], "szes": 1}}}, "blocks.some.szes is not a parameter"),
         ({"blocks": {"some": {}}}, "sets no `sizes`"),
         ({"blocks": {"a": {"models": ["tny"], "sizes": [1]}}}, "blocks.a.models: there is no `tny`; did you mean `tiny`"),

@@ -136,9 +136,10 @@ class Profile:
         return models
 
     def _values(self, experiment: str, model: str, entries: dict[str, Mapping]) -> dict:
-        """Every parameter of a run: those of its entries, and those of the model's entry that its notebook has."""
+        """Every parameter of a run: those of its entries, and for the rest those of the model's entry that its notebook has."""
         notebook = notebook_of(experiment)
-        known = {name: value for name, value in self.models[model].items() if name in _known(notebook)}
+        given = set().union(*entries.values())  # a part may say better than its model, such as a batch_size for short texts
+        known = {name: value for name, value in self.models[model].items() if name in _known(notebook) and name not in given}
         values = _complete(notebook, {f"models.{model}": known} | entries)
         return values | {name: _known(notebook)[name].parse(self.everywhere[name]) for name in values.keys() & self.everywhere}
 
