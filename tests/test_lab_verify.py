@@ -1,5 +1,7 @@
 """Numbers that agree within their tolerances, and how those that do not are named."""
 
+import subprocess
+
 import pandas as pd
 import pytest
 
@@ -67,3 +69,60 @@ def test_the_command_compares_the_tables_of_the_smoke_profile_but_for_times(tmp_
     monkeypatch.setattr(verify, "write_table", lambda rows, path: rows.to_csv(path, index=False))
     assert verify.main(["--update"]) == verify.main([]) == 0
     assert verify.main(["old.csv", "nowhere.csv"]) == 2
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A project with one commit: a table of two runs, a figure, and a profile that makes both."""
+    for name in ("at_root", "project_root"):
+        monkeypatch.setattr(verify, name, lambda path="": tmp_path / path)
+    monkeypatch.setattr(verify, "from_root", lambda path: path.relative_to(tmp_path).as_posix())
+    for folder in ("data", "figures"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "p.yaml").write_text("tables: data\nfigures: figures\n")
+    times = pd.DataFrame([{"run": "a", "metric": "seconds", "value": 9.0}])
+    pd.concat([table(), times]).to_csv(tmp_path / "data/a.csv", index=False)
+    (tmp_path / "data/a.runs.csv").write_text("run,seconds\na,9\n")
+    table().to_csv(tmp_path / "figures/own_f.csv", index=False)
+    (tmp_path / "figures/own_f.json").write_text('{"drawing_code_sha256": "a", "run_code": "1"}')
+    (tmp_path / "figures/own_f.png").write_bytes(b"old")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def status(clone) -> str:
+    return subprocess.run(["git", "status", "--short"], cwd=clone, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_rerun_with_other_times_passes_and_leaves_nothing_to_commit(clone, capsys):
+    times = pd.DataFrame([{"run": "a", "metric": "seconds", "value": 3.0}])
+    pd.concat([table(_0=("value", 2.00001)), times]).to_csv(clone / "data/a.csv", index=False)
+    (clone / "data/a.runs.csv").write_text("run,seconds\na,3\n")
+    table(_0=("value", 2.00001)).to_csv(clone / "figures/own_f.csv", index=False)
+    (clone / "figures/own_f.json").write_text('{"drawing_code_sha256": "a", "run_code": "2"}')
+    (clone / "figures/own_f.png").write_bytes(b"new")
+    made = (clone / "data/a.csv").stat().st_mtime_ns
+    assert verify.main(["p.yaml"]) == 0
+    assert capsys.readouterr().out.startswith("PASS")
+    assert status(clone) == ""
+    assert (clone / "data/a.csv").stat().st_mtime_ns == made, "else what is made of it would be made again"
+
+
+def test_other_numbers_fail_and_stay(clone, capsys):
+    table(_0=("value", 2.1)).to_csv(clone / "data/a.csv", index=False)
+    table(_2=("value", 41.0)).to_csv(clone / "figures/own_f.csv", index=False)
+    assert verify.main(["p.yaml"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("FAIL")
+    assert "data/a.csv: selection/m, dense, 2, nll: value is 2.1, expected 2" in lines[0]
+    assert lines[1].startswith("figures/own_f: ")
+    assert status(clone).split() == ["M", "data/a.csv", "M", "figures/own_f.csv"]
+
+
+def test_a_figure_that_other_code_drew_stays(clone):
+    (clone / "figures/own_f.json").write_text('{"drawing_code_sha256": "b"}')
+    (clone / "figures/own_f.png").write_bytes(b"new")
+    assert verify.main(["p.yaml"]) == 0
+    assert status(clone).split() == ["M", "figures/own_f.json", "M", "figures/own_f.png"]

@@ -1,18 +1,22 @@
-"""Does this machine compute what was published? `make verify`: the smoke profile against `data/verify/smoke_<experiment>.csv`.
+"""Does this machine compute what was published? Every number that differs by more than its tolerance is named and fails.
 
-Every number that differs by more than its tolerance is named, with what was expected; any makes the command fail. `--update`
-makes the new numbers the expected ones.
+`make verify` (no argument): the smoke profile against `data/verify/smoke_<experiment>.csv`; `--update` makes the new numbers
+the expected ones. `make figures` ends with `python -m prunelib.lab.verify PROFILE…`: tables and plotted numbers against the
+last commit.
 """
 
+import io
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
-from prunelib.io import at_root, project_root
+from prunelib.io import at_root, first_line, from_root, project_root
 from prunelib.lab.runs import write_table
 
 TABLES = "build/smoke"
@@ -24,7 +28,10 @@ TOLERANCES = yaml.safe_load(at_root(f"{EXPECTED}/tolerances.yaml").read_text(enc
 
 def read(path: str | Path) -> pd.DataFrame:
     """The rows of a table, times left out. The parameters of a run follow from its name and the profile."""
-    table = pd.read_csv(at_root(path), low_memory=False)
+    return _timeless(pd.read_csv(at_root(path), low_memory=False))
+
+
+def _timeless(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table["metric"].isin(TOLERANCES["times"])]
 
 
@@ -62,10 +69,66 @@ def _label(place: tuple) -> str:
     return ", ".join(filter(None, place[:-1]))
 
 
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=project_root(), check=True, capture_output=True).stdout
+
+
+def against_commit(tables: str, figures: str) -> Iterator[tuple[str, list[str]]]:
+    """Every table and figure of two folders that the last commit holds in another form, and the numbers that differ.
+
+    Where none does, its files are put back: times, memory and code of a rerun stay in its run files, so an unchanged result is
+    no change to commit. A figure that other code drew is left as it is. Raises CalledProcessError without git.
+    """
+    changed = _git("diff", "--name-only", "--relative", "HEAD", "--", tables, figures).decode().split()
+    for path in sorted({name.replace(".runs.csv", ".csv") for name in changed if name.startswith(f"{tables}/")}):
+        new, old = at_root(path), pd.read_csv(io.BytesIO(_git("show", f"HEAD:./{path}")), low_memory=False)
+        lines = compare(_timeless(old), read(new)) if new.exists() else ["is gone"]
+        if not lines:
+            _put_back(path, path.replace(".csv", ".runs.csv"))
+        yield path, lines
+    for stem in sorted({name.rpartition(".")[0] for name in changed if name.startswith(f"{figures}/")}):
+        files = _git("ls-files", f"{stem}.*").decode().split()
+        records = [json.loads(text) for text in (_git("show", f"HEAD:./{stem}.json"), at_root(f"{stem}.json").read_bytes())]
+        old, new = (pd.read_csv(file) for file in (io.BytesIO(_git("show", f"HEAD:./{stem}.csv")), at_root(f"{stem}.csv")))
+        try:
+            pd.testing.assert_frame_equal(old, new, rtol=TOLERANCES["relative"], atol=TOLERANCES["relative"])
+        except AssertionError as error:
+            yield stem, [" ".join(str(error).split())]
+            continue
+        if records[0]["drawing_code_sha256"] == records[1]["drawing_code_sha256"]:
+            _put_back(*files)
+        yield stem, []
+
+
+def _put_back(*paths: str) -> None:
+    """The files as committed, with the time of those they replace: nothing is newer than what is made of it."""
+    for path in map(at_root, paths):
+        made = path.stat()
+        path.write_bytes(_git("show", f"HEAD:./{from_root(path)}"))
+        os.utime(path, ns=(made.st_atime_ns, made.st_mtime_ns))
+
+
+def finished(profiles: Sequence[str]) -> int:
+    """The last line of `make figures`: PASS or FAIL, and 0 or 1."""
+    profile = {key: value for path in profiles for key, value in yaml.safe_load(at_root(path).read_text()).items()}
+    try:
+        found = dict(against_commit(profile["tables"], profile["figures"]))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"FAIL: there is no commit to compare with ({first_line(error)}): clone the repository with git")
+        return 1
+    lines = [f"{path}: {line}" for path, differs in found.items() for line in differs]
+    print(*lines, sep="\n", end="\n" if lines else "")
+    where = f"{profile['tables']} and {profile['figures']}"
+    print(f"FAIL: {len(lines)} numbers are not as committed; `git diff`" if lines else f"PASS: {where} are as committed")
+    return int(bool(lines))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 when all numbers agree, 1 when one does not or a run failed, 2 for other arguments."""
+    if arguments and all(argument.endswith(".yaml") for argument in arguments):
+        return finished(arguments)
     if list(arguments) not in ([], ["--update"]):
-        print(f"usage: python -m prunelib.lab.verify [--update]; got {' '.join(arguments)}", file=sys.stderr)
+        print(f"usage: python -m prunelib.lab.verify [--update | PROFILE.yaml …]; got {' '.join(arguments)}", file=sys.stderr)
         return 2
     if subprocess.run([sys.executable, *SMOKE], cwd=project_root()).returncode:
         print("verify: a run of the smoke profile failed, see above", file=sys.stderr)
