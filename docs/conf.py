@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 
 import pandas as pd
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 ROOT = Path(__file__).parents[1]
 EXECUTED = ROOT / "data/runs/smollm2/chapters"
 HEADING = re.compile(r"^(#+) (.*?) *\(`(\w+)`\)$", re.MULTILINE)  # of a figure: its title and its stem
+SEEN = re.compile(r"<!-- seen -->.*?<!-- /seen -->\n?", re.DOTALL)  # what `python -m prunelib.claims` puts below it
 LONGEST = 200  # rows of a table that are shown; more are in its file
 
 project = "prunelib"
@@ -22,7 +25,8 @@ exclude_patterns = [".*", "build", "data/[!R]*", "docs/claims.md", "figures", "p
 suppress_warnings = ["myst.header", "myst.xref_missing"]  # links to folders
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+html_math_renderer = "mathml"  # drawn by the browser: MathJax would be loaded from elsewhere
 myst_heading_anchors = 4
 html_theme = "furo"
 html_title = "Shallower and thinner language models"
@@ -31,9 +35,9 @@ html_static_path = html_css_files = ["report.css"]
 
 
 def result(stem):
-    """The picture of a figure, or the rows of a table."""
+    """The rows of a table; a figure stands below its heading."""
     if (ROOT / f"figures/{stem}.png").exists():
-        return f"![{stem}](../figures/{stem}.png)"
+        return ""
     table = pd.read_csv(ROOT / f"figures/{stem}.csv").head(LONGEST)
     cells = table.to_html(index=False, na_rep="", float_format="%.4g", border=0, classes="docutils")
     return f'<div class="table-wrapper">{cells}</div>'
@@ -61,6 +65,7 @@ def chapter(text, executed):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             stems += [match[3] for match in HEADING.finditer(source)]
+            source = SEEN.sub("", source) if executed else source
             cells.append(cell | {"source": HEADING.sub(r"(\3)=\n\1 \2", source)})
             continue
         tags = cell["metadata"].get("tags", [])  # of the parameters, as the runner sets them, too
@@ -96,6 +101,17 @@ def redirect(app, error):
     (Path(app.outdir) / "index.html").write_text(f'<meta http-equiv="refresh" content="0; url={root_doc}.html">')
 
 
+def math(block):
+    """A visitor that writes a formula as MathML."""
+
+    def visit(translator, node):
+        translator.body.append(tex2mathml(node.astext(), as_block=block))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", math(False), math(True))
     app.connect("source-read", prepare)
     app.connect("build-finished", redirect)

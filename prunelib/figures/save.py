@@ -139,7 +139,7 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
             if drawing.figure is None:
                 drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*")
             else:
-                title = {"title": " ".join(drawing.figure.get_suptitle().split())}
+                title = {"title": " ".join(drawing.figure.get_suptitle().split()), "text": drawing.text or ""}
                 _subtitle(drawing.figure, textwrap.fill(numbers, 120))
             save(drawing, stem, chapter.folder, provenance=title | {"numbers": numbers, **origin(draw, chapter, drawing)})
             return drawing
