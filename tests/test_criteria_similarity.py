@@ -32,6 +32,7 @@ def stats() -> LayerStats:
 
 
 def test_golden_values(golden):
+    """Those of the example in chapter 01 among them."""
     assert CRITERIA["block_influence"](golden)[0] == pytest.approx(0.1464466, abs=5e-8)
     assert layer_difference(golden, "mssd", "sum")[0] == pytest.approx(1.0, rel=1e-14)
     assert layer_difference(golden, "mssd", "mean")[0] == pytest.approx(0.5, rel=1e-14)

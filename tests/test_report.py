@@ -39,6 +39,7 @@ def test_every_figure_and_table_is_shown_with_its_record(report):
         assert f'id="{path.stem.replace("_", "-")}"' in shown
         assert f">figures/{path.stem}.{'csv' if '_table' in path.stem else 'png'}<" in shown, "the command"
         assert json.loads(path.read_text())["function"] in shown
+    assert "<math" in shown, "formulas are drawn without a script from elsewhere"
 
 
 def test_the_first_page_has_every_claim_with_its_verdict_and_every_figure(report):

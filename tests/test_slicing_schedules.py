@@ -26,6 +26,11 @@ def mistral() -> np.ndarray:
         return np.array([float(row["lr"]) for row in csv.DictReader(file)])
 
 
+def test_the_example_of_chapter_04():
+    assert final_slices(np.array([0.0, 1.0]), 0.3, 0.1) == pytest.approx([0.1, 0.5])
+    assert dynamic(np.array([0.0, 1.0]), 576, 0.3, 0.1).widths == (518, 288)
+
+
 def test_published_widths(mistral):
     assert mistral.mean() == pytest.approx(0.795673948388219, abs=1e-15)
     slices = final_slices(mistral, 0.30, 0.10)
