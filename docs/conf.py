@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import pandas as pd
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
@@ -15,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 EXECUTED = ROOT / "data/runs/smollm2/chapters"
 HEADING = re.compile(r"^(#+) (.*?) *\(`(\w+)`\)$", re.MULTILINE)  # of a figure: its title and its stem
 SEEN = re.compile(r"<!-- seen -->.*?<!-- /seen -->\n?", re.DOTALL)  # what `python -m prunelib.claims` puts below it
-LONGEST = 200  # rows of a table that are shown; more are in its file
 
 project = "prunelib"
 extensions = ["myst_nb", "sphinx_design"]
@@ -32,15 +30,6 @@ html_theme = "furo"
 html_title = "Shallower and thinner language models"
 html_copy_source = html_show_copyright = False
 html_static_path = html_css_files = ["report.css"]
-
-
-def result(stem):
-    """The rows of a table; a figure stands below its heading."""
-    if (ROOT / f"figures/{stem}.png").exists():
-        return ""
-    table = pd.read_csv(ROOT / f"figures/{stem}.csv").head(LONGEST)
-    cells = table.to_html(index=False, na_rep="", float_format="%.4g", border=0, classes="docutils")
-    return f'<div class="table-wrapper">{cells}</div>'
 
 
 def made(stem):
@@ -71,8 +60,8 @@ def chapter(text, executed):
         tags = cell["metadata"].get("tags", [])  # of the parameters, as the runner sets them, too
         cells.append(cell | {"metadata": {"tags": ["hide-input"] if tags or "recorder" in source else []}})
         if stems:
-            below = [text for stem in stems for text in ("" if executed else result(stem), made(stem))]
-            cells.append({"id": stems[0], "cell_type": "markdown", "metadata": {}, "source": "\n\n".join(below)})
+            below = "\n\n".join(map(made, stems))
+            cells.append({"id": stems[0], "cell_type": "markdown", "metadata": {}, "source": below})
             stems = []
     return json.dumps(notebook | {"cells": cells})
 

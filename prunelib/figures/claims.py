@@ -30,9 +30,8 @@ def _measured(chapter: Chapter) -> tuple[pd.DataFrame, pd.DataFrame]:
 def table_claims(chapter: Chapter) -> Drawing:
     """Every claim with its value, interval and verdict on every model, and the run files behind it."""
     found, rows = _measured(chapter)
-    return Drawing(
-        None, found.drop(columns="short").replace("", None).dropna(axis=1, how="all"), rows, papers.markdown(found), [PUBLISHED]
-    )
+    data = found.drop(columns="short").replace("", None).dropna(axis=1, how="all")
+    return Drawing(None, data, rows, papers.markdown(found, "../figures"), [PUBLISHED])
 
 
 @figure("own_claims", reads=READS)

@@ -139,7 +139,7 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
             if drawing.figure is None:
                 drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*")
             else:
-                title = {"title": " ".join(drawing.figure.get_suptitle().split()), "text": drawing.text or ""}
+                title = {"title": " ".join(drawing.figure.get_suptitle().split())}
                 _subtitle(drawing.figure, textwrap.fill(numbers, 120))
             save(drawing, stem, chapter.folder, provenance=title | {"numbers": numbers, **origin(draw, chapter, drawing)})
             return drawing
@@ -213,7 +213,8 @@ def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
 def save(drawing: Drawing, stem: str, folder: str | os.PathLike, *, provenance: Mapping[str, Any]) -> list[Path]:
     """Write the files of a stem: the plotted numbers (csv), their origin (json) and, unless it is a table, png and pdf.
 
-    All are made before the first older one is replaced. The json holds the sha256 of the others. The figure stays open.
+    All are made before the first older one is replaced. The json holds the text and the sha256 of the others. The figure stays
+    open.
 
     Raises FigureError, before anything is written, when the stem does not follow `<paper>_fig<n>_<what>`,
     `<paper>_table<n>_<what>` or `own_<what>`, or the data are empty, have a column without any value or an infinite number.
@@ -237,7 +238,8 @@ def save(drawing: Drawing, stem: str, folder: str | os.PathLike, *, provenance: 
     files[".csv"] = drawing.data.to_csv(**CSV).encode()
     hashes = {suffix.removeprefix("."): hashlib.sha256(content).hexdigest() for suffix, content in files.items()}
     about = {"figure": stem, "paper": PAPERS.get(parts["paper"]), "number": parts["number"], **provenance}
-    about |= {"libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}, "files": hashes}
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    about |= {"text": drawing.text, "libraries": libraries, "files": hashes}
     files[".json"] = (json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False, default=plain) + "\n").encode()
     paths = []
     for suffix, content in files.items():
