@@ -276,6 +276,11 @@ def test_averages_with_and_without_the_two_tasks():
     assert list(TaskResults({"boolq": result("boolq", [0, 1])}, {}).averages()) == ["average"]
 
 
+def test_a_guess_within_the_interval_is_at_chance():
+    assert result("piqa", [1, 0] * 50).at_chance and result("piqa", [0] * 60 + [1] * 40).at_chance  # below chance, too
+    assert not result("piqa", [1] * 75 + [0] * 25).at_chance
+
+
 def test_compare_refuses_other_items_and_other_prompts():
     a = TaskResults({"piqa": result("piqa", [1, 0, 1, 1]), "boolq": result("boolq", [1, 0])}, {"bos": True})
     b = TaskResults({"piqa": result("piqa", [0, 0, 1, 0]), "boolq": result("boolq", [1, 1])}, {"bos": True})

@@ -91,6 +91,11 @@ class TaskResult:
         return float(np.std(self.scores[metric or self.metric], ddof=1) / np.sqrt(self.n)) if self.n > 1 else None
 
     @property
+    def at_chance(self) -> bool:
+        """Whether a uniform guess lies within the 95 % interval of the accuracy, or above it: differences then say nothing."""
+        return self.chance is not None and self.value() - 1.96 * (self.stderr() or 0) <= self.chance
+
+    @property
     def constant_share(self) -> float | None:
         """Share of the model's most frequent answer; None where the choices differ from item to item."""
         return max(Counter(self.predicted).values()) / self.n if self.choices else None
