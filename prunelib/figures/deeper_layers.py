@@ -10,7 +10,7 @@ from matplotlib.ticker import MultipleLocator
 
 from prunelib.claims import load
 from prunelib.figures import style as fig
-from prunelib.figures.save import Chapter, Drawing, FigureError, figure, pick
+from prunelib.figures.save import Chapter, Drawing, FigureError, figure, markdown, pick
 
 CHAPTER = "03_deeper_layers"
 READS = {"blocks": None}
@@ -43,7 +43,7 @@ def _medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _titles(layers: pd.Series) -> dict[str, str]:
     """Titles of models by their number of layers."""
-    return {name: f"{fig.SHORT.get(name, name)} ({count:.0f} layers)" for name, count in layers.items()}
+    return {name: f"{fig.short(name)} ({count:.0f} layers)" for name, count in layers.items()}
 
 
 def _layers(rows: pd.DataFrame) -> pd.Series:
@@ -118,24 +118,16 @@ def fig4_heatmap(chapter: Chapter) -> Drawing:
     for place, (axes, part) in enumerate(grid):
         cells = _heat(axes, part, norms[part["what"].iloc[0]])
         if place < 2:
-            labeled = {
-                "label": ("0: nearest block of its size", "nats/token (log)")[place],
-                "format": "%g",
-                "location": "bottom",
-            }
-            grid.figure.colorbar(cells, ax=list(grid.grid[:, place]), **labeled).outline.set_visible(False)
-    found = [f"{fig.SHORT.get(name, name)} {part.median():.2f}" for name, part in ranks.groupby("model", sort=False)]
+            label, column = ("0: nearest block of its size", "nats/token (log)")[place], list(grid.grid[:, place])
+            bar = grid.figure.colorbar(cells, ax=column, label=label, format="%g", location="bottom")
+            bar.outline.set_visible(False)
+    found = [f"{fig.short(name)} {part.median():.2f}" for name, part in ranks.groupby("model", sort=False)]
     title = f"Rank correlation of distance and loss, median over block sizes: {', '.join(found)}"
     agree = rows[rows["chosen"]].groupby(["model", "size"])["start"].nunique().eq(1).groupby("model", sort=False)
     agree = [f"{one.Index} {one.sum} of {one.size}" for one in agree.agg(["sum", "size"]).itertuples()]
     text = f"Block sizes at which all calibration draws choose the same block: {', '.join(agree)}."
-    labels = {
-        "x": START,
-        "y": [f"{fig.SHORT.get(name, name)}\n{SIZE}" for name in chapter.models("blocks")],
-        "text": text,
-        "title": title,
-    }
-    return grid.done(pd.concat([rows, blocks]), **labels)
+    y = [f"{fig.short(name)}\n{SIZE}" for name in chapter.models("blocks")]
+    return grid.done(pd.concat([rows, blocks]), x=START, y=y, text=text, title=title)
 
 
 @figure("deeper_layers_fig5_simple_vs_similarity", reads={**MEASURED, "reference": ("blocks",)})
@@ -166,27 +158,24 @@ def fig5_simple_vs_similarity(chapter: Chapter) -> Drawing:
         fig.random_band(axes, others, x="size", below=1e9, label="all blocks: median and 5–95 %")
         fig.log_scale(axes)
     lost = data.pivot(index=keys, columns="method", values="value")
-    text = [_compared(title, lost.loc[name]) for name, title in _titles(layers).items()]
-    first, name = lost.loc[layers.index[0]], fig.SHORT.get(layers.index[0], layers.index[0])
+    text = markdown(pd.DataFrame([{"model": name, **_compared(lost.loc[name])} for name in layers.index]))
+    first, name = lost.loc[layers.index[0]], fig.short(layers.index[0])
     fewer = (first["angular"] < first["deepest"]).sum()
     title = f"{name}: the nearest block costs less than the deepest layers at {fewer} of {len(first)} sizes"
     note = f"angular: median and min–max of {rows['calibration_seed'].nunique()} calibration draws"
     grid.data = grid.data.drop(columns="order")
     behind = pd.concat([rows, blocks, free])
-    return grid.done(behind, x=SIZE, y="extra loss (nats/token, log)", note=note, text="\n".join(text), title=title)
+    return grid.done(behind, x=SIZE, y="extra loss (nats/token, log)", note=note, text=text, title=title)
 
 
-def _compared(title: str, lost: pd.DataFrame) -> str:
-    """In Markdown: what the two rules lose (a line per block size) beside each other, the best block and the best set."""
+def _compared(lost: pd.DataFrame) -> dict[str, object]:
+    """What the two rules lose (a line per block size) beside each other, the best block of a size and the best known set."""
     nearest, simple = (lost[rule] - lost["block"] for rule in RULES)
-    free = (lost["block"] - lost["best"]).dropna()
-    text = f"- {title}: of {len(lost)} block sizes, the nearest block costs less than the deepest layers at "
-    text += f"{(nearest < simple).sum()}, and more at {(nearest > simple).sum()}. Over the best block of its size, the nearest "
-    text += f"costs {nearest.median():.2f} nats (median; at most {nearest.max():.2f}), the deepest layers "
-    text += f"{simple.median():.2f} (at most {simple.max():.2f})."
-    if len(free):
-        text += f" The best known set of any {free.index[-1]} layers costs {free.iloc[-1]:.2f} nats less than the best block."
-    return text
+    found = {"block sizes": len(lost), "nearest costs less than deepest": (nearest < simple).sum()}
+    found |= {"more": (nearest > simple).sum(), "nearest over the best block: median": nearest.median(), "most": nearest.max()}
+    found |= {"deepest over it: median": simple.median(), "most, deepest": simple.max()}
+    free = (lost["block"] - lost["best"]).dropna().tail(1)
+    return found | {f"best block over the best set of {size} layers": nats for size, nats in free.items()}
 
 
 @figure("deeper_layers_fig2_accuracy", reads={"tasks": ("blocks",)})
@@ -204,7 +193,7 @@ def fig2_accuracy(chapter: Chapter) -> Drawing:
     for axes, part in grid:
         fig.lines(axes, part, x="fraction", dodge=0.008)
         fig.level(axes, part.loc[part["size"] == 0, "value"].iloc[0])
-        fig.level(axes, chance[part["model"].iloc[0]], "chance", "#333333", "--")
+        fig.level(axes, chance[part["model"].iloc[0]], "chance", "#333333", "-")
         axes.set(xlim=(-0.02, 0.8), ylim=(0, 1))
         fig.percent(axes.yaxis)
     note = "error bars: 95 % interval over the items, one calibration draw"

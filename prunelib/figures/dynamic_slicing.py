@@ -33,7 +33,7 @@ CONTROLS = {
     "inverted": fig.Method("LR inverted", "#777777"),
     "random_axes": fig.Method("constant, random axes", "#777777"),
 }
-SHORTCUTS = {"full": "(a matrix at every connection)", "folded": "(half of them folded)", "shared_basis": "(one basis, none)"}
+SHORTCUTS = {"full": "a matrix at every connection", "folded": "half of them folded", "shared_basis": "one basis, none"}
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,16 @@ def fig1_lr(chapter: Chapter) -> Drawing:
         if "fs" in set(part["score"]):
             fig.level(axes, found.percentage, "constant slicing", CONSTANT.color, "-")
             axes.set_ylim(bottom=0)
-    plan = f"$S_P$ = {found.percentage:g}, $S_B$ = {found.base:g}"
-    note, text = f"{plan}; ours: median and min–max of {data['n'].max()} draws, all texts", []
+    note = f"$S_P$ = {found.percentage:g}, $S_B$ = {found.base:g}; ours: median and min–max of {data['n'].max()} draws"
+    lines = []
     for name in order[1:]:
         wide = ours[ours["model"] == name].pivot(index="layer", columns=["corpus", "seed"], values="lr")
-        each, agreed = wide.median(axis=1), wide.corr(method="spearman").min().min()
-        line = f"- {fig.SHORT.get(name, name)}: LR is {each.min():.2f} in layer {each.idxmin()}, in all others "
-        line += f"{each.nsmallest(2).iloc[1]:.2f} or more, {each.median():.2f} in the median. "
-        text.append(f"{line}Lowest rank correlation of two draws or texts: {agreed:.2f}.")
-    labels = {"x": "layer", "y": ["redundancy (LR)", "final slice (FS)"], "note": note, "text": "\n".join(text)}
-    labels["title"] = "From redundancy to slices"
-    return grid.done(pd.concat([rows, found.rows]), **labels, published=[PUBLISHED_LR])
+        each, agreed = wide.median(axis=1).sort_values(), wide.corr(method="spearman").min().min()
+        line = {"model": name, "lowest LR": each.iloc[0], "in layer": each.index[0], "next LR": each.iloc[1]}
+        lines.append(line | {"median": each.median(), "lowest rank correlation of two draws or texts": agreed})
+    labels = {"x": "layer", "y": ["redundancy (LR)", "final slice (FS)"], "note": note, "title": "From redundancy to slices"}
+    text = markdown(pd.DataFrame(lines))
+    return grid.done(pd.concat([rows, found.rows]), **labels, text=text, published=[PUBLISHED_LR])
 
 
 @figure("dynamic_slicing_fig2to7_slice_base", reads=READS)
@@ -194,19 +193,13 @@ def slicing_controls(chapter: Chapter) -> Drawing:
         low, high = min(0, tame["low"].min()), max(0, tame["high"].max())
         fig.dots(axes, part, CONTROLS, order=order, low=low, high=high + 0.3 * (high - low))
         axes.axvline(0, color=CONSTANT.color, linewidth=0.9, linestyle=":")
-    wide, text = data.pivot(index="method", columns="model", values="value"), []
-    for name in models:
-        one = wide[name]
-        line = f"- {fig.SHORT.get(name, name)}, against constant slicing: LR {one['dynamic']:+.2f} nats, "
-        line += f"only layer 0 as by LR {one['keep_first_full']:+.2f}, LR in random order {one['random_order']:+.2f}."
-        text.append(line)
-    one = wide[models[0]]
+    one = data[data["model"] == models[0]].set_index("method")["value"]
     title = f"LR {one['dynamic']:+.2f} nats against constant slicing, only layer 0 as by LR {one['keep_first_full']:+.2f} "
-    title += f"({fig.SHORT.get(models[0], models[0])})"
+    title += f"({fig.short(models[0])})"
     draws, orders = (data.loc[data["method"] == method, "n"].max() for method in ("dynamic", "random_order"))
     note = f"$S_P$ = {found.percentage:g}, $S_B$ = {found.base:g}; dotted: constant on the same windows, left is better\n"
     note += f"median and min–max of {draws} draws of windows (LR) or of {orders} random orders; all others one draw"
-    return grid.done(rows, x="nats/token vs constant", note=note, text="\n".join(text), title=title)
+    return grid.done(rows, x="nats/token vs constant", note=note, title=title)
 
 
 @figure("own_depth_vs_slicing", reads={"selection": ("rules",), **READS, **REFERENCE})
@@ -239,7 +232,7 @@ def depth_vs_slicing(chapter: Chapter) -> Drawing:
     grid.data = data
     draws = pick(layers, method="greedy")["n"].max()
     note = f"whole layers: median of {draws} calibration draws; slices: one draw; each over dense on the windows of its run"
-    y = [f"{fig.SHORT.get(name, name)}\nextra loss (nats/token)" for name in data["model"].unique()]
+    y = [f"{fig.short(name)}\nextra loss (nats/token)" for name in data["model"].unique()]
     labels = {"x": list(titles.values()), "y": y, "note": note, "text": _sizes(slicing(chapter, reference=True))}
     labels["title"] = "Whole layers against slices"
     keep = ["model", "method", *titles, "value", "slice_percentage", "layers_removed", "low", "high", "n"]
@@ -253,21 +246,19 @@ def _sizes(found: Slicing) -> str:
     """
     counted = pick(found.rows, role="count", metric="removed", method="constant")
     counted = counted[np.isclose(counted["slice_percentage"], found.percentage)]
-    bases, lines = pick(found.plans, part="equal_parameters")["slice_base"], []
+    gone = 100 * counted.pivot_table(index="model", columns="shortcuts", values="value", aggfunc="first")
+    lines = gone.reindex(columns=list(SHORTCUTS)).rename(columns=SHORTCUTS).to_dict("index")
+    bases = pick(found.plans, part="equal_parameters")["slice_base"]
     for name, plans in found.plans.groupby("model", sort=False):
-        gone = pick(counted, model=name).groupby("shortcuts")["value"].first()
-        flat, whole = (
-            pick(plans, part="sweep", method="constant").set_index("slice_percentage")[one] for one in ("nll", "removed")
-        )
-        parts = [f"{gone[kind]:.1%} {words}" for kind, words in SHORTCUTS.items() if kind in gone]
-        bare = pick(plans, part="bare", slice_percentage=found.percentage, may_be_empty=True)["nll"] - flat[found.percentage]
-        line = f"- {fig.SHORT.get(name, name)}: a slice of {found.percentage:.0%} removes {', '.join(parts)} of the parameters"
-        line += f"; one basis costs {bare.iloc[0]:+.2f} nats." if len(bare) else "."
-        for part, words in {"sweep": "at equal mean slice", "equal_parameters": "at equal parameters"}.items():
+        flat = pick(plans, part="sweep", method="constant").set_index("slice_percentage")
+        bare = pick(plans, part="bare", slice_percentage=found.percentage, may_be_empty=True)["nll"]
+        lines[name]["one basis: nats"] = (bare - flat["nll"][found.percentage]).mean()
+        for part, words in {"sweep": "equal mean slice", "equal_parameters": "equal parameters"}.items():
             moving = pick(plans, part=part, method="dynamic", slice_base=tuple(bases))
-            alike = (moving["removed"] - moving["slice_percentage"].map(whole)).abs() < 0.005
+            alike = (moving["removed"] - moving["slice_percentage"].map(flat["removed"])).abs() < 0.005
             moving = moving[alike | (part == "sweep")]
-            over = moving["nll"] - moving["slice_percentage"].map(flat)
-            line += f" Dynamic over constant slicing {words}: {over.min():+.2f} to {over.max():+.2f} nats ({len(over)} plans)."
-        lines.append(line)
-    return "\n".join(lines)
+            over = moving["nll"] - moving["slice_percentage"].map(flat["nll"])
+            lines[name][f"{words}: nats over constant"] = f"{over.min():+.2f} to {over.max():+.2f} ({len(over)} plans)"
+    table = pd.DataFrame.from_dict({name: lines[name] for name in found.plans["model"].unique()}, "index")
+    told = f"A slice of {found.percentage:.0%} removes so much of the parameters, in %, and dynamic slicing costs so much:"
+    return f"{told}\n\n{markdown(table.rename_axis('model').reset_index())}"

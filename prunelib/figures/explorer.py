@@ -57,7 +57,7 @@ def layers_drawing(data: pd.DataFrame) -> Drawing:
     if "alpha" in data:
         axes, alpha = grid.grid[1, 0], data["alpha"].iloc[0]
         steps = [*pick(data, what="measured nats on the path")["alpha_low"], 1.0]
-        for kind, name, line in (("measured", "measured", "-"), ("predicted", "sum of single costs", "--")):
+        for kind, name, line in (("measured", "measured", "-"), ("predicted", "sum of single costs", ":")):
             style = {"baseline": None, "color": look.color, "linestyle": line, "linewidth": 1.6, "label": name}
             axes.stairs(_perplexity(data, f"{kind} nats on the path"), steps, **style)
         axes.plot([alpha], [measured], look.marker, color="#333333", markersize=7, label=f"alpha = {alpha:.2f}")
@@ -77,7 +77,7 @@ def slices_drawing(data: pd.DataFrame) -> Drawing:
     grid = fig.Panels(slices.assign(all=rf"$S_P$ = {mean:.0%}, $S_B$ = {base:.0%}"), "all", height=2.6)
     axes = grid.grid[0, 0]
     fig.layer_bars(axes, slices, fig.METHODS["dynamic_slicing"])
-    fig.level(axes, mean, "$S_P$, the mean", "#333333", "--")
+    fig.level(axes, mean, "$S_P$, the mean", "#333333", "-")
     fig.level(axes, base, "$S_B$, the base", "#333333")
     fig.percent(axes.yaxis)
     low, high, middle = slices["value"].agg(["min", "max", "mean"])

@@ -39,8 +39,9 @@ class Healings:
     """The healing runs of a chapter.
 
     rows: all rows; `where` says of a held-out text whether it is like the training text. healed: one line per trained model
-    and text, with the loss `before` and `after` and the `dense` model's, in nats per token, and the share `recovered`. base:
-    the case that every ablation changes one thing of, for the models that have ablations.
+    and text, with the loss `before` and `after` and the `dense` model's, in nats per token, and the share of what was lost that
+    is `recovered`, over the dense model as it was and, where it was trained alike, over that one (`recovered_alike`). base: the
+    case that every ablation changes one thing of, for the models that have ablations.
     """
 
     rows: pd.DataFrame
@@ -56,7 +57,7 @@ class Healings:
         """The look of every model, with the tokens of its trainings."""
         tokens, found = self.rows.groupby("model", sort=False)["tokens"].max() / 1e6, {}
         for (name, count), look in zip(tokens.items(), MODELS, strict=False):
-            found[name] = replace(look, title=f"{fig.SHORT.get(name, name)}, {count:.2g}M tokens")
+            found[name] = replace(look, title=f"{fig.short(name)}, {count:.2g}M tokens")
         return found
 
 
@@ -78,10 +79,12 @@ def healings(chapter: Chapter) -> Healings:
     place = ["model", "text"]
     dense = pick(before, method="dense").groupby(place)["before"].first().rename("dense").reset_index()
     before = before.drop_duplicates([*CUT, "text"])[[*CUT, "text", "before"]]
-    healed = after.merge(before, on=[*CUT, "text"], how="left").merge(dense, on=place, how="left")
-    lost = healed["before"] - healed["dense"]
-    recovered = ((healed["before"] - healed["after"]) / lost).where(lost > 0.01)
-    healed = healed.assign(nats_over_dense=healed["after"] - healed["dense"], recovered=recovered)
+    alike = pick(after, method="dense", may_be_empty=True).groupby(place)["after"].first().rename("dense_alike").reset_index()
+    healed = after.merge(before, on=[*CUT, "text"], how="left").merge(dense, on=place, how="left").merge(alike, "left", place)
+    lost = (healed["before"] - healed["dense"]).where(lambda nats: nats > 0.01)
+    healed["recovered"] = (healed["before"] - healed["after"]) / lost
+    healed["recovered_alike"] = 1 - (healed["after"] - healed["dense_alike"]) / lost
+    healed["nats_over_dense"] = healed["after"] - healed["dense"]
     case = ["model", "method", "size"]
     ablated = pick(healed, study="rank", may_be_empty=True)[case].drop_duplicates()
     base = pick(healed, study=MAIN, repair="none", recipe="lora", may_be_empty=True).merge(ablated, on=case)
@@ -100,10 +103,8 @@ def fig3_healed_loss(chapter: Chapter) -> Drawing:
     rows[LOSSES] = rows[LOSSES].div(rows["model"].map(scales), axis=0)
     start = rows.drop_duplicates(keys).assign(fraction=0.0, before=lambda one: one["dense"], after=lambda one: one["dense"])
     data = pd.concat([start, rows])
-    titles = {
-        name: f"{fig.SHORT.get(name, name)}\non {fig.text_title(text)}"
-        for name, text in rows.groupby("model")["text"].first().items()
-    }
+    texts = rows.groupby("model")["text"].first().items()
+    titles = {name: f"{fig.short(name)}\non {fig.text_title(text)}" for name, text in texts}
     grid = fig.Panels(data, "model", titles=titles, height=3.8, sharey=True, sharex=True)
     for axes, part in grid:
         fig.level(axes, part["dense"].iloc[0])
@@ -114,16 +115,14 @@ def fig3_healed_loss(chapter: Chapter) -> Drawing:
             fig.curve(axes, line, look, x="fraction", y="after")
         axes.plot([], [], ":", color="#555555", label="before healing")
         fig.percent(axes.xaxis)
-    text, shares = [], []
-    for name, part in rows.groupby("model", sort=False):
-        straight = [one["fraction"].corr(one["after"]) ** 2 for _, one in data[data["model"] == name].groupby("method")]
-        least, most = part["recovered"].min(), part["recovered"].max()
-        shares.append(f"{fig.SHORT.get(name, name)}: training wins back {least:.0%} to {most:.0%} of the loss")
-        line = f"- {shares[-1]}; "
-        line += f"R² of a straight line through the healed losses of a rule: {min(straight):.2f} or more."
-        text.append(line)
+    told = 100 * rows.groupby("model", sort=False)[["recovered", "recovered_alike"]].agg(["min", "max"])
+    told.columns = ["recovered, %: least", "most", "over the dense model trained alike: least", "most of these"]
+    straight = data.groupby(keys)[["fraction", "after"]].apply(lambda one: one["fraction"].corr(one["after"]) ** 2)
+    told["R² of a line through the healed losses of a rule, least"] = straight.groupby("model").min()
+    title = "{}: training wins back {:.0f}% to {:.0f}% of the loss".format(fig.short(told.index[0]), *told.iloc[0])
     keep = [*keys, "tokens", "fraction", "before", "after"]
-    return grid.done(rows, x="layers removed, %", y="loss / log(vocabulary)", keep=keep, text="\n".join(text), title=shares[0])
+    labels = {"x": "layers removed, %", "y": "loss / log(vocabulary)", "text": markdown(told.reset_index())}
+    return grid.done(rows, **labels, keep=keep, title=title)
 
 
 @figure("own_healing_tokens", reads=READS)
@@ -143,9 +142,7 @@ def healing_tokens(chapter: Chapter) -> Drawing:
     data["place"] = data["tokens"].clip(lower=data.loc[data["tokens"] > 0, "tokens"].min() / 3)
     looks = {method: replace(fig.METHODS[method.split()[0]], line="-") for method in data["method"].unique()}
     texts = data.groupby("model")["text"].first()
-    titles = {
-        name: f"{fig.SHORT.get(name, name)}\nK = {sizes[name]:.0f}, {fig.text_title(texts[name])}" for name in texts.index
-    }
+    titles = {name: f"{fig.short(name)}\nK = {sizes[name]:.0f}, {fig.text_title(text)}" for name, text in texts.items()}
     grid = fig.Panels(data, "model", titles=titles, height=4.1, sharey=True, sharex=True)
     for axes, part in grid:
         for method, line in part.groupby("method", sort=False):
@@ -159,15 +156,9 @@ def healing_tokens(chapter: Chapter) -> Drawing:
     first = data[(data["model"] == data["model"].iloc[0]) & (data["recipe"] != "none")]
     ends = first[first["step"] == first["step"].max()]["nats_over_dense"].agg(["min", "max"])
     title = "After healing the choices of layers still cost {:.2f} to {:.2f} nats".format(*ends)
-    title += f" ({fig.SHORT.get(first['model'].iloc[0], first['model'].iloc[0])})"
-    labels = {
-        "x": "tokens of training",
-        "y": "extra loss (nats/token, log)",
-        "note": note,
-        "text": _healed_table(found),
-        "title": title,
-    }
-    return grid.done(pd.concat([rows, found.healed]), **labels, keep=keep)
+    title += f" ({fig.short(first['model'].iloc[0])})"
+    labels = {"x": "tokens of training", "y": "extra loss (nats/token, log)", "title": title}
+    return grid.done(pd.concat([rows, found.healed]), **labels, keep=keep, note=note, text=_healed_table(found))
 
 
 def _healed_table(found: Healings) -> str:
@@ -180,16 +171,12 @@ def _healed_table(found: Healings) -> str:
     table = cut.pivot(index=["K", "method"], columns="text", values=list(times)).swaplevel(axis=1)
     table = table[[(text, when) for text in cut["text"].unique() for when in times]]
     table.columns = [f"{text}: {times[when]}" for text, when in table]
-    parts = [f"Extra loss of {fig.SHORT.get(model, model)}, in nats per token:", markdown(table.reset_index())]
+    parts = [f"Extra loss of {fig.short(model)}, in nats per token:", markdown(table.reset_index())]
     gains = ", ".join(f"{-one.nats_over_dense:.2f} nats on {one.text}" for one in control.itertuples())
     parts += [f"The dense model gains {gains} by the same training."] if gains else []
     for (size, _), part in cut.groupby(["K", "removed_layers"]):
         if len(same := part["method"].unique()) > 1:
             parts.append(f"K = {size}: {' and '.join(same)} removed the same layers.")
-    for (size, text), part in cut.groupby(["K", "text"], sort=False):
-        first, last = (part.loc[part[when].idxmin(), "method"] for when in LOSSES[:2])
-        if first != last:
-            parts.append(f"K = {size}, {text}: {first} is the best before healing, {last} after it.")
     return "\n\n".join(parts)
 
 
@@ -214,33 +201,28 @@ def healing_ablations(chapter: Chapter) -> Drawing:
             base = one.loc[one["study"] == "base", "recovered"].iloc[0]
             axes.axvline(base, color=looks[name].color, linewidth=0.8, alpha=0.6)
             places = one["variant"].map(list(rows["variant"]).index) + 0.18 * place
-            axes.plot(
-                one["recovered"], places, looks[name].marker, color=looks[name].color, markersize=5, label=looks[name].title
-            )
+            look = {"color": looks[name].color, "label": looks[name].title, "markersize": 5}
+            axes.plot(one["recovered"], places, looks[name].marker, **look)
         axes.axvline(1, color="black", linestyle=":", linewidth=1, label="dense")
         axes.axvline(0, color="#333333", linewidth=1, label="not healed")
         axes.hlines(np.flatnonzero(rows["group"].diff() > 0) - 0.5, *axes.get_xlim(), color="#cccccc", linewidth=0.7)
         fig.percent(axes.xaxis)
         fig.titled_rows(axes, list(rows["variant"]))
     keep = ["where", "text", "study", "variant", "model", "tokens", *LOSSES, "recovered"]
-    note = "vertical lines: the base case of each model; one training each"
+    note = "vertical lines: the base case of each model; one training each; lost: over the dense model as it was"
     labels = {"x": "share of the lost nats recovered, %", "note": note, "text": _repaired(found)}
     return grid.done(data, **labels, keep=keep, title="What a training recovers, one change at a time")
 
 
 def _repaired(found: Healings) -> str:
-    """In Markdown: the base case before and after training, and the best closed-form repair of the same cut."""
-    repaired = pick(found.healed, study="repair", where=LIKE, may_be_empty=True)
-    repaired, lines = repaired[repaired["repair"] != "none"].sort_values("before"), []
-    for one in pick(found.base, where=LIKE).to_dict("records"):
-        line = f"- {one['model']}, {one['size']:.0f} layers removed: {one['before'] - one['dense']:.2f} nats over dense, "
-        line += f"{one['nats_over_dense']:.2f} after {one['tokens'] / 1e6:.2g}M tokens of training"
-        line += f" ({one['recovered']:.0%} recovered)"
-        for best in pick(repaired, model=one["model"], may_be_empty=True).head(1).to_dict("records"):
-            line += f"; repaired in closed form ({best['repair'].replace('_', ' + ')}) {best['before'] - best['dense']:.2f}, "
-            line += f"after the same training {best['nats_over_dense']:.2f}"
-        lines.append(line)
-    return "\n".join(lines)
+    """In Markdown: extra loss of the base case before and after training, and of the best closed-form repair of its cut."""
+    base = pick(found.base, where=LIKE)
+    repaired = pick(found.healed, study="repair", where=LIKE, model=tuple(base["model"]), may_be_empty=True)
+    repaired = repaired[repaired["repair"] != "none"].sort_values("before").drop_duplicates("model")
+    rows = pd.concat([base, repaired]).sort_values("model", kind="stable").astype({"size": int, "tokens": int})
+    names = {"model": "model", "size": "layers removed", "repair": "repair in closed form", "extra": "extra loss, nats"}
+    names |= {"tokens": "tokens of training", "nats_over_dense": "extra loss after it"}
+    return markdown(rows.assign(extra=rows["before"] - rows["dense"])[list(names)].rename(columns=names))
 
 
 @figure("deeper_layers_fig9_rank", reads=READS)
@@ -298,19 +280,17 @@ def fig3_healing(chapter: Chapter) -> Drawing:
     name, ours = rows["model"].iloc[0], data["source"].iloc[-1]
     chance = 100 * pick(rows, metric="chance").groupby("task")["value"].first()
     chance = chance.reindex(rows.loc[rows["task"] != "all", "task"].unique()).fillna(0).mean()  # of a next word it is 0
-    titles = ("published: K = 12\nLlama-3.1-8B", f"{ours}\n{fig.SHORT.get(name, name)}")
+    titles = ("published: K = 12\nLlama-3.1-8B", f"{ours}\n{fig.short(name)}")
     grid = fig.Panels(data, "source", titles=titles, height=3.2, sharex=True)
     for axes, part in grid:
         axes.axvline(part["level"].iloc[0], color="black", linestyle=":", label="dense")
         cut = part[part["method"] != "dense"].assign(place=lambda one: pd.factorize(one["method"])[0])
         for healed, shift, color in ((False, 0.12, "#999999"), (True, -0.12, "#000000")):
             one = cut[cut["healed"] == healed]
-            ends = one.reindex(columns=["low", "high"]).fillna(
-                {"low": one["accuracy_percent"], "high": one["accuracy_percent"]}
-            )
-            error = [one["accuracy_percent"] - ends["low"], ends["high"] - one["accuracy_percent"]]
+            value = one["accuracy_percent"]
+            error = np.nan_to_num([value - one.get("low", value), one.get("high", value) - value])
             hollow = {"markerfacecolor": "white"} if "published" in set(part["source"]) else {}
-            axes.errorbar(one["accuracy_percent"], one["place"] + shift, xerr=error, fmt="o", color=color, **hollow)
+            axes.errorbar(value, one["place"] + shift, xerr=error, fmt="o", color=color, **hollow)
             axes.plot([], [], "o", color=color, label="healed (LoRA)" if healed else "before")
         fig.titled_rows(axes, [fig.METHODS[method.split()[0]].title for method in cut["method"].unique()])
     axes.axvline(chance, color="#333333", linestyle="-", linewidth=0.8, label="chance (ours)")
@@ -318,9 +298,8 @@ def fig3_healing(chapter: Chapter) -> Drawing:
     gains = (gains[True] - gains[False]).groupby("source").mean()
     title = f"Healing adds {gains[ours]:.1f} points in the mean (published: {gains['published']:.1f})"
     note = "hollow: published; ours: 95 % interval over the items, one training each"
-    return grid.done(
-        rows, x="mean accuracy, %", keep=list(data.columns.drop("level")), note=note, published=[PUBLISHED], title=title
-    )
+    labels = {"x": "mean accuracy, %", "note": note, "title": title}
+    return grid.done(rows, **labels, keep=data.columns.drop("level"), published=[PUBLISHED])
 
 
 @figure("simdiff_tablea7_healing", reads={"healing": None})

@@ -156,7 +156,7 @@ def _at_one_size(searches: list[Search], k: int) -> pd.DataFrame:
         regrets = pick(found.regrets, layers_removed=k).groupby(["model", "method"])["value"].median()
         for name in found.truth:
             line = {fig.METHODS[rule].title: regrets.get((name, rule)) for rule in (*HERO, "greedy")}
-            lines.append({"model": fig.SHORT.get(name, name), "random sets": np.median(found.population(name, k)), **line})
+            lines.append({"model": fig.short(name), "random sets": np.median(found.population(name, k)), **line})
     return pd.DataFrame(lines)
 
 
@@ -192,9 +192,9 @@ def rank_correlation(chapter: Chapter) -> Drawing:
     grid = fig.Panels(sums, "model", height=3.3)
     for axes, part in grid:
         here = predicted[predicted["model"].isin(part["model"])]
-        for row in here.itertuples():
-            one, color = part[part["K"] == row.K], "#cccccc" if row.K == 3 else "#0072b2"
-            axes.plot(one["sum"], one["cost"], ".", markersize=2, color=color, rasterized=True, label=f"{row.K} layers")
+        for k, one in part.groupby("K", sort=False):
+            color = "#cccccc" if k == 3 else "#0072b2"
+            axes.plot(one["sum"], one["cost"], ".", markersize=2, color=color, rasterized=True, label=f"{k} layers")
         told = "\n".join(["rank correlation", *(f"{row.K} layers: {row.spearman:.2f}" for row in here.itertuples())])
         axes.annotate(told, (0.98, 0.03), xycoords="axes fraction", fontsize=8, ha="right")
         axes.axline((1, 1), slope=1, color="black", linewidth=0.8, label="sum = true cost")

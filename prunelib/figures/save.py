@@ -135,13 +135,14 @@ def figure(stem: str, *, reads: Mapping[str, Sequence[str] | None], models: int 
         @functools.wraps(draw)
         def drawn(chapter: Chapter, **options: Any) -> Drawing:
             drawing = draw(chapter, **options)
-            numbers, title = numbers_of(chapter, reads, drawing.rows), {}
+            about = {"numbers": numbers_of(chapter, reads, drawing.rows), **origin(draw, chapter, drawing)}
             if drawing.figure is None:
-                drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{numbers}*")
+                drawing = replace(drawing, text=f"{drawing.text or markdown(drawing.data)}\n\n*{about['numbers']}*")
             else:
-                title = {"title": " ".join(drawing.figure.get_suptitle().split())}
-                _subtitle(drawing.figure, textwrap.fill(numbers, 120))
-            save(drawing, stem, chapter.folder, provenance=title | {"numbers": numbers, **origin(draw, chapter, drawing)})
+                title = " ".join(drawing.figure.get_suptitle().split())
+                about = ({"title": title} if title else {}) | about
+                _subtitle(drawing.figure, textwrap.fill(about["numbers"], 120))
+            save(drawing, stem, chapter.folder, provenance=about)
             return drawing
 
         FIGURES[stem] = Entry(stem, sys.modules[draw.__module__].CHAPTER, drawn, reads, models)

@@ -46,7 +46,7 @@ def _sizes(chapter: Chapter) -> list[int]:
 def _titles(chapter: Chapter) -> dict[str, str]:
     """Models, the deepest first, and how a panel calls them."""
     layers = chapter.table("statistics").groupby("model")["layer"].max().sort_values(ascending=False) + 1
-    return {name: f"{fig.SHORT.get(name, name)} ({int(count)} layers)" for name, count in layers.items()}
+    return {name: f"{fig.short(name)} ({int(count)} layers)" for name, count in layers.items()}
 
 
 @figure("simdiff_fig1_cosine_perplexity", reads=CHOICES)
@@ -170,7 +170,7 @@ def fair_test(chapter: Chapter) -> Drawing:
     """SimDiff's loss minus the cosine rule's for every K, by search of alpha; scores, alpha and report from different texts."""
     scored = pick(chapter.table("selection"), run_part="simdiff", calibration=chapter["fair_calibration"])
     rows = pick(scored, metric="nll_over_cosine", method=SIMDIFF, alpha_corpus=chapter["fair_alpha_text"])
-    rows["report"] = rows["model"].map(lambda name: fig.SHORT.get(name, name)) + ", " + rows["corpus"].map(fig.text_title)
+    rows["report"] = rows["model"].map(lambda name: fig.short(name)) + ", " + rows["corpus"].map(fig.text_title)
     rows["line"] = rows["method"].map(lambda name: fig.METHODS[name].title) + ", " + rows["search"]
     data = fig.spread(rows, ["role", "report", "line", "method", "search", "layers_removed"])
     lines, means = sorted(rows["line"].unique(), reverse=True), rows.groupby(["report", "line"])["value"].mean()
@@ -233,12 +233,12 @@ def live_vs_committed(chapter: Chapter) -> Drawing:
     grid = fig.Panels(shown, "what", titles=("share of the set in common", "loss over dense, nats per token"), height=3.0)
     for axes, part in grid:
         for side, one in part.groupby("side", sort=False):
-            kind = {"hollow": True, "line": "--"} if side == "committed" else {}
+            kind = {"line": ":", "marker": ""} if side == "committed" else {}
             fig.lines(axes, one, {name: replace(fig.METHODS[name], **kind) for name in COMPARED}, dodge=0.12)
     grid.data = data
     found = [f"{fig.METHODS[one.method].title} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in scores.itertuples()]
     text = f"{told} {budget} Rank correlation of the scores, all pairs of draws: {', '.join(found)}."
-    note = "median and min–max of all draws, or pairs of them; dashed, hollow: committed"
+    note = "median and min–max of all draws, or pairs of them; dotted, without markers: committed"
     return grid.done(pd.concat([rows, live, committed]), x="layers removed", note=note, text=text)
 
 

@@ -1,7 +1,7 @@
 """The look of every figure: one color, marker and title per method, and what several figures draw.
 
 A figure function brings its numbers into one long table, makes `Panels` of it, draws into them with `lines`, `dots`,
-`layer_bars` or `heatmap`, and ends with `Panels.done`. Published values are hollow or dashed and the legend says so.
+`layer_bars` or `heatmap`, and ends with `Panels.done`. Hollow, dashed or hatched is what a paper published, and nothing else.
 """
 
 import itertools
@@ -25,7 +25,6 @@ from prunelib.figures.save import Drawing, FigureError
 from prunelib.lab.provenance import TITLES
 
 WIDTH = 7.2  # inches; at the width of a README 9 pt are then 9 pt on the screen
-SHORT = {name: title.split(" (")[0] for name, title in TITLES.items()}  # models without their size
 Looks = Mapping[Any, "Method"]
 Texts = str | Sequence[str]
 
@@ -94,6 +93,11 @@ def text_title(name: str) -> str:
     return {"wikitext2": "WikiText-2", "c4": "C4", "alpaca": "Alpaca"}.get(name, name)
 
 
+def short(name: str) -> str:
+    """The title of a model without its size; any other text as it is."""
+    return TITLES[name].split(" (")[0] if name in TITLES else name
+
+
 def use_style() -> None:
     """The style of all figures, for the rest of the session: matplotlib's defaults with `figures.mplstyle` on top."""
     plt.style.use(["default", Path(__file__).with_name("figures.mplstyle")])
@@ -109,12 +113,6 @@ def spread(table: pd.DataFrame, by: str | Sequence[str], *, value: str = "value"
         raise FigureError(f"no values of {value} to draw: the table is empty or all of them are missing")
     groups = present.groupby(by, dropna=False, observed=True)[value]
     return groups.agg(value="median", low="min", high="max", n="count").reset_index()
-
-
-def error_note(data: pd.DataFrame) -> str:
-    """What the error bars of a result of `spread` are: `points and error bars: median and min–max of 3 calibration draws`."""
-    counts = "–".join(map(str, sorted({data["n"].min(), data["n"].max()})))
-    return f"points and error bars: median and min–max of {counts} calibration draws"
 
 
 class Panels:
@@ -140,7 +138,7 @@ class Panels:
         self.figure, self.grid = plt.subplots(*shape, figsize=size, squeeze=False, **options)
         titles = [titles.get(name, name) for name in self.columns] if isinstance(titles, Mapping) else titles or self.columns
         for axes, title in zip(self.grid[0], titles, strict=True):
-            axes.set_title(SHORT.get(title, title))
+            axes.set_title(short(str(title)))
 
     def __iter__(self) -> Iterator[tuple[Axes, pd.DataFrame]]:
         column, row = self.names
@@ -168,7 +166,7 @@ class Panels:
             self.figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         for line, texts, name in ((self.grid[-1], x, "xlabel"), (self.grid[:, 0], y, "ylabel")):
             for axes, label in zip(line, itertools.repeat(texts, len(line)) if isinstance(texts, str) else texts, strict=True):
-                axes.set(**{name: SHORT.get(label, label)} if label else {})
+                axes.set(**{name: short(label)} if label else {})
         legend(self.figure, note)
         data = self.data[list(keep)] if len(keep) else self.data.drop(columns=["run", "code"], errors="ignore")
         return Drawing(self.figure, data.dropna(axis=1, how="all"), rows, **more)
