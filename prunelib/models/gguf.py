@@ -133,6 +133,20 @@ def _packaged_file(name: str, packaged: PackagedModel) -> Iterator[Path]:
 
 def _convert(file: Path, folder: Path, sha256: str, bound: float) -> None:
     """Dequantize, check and save in `folder`, complete or not at all."""
+    model, tokenizer, fields = read(file)
+    model.config.dequantized_from = {"file": file.name, "sha256": sha256, "weights": fields["weights"]}
+    perplexity = passage_perplexity(model, tokenizer, bos=bool(fields["tokenizer.ggml.add_bos_token"]))
+    if not perplexity < bound:
+        raise CheckpointError(
+            f"{file.name} makes nothing of plain English (perplexity {perplexity:.0f}, bound {bound:.0f}): transformers "
+            f"{transformers.__version__} may import its architecture wrongly (5.17 does so with Gemma 3), or it is no model of "
+            "English. Take another version of transformers, or a safetensors checkpoint of the model"
+        )
+    save(model, tokenizer, folder)
+
+
+def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, object]]:
+    """The dequantized model of a GGUF file in float32, its tokenizer, and what the header says; raises CheckpointError."""
     if not hasattr(transformers, "GgufConfig"):
         raise CheckpointError(f"reading {file.name} needs transformers 5.23 or later; this is {transformers.__version__}")
     fields = _metadata(file)
@@ -148,15 +162,7 @@ def _convert(file: Path, folder: Path, sha256: str, bound: float) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    model.config.dequantized_from = {"file": file.name, "sha256": sha256, "weights": fields["weights"]}
-    perplexity = passage_perplexity(model, tokenizer, bos=bool(fields["tokenizer.ggml.add_bos_token"]))
-    if not perplexity < bound:
-        raise CheckpointError(
-            f"{file.name} makes nothing of plain English (perplexity {perplexity:.0f}, bound {bound:.0f}): transformers "
-            f"{transformers.__version__} may import its architecture wrongly (5.17 does so with Gemma 3), or it is no model of "
-            "English. Take another version of transformers, or a safetensors checkpoint of the model"
-        )
-    save(model.eval(), tokenizer, folder)
+    return model.eval(), tokenizer, fields
 
 
 def _metadata(file: Path) -> dict[str, object]:
