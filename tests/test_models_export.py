@@ -1,5 +1,8 @@
 """Plans and pruned models in the formats of mergekit and llama.cpp, read back by what reads them there."""
 
+import json
+import urllib.request
+
 import gguf as library
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from prunelib import io, models
 from prunelib.models import export, gguf
 from prunelib.models.architectures import SLICED_MODEL_TYPE
+from prunelib.models.loading import PROBE
 from prunelib.models.plans import DropPlan
 
 LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -168,7 +172,7 @@ def test_gemma_3_keeps_the_order_that_llama_cpp_assumes(removed, works):
 
 @pytest.mark.slow
 def test_llama_cpp_predicts_as_transformers_does(tmp_path):
-    """Greedy tokens, and the perplexity of 64 tokens, of SmolLM2 without four layers in float16."""
+    """Tokens of a text, greedy tokens, and the perplexity of 64 tokens, of SmolLM2 without four layers in float16."""
     llama_cpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install --no-deps xllamacpp)")
     try:
         tokenizer, dense = models.load_tokenizer("smollm2-135m-instruct"), models.load("smollm2-135m-instruct")
@@ -181,6 +185,10 @@ def test_llama_cpp_predicts_as_transformers_does(tmp_path):
     settings.model.path = str(tmp_path / "pruned.gguf")
     settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 256, 1, 1, False
     server = llama_cpp.Server(settings)
+
+    body = json.dumps({"content": PROBE}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+    assert json.load(urllib.request.urlopen(request))["tokens"] == tokenizer(PROBE)["input_ids"]
 
     def complete(prompt, tokens, **more):
         request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1, **more}
