@@ -4,10 +4,14 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from architectures import build
 
+from prunelib.healing import heal
 from prunelib.healing.recipes import RECIPES, gromov
-from prunelib.healing.train import linear_names
+from prunelib.healing.train import beside_cuts, linear_names
+from prunelib.models import remove_layers
+from prunelib.text.sequences import TrainingRows
 
 # Table 2 of the paper, and the learning rates in its text, written down once more.
 GROMOV = {
@@ -36,7 +40,7 @@ def test_the_default_of_that_paper_is_its_smallest_llama():
     assert replace(RECIPES["gromov_qlora"], source=seven.source) == seven
     with pytest.raises(ValueError, match=r"no model 'Llama-3-8B'; it healed: Llama-2-7B, .*, Phi-2"):
         gromov("Llama-3-8B")
-    with pytest.raises(ValueError, match=r"unknown recipe 'qlora'; there are: distillation, .*, simdiff_lora"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'qlora'; there are: cut_adjacent, .*, simdiff_lora"):
         RECIPES["qlora"]
 
 
@@ -50,7 +54,7 @@ def test_simdiffs_settings():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trains": "everything"}, "trains='everything' is not one of lora, all, last_layers"),
+        ({"trains": "everything"}, "trains='everything' is not one of lora, all, last_layers, beside_cuts"),
         ({"schedule": "step"}, "schedule='step' is not one of"),
         ({"modules": ()}, r"modules=\(\) with trains='lora': give a value"),
         ({"modules": ("ffn",)}, r"modules=\('ffn',\) is not one of attention, mlp"),
@@ -67,3 +71,35 @@ def test_simdiffs_settings():
 def test_settings_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(ValueError, match=f"recipe lora: {message}"):
         replace(RECIPES["lora"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("layers", "removed", "beside"),
+    [(4, [2, 3], [1, 2]), (4, [0, 5], [0, 3]), (3, [1, 3, 5], [0, 1, 2]), (5, [2], [1, 2]), (6, [], [])],
+)
+def test_the_layers_beside_a_cut(layers, removed, beside):
+    assert beside_cuts(layers, removed) == beside
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt_neox"])
+@pytest.mark.parametrize("name", ["last3_head", "cut_adjacent"])
+def test_what_the_partial_recipes_train(family, name, tmp_path):
+    """The last three layers, the final norm and the head, which stays tied; or the two layers at the cut."""
+    model, ids = remove_layers(build(family), [2, 3]), torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(0))
+    recipe = replace(RECIPES[name], batch=2, seq_len=8, steps=1, warmup_steps=0)
+    healed = heal(model, TrainingRows(ids, ids, None, ""), recipe, tmp_path / "h", removed=(2, 3), progress=False)
+    after, layers = dict(healed.model.named_parameters()), [1, 2, 3] if name == "last3_head" else [1, 2]
+    trained = {key for key in after if any(f".layers.{index}." in key for index in layers)}
+    if name == "last3_head":
+        ends = ("norm.weight", "final_layer_norm.weight", "final_layer_norm.bias", "lm_head.weight")
+        ends += ("embed_tokens.weight",) * (family == "llama_tied")
+        trained |= {key for key in after if ".layers." not in key and key.endswith(ends)}
+    changed = {key for key, weight in model.named_parameters() if not torch.equal(weight, after[key])}
+    assert {key for key in trained if not key.endswith("bias")} <= changed <= trained
+    assert healed.trainable == sum(after[key].numel() for key in trained)
+    assert healed.model.config.tie_word_embeddings == (family == "llama_tied")
+    if name == "cut_adjacent":
+        with pytest.raises(ValueError, match=r"recipe cut_adjacent .*removed=\(\)"):
+            heal(model, TrainingRows(ids, ids, None, ""), recipe, tmp_path / "i", progress=False)
+        with pytest.raises(ValueError, match=r"removed=\[6\]"):
+            heal(model, TrainingRows(ids, ids, None, ""), recipe, tmp_path / "i", removed=[6], progress=False)

@@ -407,7 +407,7 @@ def test_every_recipe_heals_a_trained_model(name, trained, tmp_path):
     ids = sentences(16 * 40, 1)
     model = models.remove_layers(trained, [2, 3])
     recipe = replace(RECIPES[name], batch=16, seq_len=16, steps=40, warmup_steps=2, learning_rate=5e-3)
-    options = {"dense": trained, "measure": held_out, "measure_at": [0, 40]}
+    options = {"dense": trained, "removed": [2, 3], "measure": held_out, "measure_at": [0, 40]}
     healed = run(model, TrainingRows(ids, ids, None, "counting"), recipe, tmp_path / "h", **options)
     before, after, dense = held_out(model)["nll"], held_out(healed.model)["nll"], held_out(trained)["nll"]
     if recipe.base == "full":  # else it is the 4-bit model that is measured

@@ -23,7 +23,7 @@ from prunelib.text import corpora
 from prunelib.text.sequences import document_rows, packed_rows
 
 ROWS = {"packed": packed_rows, "documents": document_rows}
-KEPT = ("seed", "micro_batch", "save_every", "bf16", "gradient_checkpointing")  # as `heal` takes them
+KEPT = ("removed", "seed", "micro_batch", "save_every", "bf16", "gradient_checkpointing")  # as `heal` takes them
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rows", choices=sorted(ROWS), default="packed", help="one document a row is Alpaca's setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense", help="folder of the dense model, for distillation")
+    removed = "layers that the dense model lost, for cut_adjacent"
+    parser.add_argument("--removed", nargs="*", type=int, default=[], metavar="LAYER", help=removed)
     parser.add_argument("--dtype", choices=sorted(models.DTYPES), default="float32", help="of the weights in memory")
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one, for each process its own")
     parser.add_argument("--micro-batch", type=int)

@@ -8,7 +8,7 @@ from prunelib.io import at_root
 
 ROLES = ("attention", "mlp")
 CHOICES = {
-    "trains": ("lora", "all", "last_layers"),
+    "trains": ("lora", "all", "last_layers", "beside_cuts"),
     "base": ("full", "nf4"),
     "objective": ("next_token", "distillation"),
     "schedule": ("cosine", "linear", "constant"),
@@ -24,8 +24,9 @@ class Recipe:
 
     Attributes:
         source: paper and place that state the settings; "own" where no paper does.
-        trains: "lora" (adapters on the linear maps of `modules`), "all" (every weight) or "last_layers" (the last so many
-            layers, the final norm and the head; a head that is tied to the embeddings trains them too).
+        trains: "lora" (adapters on the linear maps of `modules`), "all" (every weight), "last_layers" (the last so many
+            layers, the final norm and the head; a head that is tied to the embeddings stays tied, and trains them too) or
+            "beside_cuts" (the layers below and above each run of removed ones).
         batch: rows of `seq_len` tokens in one optimizer step, over all processes.
         modules: sublayers that get adapters: "mlp", "attention".
         rank, alpha, dropout: of the adapters, which add alpha / rank times their product to a weight.
@@ -125,6 +126,8 @@ _ALL = (
     Recipe("lora", "own", learning_rate=3e-3, **_LORA, **_SMALL),
     Recipe("full", "own", "all", 3e-4, **_SMALL),
     Recipe("last_layers", "own, after LLM-Streamline, which trains few layers", "last_layers", 3e-4, last_layers=2, **_SMALL),
+    Recipe("last3_head", "arXiv 2411.15558 (last three layers and head)", "last_layers", 3e-4, last_layers=3, **_SMALL),
+    Recipe("cut_adjacent", "arXiv 2510.23652 (the layers beside a cut)", "beside_cuts", 3e-4, **_SMALL),
     Recipe("distillation", "own", learning_rate=3e-3, objective="distillation", **_LORA, **_SMALL),
 )
 RECIPES = Recipes({recipe.name: recipe for recipe in _ALL})

@@ -73,6 +73,7 @@ def heal(
     folder: str | os.PathLike,
     *,
     dense: PreTrainedModel | None = None,
+    removed: Collection[int] = (),
     seed: int = 0,
     micro_batch: int | None = None,
     measure: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
@@ -92,6 +93,7 @@ def heal(
         folder: for a checkpoint every `save_every` steps. A call with the same arguments resumes from the last one, to the same
             losses and weights as without the interruption, or returns the finished result; `measure` is not compared.
         dense: the teacher of a distillation, on the same device; no other recipe looks at it.
+        removed: layers of the dense model that are gone, for a recipe that trains those beside them; no other looks at it.
         micro_batch: rows in one forward pass; by default as many as have 16,384 tokens.
         measure: called with the model in evaluation mode and without derivatives after the steps `measure_at` (0: before
             training); what it returns goes to the log. Under 4 bits it sees the 4-bit model.
@@ -101,7 +103,7 @@ def heal(
     and HealingError when `folder` holds another training, or when a loss or gradient is NaN or infinite.
     """
     folder = Path(folder).absolute()
-    check_training(pruned, rows, recipe, dense, measure_at)
+    check_training(pruned, rows, recipe, dense, measure_at, removed)
     teacher = dense if recipe.objective == "distillation" else None
     settings = {"seed": seed, "save_steps": save_every, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing or None}
     arguments = _arguments(recipe, pruned, micro_batch, output_dir=str(folder), **settings)
@@ -111,13 +113,16 @@ def heal(
         "dense": None if teacher is None else fingerprint(teacher),
         "device": pruned.device.type,
         "measure_at": sorted(measure_at),
+        "removed": sorted(removed) if recipe.trains == "beside_cuts" else None,
     }
     request |= {name: getattr(arguments, name) for name in ("seed", "per_device_train_batch_size", "world_size", "bf16")}
     with arguments.main_process_first(local=False):
         _claim(folder, request)
     with torch.random.fork_rng([pruned.device] if pruned.device.type == "cuda" else []):
         callbacks = [Watch(measure, measure_at), *([Bar()] if progress else [])]
-        trainable = _train(pruned, rows, recipe, teacher, callbacks, arguments)
+        torch.manual_seed(seed)  # the adapters' first values
+        model = working_copy(pruned, recipe, removed)
+        trainable = _train(model, rows, recipe, teacher, callbacks, arguments)
         model = _healed_model(pruned, recipe, folder / f"checkpoint-{recipe.steps}")
     log = json.loads((folder / f"checkpoint-{recipe.steps}" / STATE).read_text(encoding="utf-8"))["log_history"]
     return Healed(model, recipe, log, recipe.tokens, rows.real_tokens(recipe.rows), trainable, _seconds(log))
@@ -129,6 +134,7 @@ def check_training(
     recipe: Recipe,
     dense: PreTrainedModel | None = None,
     measure_at: Collection[int] = (),
+    removed: Collection[int] = (),
 ) -> None:
     """Raise ValueError, before any work, for rows, sizes or models that do not fit the recipe."""
     count, length = rows.input_ids.shape
@@ -144,6 +150,9 @@ def check_training(
     check_vocabulary(pruned, rows.input_ids)
     if (recipe.last_layers or 0) > layers:
         raise ValueError(f"last_layers={recipe.last_layers}, but the model has {layers} layers")
+    cut = set(removed) & set(range(layers + len(removed)))
+    if recipe.trains == "beside_cuts" and not 0 < len(removed) == len(cut):
+        raise ValueError(f"recipe {recipe.name} trains beside a cut: removed={removed} is no list of layers that went out")
     if not set(measure_at) <= set(range(recipe.steps + 1)):
         raise ValueError(f"measure_at={measure_at}: take steps from 0 to the recipe's {recipe.steps}")
     sizes = {model.get_input_embeddings().num_embeddings for model in (pruned, dense or pruned)}
@@ -225,7 +234,13 @@ def linear_names(model: PreTrainedModel, roles: Sequence[str]) -> list[str]:
     return found
 
 
-def working_copy(pruned: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
+def beside_cuts(layers: int, removed: Collection[int]) -> list[int]:
+    """Which of the `layers` that are left stood beside a removed one, counted among those left."""
+    kept = [index for index in range(layers + len(removed)) if index not in removed]
+    return [place for place, index in enumerate(kept) if not {index - 1, index + 1}.isdisjoint(removed)]
+
+
+def working_copy(pruned: PreTrainedModel, recipe: Recipe, removed: Collection[int] = ()) -> PreTrainedModel | PeftModel:
     """A model to train. Under adapters it shares the frozen weights of `pruned`; else all weights are copies in float32.
 
     Updates are often smaller than a 16-bit weight can show, so weights that are trained themselves need float32.
@@ -241,9 +256,11 @@ def working_copy(pruned: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | P
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=names, **sizes))
     else:
         model = copy.deepcopy(pruned).float().requires_grad_(False)
-        trained = [model]
+        layers, trained = decoder_layers(model), [model]
         if recipe.trains == "last_layers":
-            trained = [*decoder_layers(model)[-recipe.last_layers :], final_norm(model), model.get_output_embeddings()]
+            trained = [*layers[-recipe.last_layers :], final_norm(model), model.get_output_embeddings()]
+        elif recipe.trains == "beside_cuts":
+            trained = [layers[index] for index in beside_cuts(len(layers), removed)]
         for module in trained:
             module.requires_grad_(True)
     model.config.use_cache = False
@@ -251,7 +268,7 @@ def working_copy(pruned: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | P
 
 
 def _train(
-    pruned: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rows: TrainingRows,
     recipe: Recipe,
     teacher: PreTrainedModel | None,
@@ -259,8 +276,6 @@ def _train(
     arguments: TrainingArguments,
 ) -> int:
     """Train from the last checkpoint, or from the beginning, to the last step; the number of trained weights."""
-    torch.manual_seed(arguments.seed)  # the adapters' first values
-    model = working_copy(pruned, recipe)
     last = get_last_checkpoint(arguments.output_dir)
     if last is None or Path(last).name != f"checkpoint-{recipe.steps}":
         tensors = {"input_ids": rows.input_ids, "labels": rows.labels}
