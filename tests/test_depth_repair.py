@@ -286,3 +286,60 @@ def test_bad_arguments_are_refused_before_work(changes, message):
     dense.model.layers[2].mlp.up_proj.weight.data.fill_(math.nan)
     with pytest.raises(RuntimeError, match="NaN or infinity at the layers 2 to 2"):
         repair(dense, [2], windows_of(), progress=False)
+
+
+SCALED = ("llama_tied", "gemma", "gemma2", "gemma3_text", "gpt_neox", "opt")
+
+
+def sublayer_outputs(model, index):
+    layer, sandwiched = decoder_layers(model)[index], model.config.model_type.startswith(("gemma2", "gemma3"))
+    if sandwiched:
+        return [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
+    architecture = ARCHITECTURES[model.config.model_type]
+    return [layer.get_submodule(part.output) for part in (architecture.attn, architecture.mlp)]
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_prune_comp_of_an_identity_changes_no_logits(family):
+    """On tied heads and norms behind the sublayers as well; also where the first layer is the identity."""
+    dense, windows = build(family), windows_of()
+    for index in (0, 3):
+        for module in sublayer_outputs(dense, index):
+            for name, parameter in module.named_parameters():
+                nn.init.constant_(parameter, -1.0 if "norm" in type(module).__name__.lower() and name == "weight" else 0.0)
+    found = repair(dense, [0, 3], windows, method="prune_comp", progress=False)
+    assert [span.scale for span in found.spans] == [1.0, 1.0]
+    torch.testing.assert_close(logits(found.model, windows), logits(dense, windows), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_prune_comp_is_the_factor_of_the_paper_on_the_stream(family):
+    """Equal to hooks on the stream, cut after cut, when the norms' epsilon is negligible; a cut at layer 0 included."""
+    tiny = {"gpt_neox": {"layer_norm_eps": 1e-15}, "opt": {}}.get(family, {"rms_norm_eps": 1e-15})  # OPT's cannot be set
+    tolerance = 2e-3 if family == "opt" else 1e-4
+    dense, windows = double(family, **tiny), windows_of()
+    found = repair(dense, [0, 3, 4], windows, method="prune_comp", progress=False)
+    by_hand, scales = remove_layers(dense, [0, 3, 4]), []
+
+    def state(model, index):
+        layer, taken = decoder_layers(model)[index], []
+        take = lambda module, args, kwargs: taken.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+        with ExitStack() as hooks:
+            hooks.callback(layer.register_forward_pre_hook(take, with_kwargs=True).remove)
+            logits(model, windows)
+        return taken[0].flatten(0, 1)
+
+    for place, behind in ((0, 1), (2, 5)):
+        scales.append(float((state(dense, behind).abs().mean(0) / state(by_hand, place).abs().mean(0)).mean()))
+
+        def scaled(module, args, kwargs, scale=scales[-1]):
+            if args:
+                return (args[0] * scale, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"] * scale}
+
+        decoder_layers(by_hand)[place].register_forward_pre_hook(scaled, with_kwargs=True)
+    assert [span.scale for span in found.spans] == pytest.approx(scales, rel=1e-4)
+    assert all(abs(scale - 1) > 0.02 for scale in scales)
+    torch.testing.assert_close(logits(found.model, windows), logits(by_hand, windows), atol=tolerance, rtol=tolerance)
+    shared = found.model.get_input_embeddings().weight is found.model.get_output_embeddings().weight
+    assert shared == (dense.get_input_embeddings().weight is dense.get_output_embeddings().weight)

@@ -34,11 +34,17 @@ DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 FOLDS = 4  # parts of the windows of which each is held out once when the damping is chosen; fewer when there are fewer windows
 
-METHODS = ("replaceme", "refit", "refit_scale")
+METHODS = ("replaceme", "refit", "refit_scale", "prune_comp")
 """What `repair` fits. "replaceme" (arXiv 2505.02819): the MLP output a becomes a T, T = (A^T A)^-1 A^T (Y - Z); damping shrinks
 T towards I here. "refit", own: the last matrices before the span fitted again on their inputs, damped towards what they were.
 "refit_scale", own: with a factor on the stream, as LinearPatch (arXiv 2505.24680) has for each channel, put into the layers
-above. Least squares shrinks what it cannot predict, so both are then multiplied such that the sum of squares is that of y."""
+above. Least squares shrinks what it cannot predict, so both are then multiplied such that the sum of squares is that of y.
+"prune_comp" (arXiv 2507.18212): the factor alone, the mean over channels of sum |y| / sum |x| over tokens. The paper multiplies
+everything before the span by it, the embeddings too: of tied ones also the logits, and norms behind the sublayers undo it."""
+
+SANDWICHED = {"gemma2": 1.0, "gemma3_text": 1.0}
+"""Families with a norm behind each sublayer as well as before, which only "prune_comp" repairs: what it adds to its weight."""
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def repair(
     It costs forward passes: for each span, of the dense model up to behind the span and of the pruned one up to it. In memory
     are one batch and the sums: 3 D x D numbers in float64 for `replaceme`, F x F and 2 F x D for `refit` (F the width of the
     MLP), `FOLDS` times when a damping is chosen. damping: relative to the mean of the diagonal of the regressors' second
-    moments; 0 is plain least squares. None chooses one of `DAMPINGS` for each span, by the error on held-out windows.
+    moments; 0 is plain least squares. None chooses one of `DAMPINGS` for each span, by the error on held-out windows. A method
+    that fits no matrix has none.
 
     Raises, before any work: ValueError for an unknown method, damping out of range, layers that do not exist or windows that
     cannot calibrate; UnsupportedModel where it is not known how the family writes to the stream (`models.architectures`), or
@@ -92,16 +99,18 @@ def repair(
     if damping is not None and not 0 <= damping < math.inf:
         raise ValueError(f"damping={damping}: 0 (plain least squares) or a finite positive number, or None to choose it")
     check_windows(dense, windows, batch_size=batch_size)
+    scales_alone = method == "prune_comp"
+    damping = 0.0 if scales_alone else damping
     if damping is None and len(windows) < 2:
         raise ValueError("a damping cannot be chosen with 1 window, none could be held out: give more windows, or a damping")
     pruned = remove_layers(dense, removed)
-    architecture = _architecture(pruned)
+    architecture = None if scales_alone and pruned.config.model_type in SANDWICHED else _architecture(pruned)
     gone = sorted(int(index) for index in removed)
     # Members of a contiguous run have the same difference between index and rank, the number of layers that stay below.
     runs = itertools.groupby(enumerate(gone), lambda item: item[1] - item[0])
     spans = [(below, tuple(index for _, index in run)) for below, run in runs]
     shared = dense.get_input_embeddings().weight is getattr(dense.get_output_embeddings(), "weight", None)
-    if spans and spans[0][0] == 0 and shared:
+    if spans and spans[0][0] == 0 and shared and not scales_alone:
         raise UnsupportedModel(
             f"layer 0 of this {dense.config.model_type} model is removed, so that only the embedding table could take in the "
             "repair, but the output head shares it: keep layer 0, or untie the head first"
@@ -118,7 +127,8 @@ def _architecture(pruned: PreTrainedModel) -> Architecture:
     if architecture is None:
         raise UnsupportedModel(
             f"model type {model_type!r} cannot be repaired: its MLP does not write to the stream directly, as those of "
-            f"{', '.join(sorted(ARCHITECTURES))} do. Remove the layers without repair, and heal by training"
+            f"{', '.join(sorted(ARCHITECTURES))} do. Remove the layers without repair, and heal by training (or, for "
+            f"{' and '.join(sorted(SANDWICHED))}, take the method 'prune_comp')"
         )
     needed = [(pruned, path, nn.Module) for path in (architecture.final_norm, *architecture.embeddings)]
     writers = (architecture.attn.output, architecture.mlp.output)
@@ -140,7 +150,7 @@ class LinearMap:
 
 @dataclass
 class _Sums:
-    """Sums over tokens, in float64, of regressors u [token, P], states x and target y [token, D]."""
+    """Sums over tokens, in float64, of regressors u [token, P], states x and target y [token, D]; `x_abs` is that of |x|."""
 
     tokens: int
     u: Tensor
@@ -152,11 +162,14 @@ class _Sums:
     xx: float
     xy: float
     yy: float
+    x_abs: Tensor
+    y_abs: Tensor
 
     @classmethod
     def of(cls, u: Float64[Tensor, "token P"], x: Float64[Tensor, "token D"], y: Float64[Tensor, "token D"]) -> "_Sums":
         squares = (float((left * right).sum()) for left, right in ((x, x), (x, y), (y, y)))
-        return cls(len(u), u.sum(0), x.sum(0), y.sum(0), u.T @ u, u.T @ x, u.T @ y, *squares)
+        absolute = x.abs().sum(0), y.abs().sum(0)
+        return cls(len(u), u.sum(0), x.sum(0), y.sum(0), u.T @ u, u.T @ x, u.T @ y, *squares, *absolute)
 
     def combined(self, other: "_Sums", sign: int = 1) -> "_Sums":
         return _Sums(**{name: value + sign * getattr(other, name) for name, value in vars(self).items()})
@@ -218,6 +231,13 @@ def _regression(sums: _Sums, scaled: bool, intercept: bool) -> Callable[[float],
     return fit
 
 
+def _factor(sums: _Sums) -> LinearMap:
+    """The mean over channels of sum |y| / sum |x|, and no map."""
+    seen = sums.x_abs > 0
+    factor = float((sums.y_abs[seen] / sums.x_abs[seen]).mean())
+    return LinearMap(factor, torch.zeros_like(sums.ux), torch.zeros_like(sums.x))
+
+
 def _best_damping(folds: list[_Sums], total: _Sums, scaled: bool, intercept: bool) -> float:
     """The damping with the smallest error on held-out folds."""
     squared = dict.fromkeys(DAMPINGS, 0.0)
@@ -234,7 +254,7 @@ class _Repairs:
 
     dense: LayerwiseModel
     pruned: LayerwiseModel
-    architecture: Architecture
+    architecture: Architecture | None
     windows: Int[Tensor, "sample position"]
     method: str
     damping: float | int | None
@@ -255,7 +275,7 @@ class _Repairs:
         total = functools.reduce(_Sums.combined, sums.values())
         options = {"scaled": self.method == "refit_scale", "intercept": bool(writers) and writers[-1].bias is not None}
         damping = _best_damping(list(sums.values()), total, **options) if self.damping is None else float(self.damping)
-        fit = _regression(total, **options)(damping)
+        fit = _factor(total) if self.method == "prune_comp" else _regression(total, **options)(damping)
         if options["scaled"]:
             fit = total.matched(fit)
         self._fuse(below, writers, fit)
@@ -265,7 +285,7 @@ class _Repairs:
 
     def _writers(self, below: int) -> list[nn.Linear]:
         """The matrices to change, which write last before the span, that of the MLP at the end; none above the embeddings."""
-        if below == 0:
+        if below == 0 or self.method == "prune_comp":
             return []
         sublayers = self.architecture.steps(self.dense.model.config)[-1]
         writers = [self.pruned.layers[below - 1].get_submodule(sublayer.output) for sublayer in sublayers]
@@ -286,8 +306,8 @@ class _Repairs:
         if not bool(torch.isfinite(target).all() and torch.isfinite(stream).all()):
             name = f"the layers {removed[0]} to {removed[-1]}"
             raise RuntimeError(f"NaN or infinity at {name}; check the weights, or use a dtype of wider range")
-        if not writers:  # above the embeddings the stream itself is free
-            regressors = [stream]
+        if not writers:  # above the embeddings the stream itself is free, for a map of it
+            regressors = [stream[..., :0] if self.method == "prune_comp" else stream]
         u = torch.cat([column.reshape(*stream.shape[:2], -1) for column in regressors], dim=-1)
         u, x, y = (item.double().flatten(0, 1) for item in (u, stream, target))
         return _Sums.of(u, x, y / self.factor)
@@ -297,7 +317,7 @@ class _Repairs:
         change, constant = fit.change / fit.scale, fit.constant / fit.scale
         if not writers:
             # Positions, where they are learned, are part of the stream: the sum of the tables is mapped when each is.
-            for table in map(self.pruned.model.get_submodule, self.architecture.embeddings):
+            for table in map(self.pruned.model.get_submodule, self.architecture.embeddings if len(change) else ()):
                 _set(table, "weight", table.weight.double() + table.weight.double() @ change)
         else:
             bias = writers[-1].bias
@@ -309,10 +329,12 @@ class _Repairs:
             if bias is not None:
                 _set(writers[-1], "bias", bias.double() + constant)
         if fit.scale != 1.0:
-            paths = [sublayer.output for sublayer in (self.architecture.attn, self.architecture.mlp)]
-            for linear in (layer.get_submodule(path) for layer in self.pruned.layers[below:] for path in paths):
-                for name, value in list(linear.named_parameters()):
-                    _set(linear, name, value.double() / fit.scale)
+            last, offset = POST_NORMS, SANDWICHED.get(self.pruned.model.config.model_type, 0.0)
+            if self.architecture is not None:
+                last = self.architecture.attn.output, self.architecture.mlp.output
+            for module in (layer.get_submodule(path) for layer in self.pruned.layers[below:] for path in last):
+                for name, value in list(module.named_parameters()):
+                    _set(module, name, (value.double() + offset) / fit.scale - offset)
 
 
 def _behind(engine: LayerwiseModel, ids: Int[Tensor, "batch position"], layers: int) -> Tensor:
