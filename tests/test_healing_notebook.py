@@ -22,7 +22,7 @@ def place(tmp_path_factory):
     # Words in turn: something that a few steps of training can learn.
     in_turn = [1 + index % 29 for index in range(6000)]
     folder = write_project(tmp_path_factory.mktemp("healing"), n_layers=5, words=in_turn, n_words=30)
-    write_choices(folder, {2: (1, 2)})
+    write_choices(folder, {1: (2,), 2: (1, 2)})
     return folder
 
 
@@ -76,6 +76,35 @@ def test_settings_that_change_nothing_are_not_trained_twice(place):
     assert len(run["extra"]["recipes"]) == 1
 
 
+def test_texts_are_continued_before_and_after(place):
+    run = _run(place, "written", recipes=["none", "lora"], generated_prompts=6, generated_tokens=8, bos=False)
+    found = {row["recipe"]: row["value"] for row in run["rows"] if (row["method"], row["metric"]) == ("angular", "agreement")}
+    dense = {row["metric"]: row["value"] for row in run["rows"] if (row["method"], row["recipe"]) == ("dense", "none")}
+    assert dense["agreement"] == 1.0
+    assert set(found) == {"none", "lora"} and all(0 <= value <= 1 for value in found.values())
+    written = {row["metric"] for row in run["rows"] if row["method"] == "angular" and row["recipe"] == "lora"}
+    assert written >= {"distinct_1", "distinct_2", "distinct_4", "repeated_4", "dense_nll", "agreement"}
+
+
+def test_a_cut_in_stages_and_rows_that_the_dense_model_writes(place):
+    """Both on as many tokens as one healing of the text."""
+    at_once = _run(place, "at_once", methods=["angular"])
+    staged = _run(place, "staged", methods=["angular"], recipes=["lora", "cut_adjacent"], stages=2)
+    own = _run(place, "own", methods=["angular"], self_generated=4)
+    for run in (at_once, staged, own):
+        (end,) = [row for row in run["rows"] if row["metric"] == "training_loss" and row["recipe"] == "lora"]
+        assert (end["step"], end["tokens"]) == (20, 20 * 4 * 16)
+        assert _nats(run, recipe="lora")[20] < _nats(run, recipe="none")[0] + 0.5
+    ends = [_nats(run, recipe="lora")[20] for run in (at_once, staged, own)]
+    assert len(set(ends)) == 3
+    with pytest.raises(NotebookError, match=r"cuts=\[\(\), "):
+        _run(place, "small", methods=["angular"], stages=4, sizes=[2])
+
+
 def test_wrong_parameters_are_refused_before_work(place):
     with pytest.raises(NotebookError, match=r"repairs \['glue'\]: take some of none"):
         _run(place, "wrong", repairs=["glue"])
+    with pytest.raises(NotebookError, match=r"stages = 2: only with methods of the run"):
+        _run(place, "wrong", stages=2)
+    with pytest.raises(NotebookError, match=r"self_generated = 4 with packed = False"):
+        _run(place, "wrong", self_generated=4, packed=False)

@@ -20,6 +20,7 @@ PATTERNS = {"dtype": r"float(16|32|64)|bfloat16", "device": r"auto|cpu|(cuda|mps
 LEAST = dict.fromkeys(("batch_size", "report_windows", "windows", "limit", "tasks_limit", "max_documents", "batch"), 1)
 LEAST |= dict.fromkeys(("report_seq_len", "rounds", "segments", "multiple", "settings", "report_texts", "report_corpora"), 1)
 LEAST |= dict.fromkeys(("corpora", "seeds", "recipes", "repairs", "modules", "ranks", "learning_rates", "deduplicated"), 1)
+LEAST |= {"stages": 1}
 WRITTEN = ("output", "folder", "pruned_folder", "healed_folder", "figures")  # places of results, which need not be there
 FREE = ("prompt", "base_model", "push_to", "revision")  # texts that name no file
 FOLDERS = ("data_dir", "task_data_dir")
