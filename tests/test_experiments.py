@@ -97,7 +97,7 @@ def truth(place):
 def chosen(place):
     values = {"calibration_corpus": str(place / "text.txt"), "calibration_split": "train", "n_samples": 4, "seq_len": 32}
     values |= {"sizes": [1, 2, 3], "ablations": list(ABLATIONS), "random_seeds": [], "calibration_seeds": [0, 1]}
-    searches = ["greedy", "greedy_kl", "beam", "evolutionary", "blockpruner", "evolutionary_sublayers"]
+    searches = ["greedy", "greedy_kl", "beam", "surrogate_kl", "evolutionary", "blockpruner", "evolutionary_sublayers"]
     values |= {"model": str(place / "model"), "searches": searches, "evolved_sizes": [2]} | reported(place, 6)
     return run_notebook(SELECTION, place / "chosen.json", **values)
 
