@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import build
 
-from prunelib.healing import heal
+from prunelib.healing import heal, heal_in_stages
 from prunelib.healing.recipes import RECIPES, gromov
 from prunelib.healing.train import beside_cuts, linear_names
 from prunelib.models import remove_layers
@@ -103,3 +103,20 @@ def test_what_the_partial_recipes_train(family, name, tmp_path):
             heal(model, TrainingRows(ids, ids, None, ""), recipe, tmp_path / "i", progress=False)
         with pytest.raises(ValueError, match=r"removed=\[6\]"):
             heal(model, TrainingRows(ids, ids, None, ""), recipe, tmp_path / "i", removed=[6], progress=False)
+
+
+def test_stages_are_healings_one_after_the_other_on_the_same_rows(tmp_path):
+    dense, ids = build("llama"), torch.randint(3, 128, (8, 8), generator=torch.Generator().manual_seed(0))
+    rows, options = TrainingRows(ids, ids, None, ""), {"seed": 3, "progress": False}
+    recipe = replace(RECIPES["cut_adjacent"], batch=2, seq_len=8, steps=4, warmup_steps=1)
+    found = heal_in_stages(dense, [(3,), (1, 3)], rows, recipe, tmp_path / "stages", **options)
+    model, half = dense, replace(recipe, steps=2)
+    for stage, (now, gone) in enumerate([([3], [3]), ([1], [1, 3])]):
+        part = TrainingRows(ids[4 * stage : 4 * stage + 4], ids[4 * stage : 4 * stage + 4], None, "")
+        model = heal(remove_layers(model, now), part, half, tmp_path / f"{stage}", removed=gone, **options).model
+    weights = model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in found.model.state_dict().items())
+    assert (found.tokens, len(found.losses), found.log[-1]["step"]) == (64, 4, 4)
+    for cuts in ([(3,), (1, 2)], [(), (3,)], [(3,), (3, 1), (3, 1, 2)]):
+        with pytest.raises(ValueError, match="of 4 steps: each must hold the one before"):
+            heal_in_stages(dense, cuts, rows, recipe, tmp_path / "wrong", **options)
