@@ -18,6 +18,7 @@ from prunelib.evaluation.perplexity import PerplexityProtocol, perplexity
 from prunelib.healing import RECIPES
 from prunelib.lab.run_notebook import NotebookError, run_notebook
 from prunelib.lab.runs import read_run
+from prunelib.models import export
 
 NOTEBOOK = "notebooks/own_model.ipynb"
 
@@ -174,6 +175,7 @@ def test_the_saved_model_loses_what_the_run_and_its_card_say(place, run):
     assert value["healed", "removed"] == models.removed_fraction(dense, pruned)
     assert value["healed", "nll"] < value["repaired", "nll"], "words in turn are learnt in a few steps"
     assert len(removed) == 2
+    assert export.removed_by((place / "pruned" / "mergekit.yaml").read_text(), 5) == tuple(removed)
     assert not list(place.glob("run.work")), "checkpoints go when the run is complete"
     card = (place / "pruned" / "README.md").read_text()
     assert card == model_card.card(run)

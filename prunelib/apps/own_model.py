@@ -6,14 +6,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelib import models, text
 from prunelib.apps import publishing
 from prunelib.criteria import ABLATIONS, BLOCK_CRITERIA, CRITERIA, collect
+from prunelib.criteria.registry import Rule
 from prunelib.depth import LayerSet, LayerSetLoss, greedy, lowest, lowest_block
 from prunelib.depth.repair import METHODS as REPAIRS
 from prunelib.depth.select import candidates_for
@@ -21,6 +23,8 @@ from prunelib.evaluation.intervals import paired_bootstrap
 from prunelib.evaluation.perplexity import Perplexity, check_length, check_windows
 from prunelib.evaluation.tasks import TaskResults, compare
 from prunelib.healing import RECIPES, Recipe, check_training, heal
+from prunelib.models import export
+from prunelib.models.plans import DropPlan
 from prunelib.models.saving import rehearse
 from prunelib.text.sequences import TrainingRows
 
@@ -95,8 +99,11 @@ def check_model(
     windows: Int64[Tensor, "window position"],
     rows: TrainingRows | None,
     plan: Recipe | None,
+    gguf: Sequence[str] = (),
 ) -> None:
     """Raise now whatever of the dense model, its texts and its place would end the run later, after hours of work."""
+    for kind in gguf:
+        export.check_gguf(model.config, tokenizer, kind)
     rehearse(model, tokenizer, folder)
     check_windows(model, windows)
     check_length(model, len(tokenizer(prompt)["input_ids"]) + NEW_TOKENS)
@@ -105,7 +112,13 @@ def check_model(
 
 
 def choose(
-    name: str, model: PreTrainedModel, windows: Int64[Tensor, "window position"], layers_removed: int, *, batch_size: int = 8
+    name: str,
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "window position"],
+    layers_removed: int,
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> LayerSet:
     """The layers that a method removes, ascending, with its own defaults and the protections of its paper.
 
@@ -114,15 +127,54 @@ def choose(
     check_method(name)
     if name in SEARCHES:
         loss = LayerSetLoss(model, windows, SEARCHES[name][0], batch_size=batch_size)
-        return greedy(loss.units, layers_removed, loss, progress=False).removed
+        return greedy(loss.units, layers_removed, loss, progress=progress).removed
     rule = {**CRITERIA, **BLOCK_CRITERIA, **ABLATIONS}[name]
     protected = rule.protect_first, rule.protect_last
-    if name in ABLATIONS:
-        return lowest(rule(model, windows), layers_removed, *protected)
-    stats = collect(model, windows, batch_size=batch_size, progress=False)
     if name in BLOCK_CRITERIA:
+        stats = collect(model, windows, batch_size=batch_size, progress=progress)
         return lowest_block(rule(stats, layers_removed), stats.n_layers, *protected)
-    return lowest(rule(stats), layers_removed, *protected)
+    return lowest(importance(name, model, windows, batch_size=batch_size, progress=progress), layers_removed, *protected)
+
+
+def importance(
+    name: str, model: PreTrainedModel, windows: Int64[Tensor, "window position"], *, batch_size: int = 8, progress: bool = False
+) -> Float64[np.ndarray, " layer"]:
+    """What a criterion, or an ablation, says every layer is worth, higher = keep. Raises as `layer_rule`."""
+    rule = layer_rule(name)
+    if name in ABLATIONS:
+        return rule(model, windows)
+    return rule(collect(model, windows, batch_size=batch_size, progress=progress))
+
+
+def layer_rule(name: str) -> Rule:
+    """The criterion, or the ablation, of single layers; ValueError for another name."""
+    rules = {**CRITERIA, **ABLATIONS}
+    if name not in rules:
+        raise ValueError(f"{name!r} is no criterion of single layers; there are: {', '.join(rules)}")
+    return rules[name]
+
+
+def write_exports(
+    plan: DropPlan,
+    config: PreTrainedConfig,
+    name: str,
+    folder: Path,
+    final: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: Sequence[str] = (),
+) -> str:
+    """Write the plan and what other programs take beside the saved model; a line for each file, or why there is none.
+
+    config, name: of the dense model. kinds: of the GGUF files of `final`. Raises as `prunelib.models.export.write_gguf`.
+    """
+    plan.write(folder / "plan.json")
+    told = export.write_plan(plan, config, name, folder)
+    for kind in kinds:
+        file = f"model-{kind}.gguf"
+        note = f"without layers {' '.join(map(str, plan.removed))} of {plan.n_layers}, by {plan.method}"
+        divergence = export.write_gguf(final, tokenizer, folder / file, kind, note)
+        told[file] = f"KL from the model {divergence:.2g} nats per token"
+    return "\n".join(f"{file}: {' '.join(text.split())}" for file, text in told.items())
 
 
 def read_texts(
