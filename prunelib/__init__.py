@@ -1,4 +1,4 @@
-"""A laboratory for making language models shallower and thinner without retraining them."""
+"""A laboratory for making language models shallower and thinner, and for healing them."""
 
 import sys
 from importlib.util import find_spec

@@ -130,6 +130,26 @@ def test_a_new_criterion_is_compared_at_once(stats, tmp_path):
     assert {"odd layers first", "cosine (block influence)"} <= set(axes.get_legend_handles_labels()[1])
 
 
+def test_what_models_make_of_a_sentence(tmp_path):
+    place = write_project(tmp_path, n_layers=3, words=drawn_words(60))
+    dense, tokenizer = models.load(str(place / "model")), models.load_tokenizer(str(place / "model"))
+    candidates = {"dense": dense, "pruned": models.remove_layers(dense, [1]), "same": models.remove_layers(dense, [])}
+    table = explorer.read(candidates, tokenizer, "w1 w2", "w3 w4 w5 w6", tokens=4)
+    ids = tokenizer("w3 w4 w5 w6", return_tensors="pt").input_ids
+    for name in candidates:
+        mine = table[table["model"] == name]
+        assert np.mean(value_of(mine, "loss")) == pytest.approx(perplexity(candidates[name], ids).nll, abs=1e-6)
+        assert [token for token, what in zip(mine["token"], mine["what"], strict=True) if what == "loss"] == ["w4", "w5", "w6"]
+        assert len(value_of(mine, "continuation")) == 4
+        assert all(0 < value <= math.log(60) for value in value_of(mine, "entropy"))
+    drawing = draw.explorer_tokens(Chapter(tmp_path), data=table.replace("w4", "<$4>"), prompt="w1 w2")
+    assert "&lt;&#36;4&gt;" in drawing.text, "a token is text, neither a tag nor a formula"
+    assert "loss over dense</td><td>pruned" in drawing.text
+    assert "loss over dense</td><td>same" not in drawing.text, "what does not differ is left out"
+    with pytest.raises(ValueError, match="sentence='w3'"):
+        explorer.read(candidates, tokenizer, "w1", "w3")
+
+
 def test_sliders_follow_and_an_impossible_setting_is_named(tiny_llama, stats, losses):
     pytest.importorskip("ipywidgets")
     widget = explorer.layer_sliders(stats, losses)
@@ -151,6 +171,7 @@ def test_the_notebook_draws_static_pictures_of_any_model(tmp_path):
     text = str(place / "text.txt")
     values = {"model": str(place / "model"), "corpus": text, "report_corpus": text, "figures": str(place / "figures")}
     values |= {"n_samples": 8, "report_windows": 4, "seq_len": 16, "sizes": [1, 2, 3], "layers_removed": 2}
+    values |= {"prompt": "w1 w2", "sentence": "w3 w4 w5"}
     output = run_notebook("notebooks/09_explorer.ipynb", place / "run.json", random_seeds=[0, 1], **values)
     drawn = {path.name for path in (place / "figures").glob("*.png")}
     assert drawn == {"own_explorer_layers.png", "own_explorer_slices.png", "own_new_criterion.png"}
@@ -159,6 +180,7 @@ def test_the_notebook_draws_static_pictures_of_any_model(tmp_path):
     assert {row["size"] for row in rows if row["method"] == "progress"} == {1, 2, 3}
     value = {row["metric"]: row["value"] for row in rows if row["method"] == "simdiff_mssd"}
     assert value["dense_nll"] > 0
+    assert {row["method"] for row in rows if row["metric"] == "sentence_loss"} == {"dense", "pruned", "repaired"}
 
 
 @pytest.mark.slow

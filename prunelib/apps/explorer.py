@@ -1,21 +1,22 @@
 """What follows from a setting: the layers that a criterion removes, the width that slicing leaves, and what they cost.
 
-`choose_layers`, `choose_slices` and `compare` return tables, which `prunelib.figures.explorer` draws; `layer_sliders` and
-`slice_sliders` put widgets of JupyterLab over both.
+`choose_layers`, `choose_slices`, `compare` and `read` return tables, which `prunelib.figures.explorer` draws; `layer_sliders`
+and `slice_sliders` put widgets of JupyterLab over the first two.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
 import pandas as pd
+import torch
 from IPython import get_ipython
 from IPython.display import display
 from jaxtyping import Float64
 from matplotlib import pyplot
 from numpy import ndarray
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelib.criteria import CRITERIA, LayerStats, difference_term, similarity_term
 from prunelib.depth import AlphaInterval, LayerSet, alpha_path, lowest
@@ -147,6 +148,32 @@ def compare(
     layers = [" ".join(map(str, removed)) for removed in table.pop("set")]
     table.insert(1, "title", table["method"].map(title_of))
     return table.assign(removed_layers=layers, value=[one - dense for one in nats])
+
+
+@torch.inference_mode()
+def read(
+    candidates: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompt: str, sentence: str, tokens: int = 40
+) -> pd.DataFrame:
+    """What models make of a text, as rows `model`, `what`, `token`, `value`, in order of the tokens.
+
+    `continuation`: the `tokens` that a model adds to `prompt`, greedily. `loss` and `entropy`, in nats: of every token of
+    `sentence` but the first, given those before it; the entropy is that of the prediction. Raises ValueError when the sentence
+    has fewer than two tokens.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, model in candidates.items():
+        start, ids = (tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in (prompt, sentence))
+        if ids.shape[1] < 2:
+            raise ValueError(f"sentence={sentence!r} is {ids.shape[1]} token: give one of two or more")
+        said = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, do_sample=False)[0]
+        log = model(ids).logits[0, :-1].float().log_softmax(-1)
+        loss, entropy = -log.gather(1, ids[0, 1:, None])[:, 0], -(log.exp() * log).sum(-1)
+        found = {"loss": loss.tolist(), "entropy": entropy.tolist(), "continuation": [None] * (len(said) - start.shape[1])}
+        for what, values in found.items():
+            place = {"model": name, "what": what}
+            texts = map(tokenizer.decode, said[start.shape[1] :] if what == "continuation" else ids[0, 1:])
+            rows += [{**place, "token": text, "value": value} for text, value in zip(texts, values, strict=True)]
+    return pd.DataFrame(rows)
 
 
 def attended() -> bool:

@@ -1,5 +1,9 @@
 """Chapter 09: what a setting of the explorer removes and costs. The numbers come from `prunelib.apps.explorer`."""
 
+import html
+import itertools
+
+import matplotlib
 import numpy as np
 import pandas as pd
 
@@ -7,6 +11,7 @@ from prunelib.figures import style as fig
 from prunelib.figures.save import Chapter, Drawing, figure, pick
 
 CHAPTER = "09_explorer"
+COLORS = {"loss over dense": ("PuOr_r", -3.0, 3.0), "entropy": ("Blues", 0.0, 12.0)}  # color map, and nats at its two ends
 NO_RUNS = pd.DataFrame({"run": [], "code": []})  # the notebook measures what it draws
 
 
@@ -37,7 +42,39 @@ def new_criterion(chapter: Chapter, *, data: pd.DataFrame) -> Drawing:
         fig.level(axes, 0.0)
         fig.lines(axes, part, looks)
     grid.data = data
-    return grid.done(NO_RUNS, x="layers removed", y="nats per token over dense")
+    size = data["layers_removed"].max()
+    ends = drawn[drawn["layers_removed"] == size].sort_values("value")
+    title = f"{size} layers cost " + ", ".join(f"{row.value:.1f} ({row.title.split(' (')[0]})" for row in ends.itertuples())
+    return grid.done(NO_RUNS, x="layers removed", y="nats per token over dense", title=f"{title} nats")
+
+
+@figure("own_table_explorer_tokens", reads={})
+def explorer_tokens(chapter: Chapter, *, data: pd.DataFrame, prompt: str) -> Drawing:
+    """What every model adds to a prompt, and how well it reads a sentence: a table of `apps.explorer.read`, as colored text."""
+    losses = pick(data, what="loss").assign(nth=lambda rows: rows.groupby("model").cumcount())
+    dense = losses["nth"].map(losses[losses["model"] == losses["model"].iloc[0]].set_index("nth")["value"])
+    colored = {"loss over dense": losses.assign(value=losses["value"] - dense), "entropy": pick(data, what="entropy")}
+    means = losses.groupby("model", sort=False)["value"].mean()
+    text = "Loss of the sentence, nats per token: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()) + "."
+    rows = [("what", "model", html.escape(prompt) + " …")]
+    said = pick(data, what="continuation").groupby("model", sort=False)["token"].agg("".join)
+    rows += [("continuation", name, " ".join(html.escape(words).split())) for name, words in said.items()]
+    for what, table in colored.items():
+        rows += [(what, name, _colored(part, what)) for name, part in table.groupby("model", sort=False) if part["value"].any()]
+    lines = (f"<tr><td>{what}</td><td>{name}</td><td style='text-align: left'>{words}</td></tr>" for what, name, words in rows)
+    return Drawing(None, data, NO_RUNS, text=f"{text}\n\n<table>{''.join(lines).replace('$', '&#36;')}</table>")
+
+
+def _colored(table: pd.DataFrame, what: str) -> str:
+    """Tokens on a background of seven shades of the color map, neighbors of one shade together."""
+    name, low, high = COLORS[what]
+    shades = ((table["value"] - low) / (high - low) * 6).round().clip(0, 6) / 6
+    spans = []
+    for shade, group in itertools.groupby(zip(shades, table["token"], strict=True), key=lambda pair: pair[0]):
+        color = matplotlib.colors.to_hex(matplotlib.colormaps[name](0.15 + 0.7 * shade))
+        words = html.escape("".join(token for _, token in group)).replace("\n", "↵")
+        spans.append(f'<span style="color: black; background: {color}">{words}</span>')
+    return "".join(spans)
 
 
 def _perplexity(data: pd.DataFrame, what: str) -> np.ndarray:
@@ -67,7 +104,8 @@ def layers_drawing(data: pd.DataFrame) -> Drawing:
     removed = pick(data, what="measured nats")["removed_layers"].iloc[0] or "none"
     text = f"{rule}: layers {removed} go; perplexity {dense:.2f} becomes {measured:.2f} (the single costs add up to "
     grid.data = data
-    return grid.done(NO_RUNS, y=list(panels["row"]), text=f"{text}{predicted:.2f}).")
+    title = f"Without {gone.sum()} of {len(gone)} layers the perplexity of {dense:.1f} becomes {measured:.1f}"
+    return grid.done(NO_RUNS, y=list(panels["row"]), text=f"{text}{predicted:.2f}).", title=title)
 
 
 def slices_drawing(data: pd.DataFrame) -> Drawing:
@@ -84,4 +122,5 @@ def slices_drawing(data: pd.DataFrame) -> Drawing:
     text = f"Layers lose {low:.1%} to {high:.1%} of their width, {middle:.1%} in the mean. Really gone: "
     text += "; ".join(f"{what} {row.dynamic:.1%} ({row.constant:.1%} with a constant slice)" for what, row in gone.iterrows())
     grid.data = data
-    return grid.done(NO_RUNS, x="layer", y="cut from the width, %", text=f"{text}.")
+    title = f"A mean slice of {mean:.0%} removes {gone.loc['parameters removed', 'dynamic']:.1%} of the parameters"
+    return grid.done(NO_RUNS, x="layer", y="cut from the width, %", text=f"{text}.", title=title)
