@@ -54,7 +54,7 @@ def claims(chapter: Chapter) -> Drawing:
     counts = tally.set_index("judged on")
     one = counts.loc[counts.sum(axis=1).idxmax()]
     title = f"{one.name}: " + ", ".join(f"{count} {verdict[:-1]}" for verdict, count in one.items() if count)
-    grid = fig.Panels(data.assign(all=""), "all", titles=[title], height=0.19 * (len(first) + 7))
+    grid = fig.Panels(data.assign(all=""), "all", titles=[""], height=0.19 * (len(first) + 7))
     axes = grid.grid[0, 0]
     colors = ListedColormap(list(COLORS.values())).with_extremes(over="white")
     colors = {"cmap": colors, "vmin": -0.5, "vmax": len(COLORS) - 0.5, "cbar": False, "linewidths": 1}
@@ -74,4 +74,4 @@ def claims(chapter: Chapter) -> Drawing:
     note += f"\nother: {', '.join([*few, papers.PRINTED])}"
     note += f"     bold: the {len(changed)} claims on which real and reference models disagree" * (len(changed) > 0)
     text = "\n\n".join(papers.pipes(table) for table in (tally, changed) if len(table))
-    return grid.done(rows, keep=keep, note=note, text=text, published=[PUBLISHED])
+    return grid.done(rows, keep=keep, note=note, text=text, title=title, published=[PUBLISHED])

@@ -84,7 +84,10 @@ def fig1c_distance_curves(chapter: Chapter) -> Drawing:
         near = part[part["nearest"]]
         axes.plot(near["start"], near["angular_distance"], **NEAREST)
         axes.set_xlim(0, axes.get_xlim()[1] + 2)
-    return grid.done(rows, x=START, y="angular distance d(l, l + n)", title="How far apart are the two ends of a block?")
+    near = data[data["nearest"]]
+    left = (near["model"].map(_layers(rows)) - near["start"] - near["size"]).groupby(near["model"], sort=False)
+    told = ", ".join(f"{one.min():.0f} to {one.max():.0f} ({fig.short(name)})" for name, one in left)
+    return grid.done(rows, x=START, y="angular distance d(l, l + n)", title=f"Layers behind the nearest block: {told}")
 
 
 def _heat(axes: Axes, part: pd.DataFrame, norm: Normalize) -> ScalarMappable:
@@ -197,4 +200,6 @@ def fig2_accuracy(chapter: Chapter) -> Drawing:
         axes.set(xlim=(-0.02, 0.8), ylim=(0, 1))
         fig.percent(axes.yaxis)
     note = "error bars: 95 % interval over the items, one calibration draw"
-    return grid.done(rows, x=DROPPED, y="mean accuracy, %", note=note, title="Accuracy before healing")
+    ends = data.sort_values("size").groupby("model", sort=False)["value"].agg(["first", "min"])
+    title = ", ".join(f"{one['first']:.0%} to {one['min']:.0%} ({name})" for name, one in ends.iterrows())
+    return grid.done(rows, x=DROPPED, y="mean accuracy, %", note=note, title=f"Accuracy falls before healing: {title}")

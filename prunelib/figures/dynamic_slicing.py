@@ -109,7 +109,10 @@ def fig1_lr(chapter: Chapter) -> Drawing:
         each, agreed = wide.median(axis=1).sort_values(), wide.corr(method="spearman").min().min()
         line = {"model": name, "lowest LR": each.iloc[0], "in layer": each.index[0], "next LR": each.iloc[1]}
         lines.append(line | {"median": each.median(), "lowest rank correlation of two draws or texts": agreed})
-    labels = {"x": "layer", "y": ["redundancy (LR)", "final slice (FS)"], "note": note, "title": "From redundancy to slices"}
+    one = lines[0]
+    title = f"{fig.short(one['model'])}: LR {one['lowest LR']:.2f} in layer {one['in layer']}"
+    title += f", {one['next LR']:.2f} or more in all others"
+    labels = {"x": "layer", "y": ["redundancy (LR)", "final slice (FS)"], "note": note, "title": title}
     text = markdown(pd.DataFrame(lines))
     return grid.done(pd.concat([rows, found.rows]), **labels, text=text, published=[PUBLISHED_LR])
 
@@ -234,7 +237,10 @@ def depth_vs_slicing(chapter: Chapter) -> Drawing:
     note = f"whole layers: median of {draws} calibration draws; slices: one draw; each over dense on the windows of its run"
     y = [f"{fig.short(name)}\nextra loss (nats/token)" for name in data["model"].unique()]
     labels = {"x": list(titles.values()), "y": y, "note": note, "text": _sizes(slicing(chapter, reference=True))}
-    labels["title"] = "Whole layers against slices"
+    ours = data[data["model"] == data["model"].iloc[0]].sort_values("removed")
+    most, sets = pick(ours, method="dynamic").iloc[-1], pick(ours, method="greedy")
+    layers = np.interp(most["removed"], sets["removed"], sets["value"])
+    labels["title"] = f"Without {most['removed']:.0f}% of the parameters: slices {most['value']:.2f}, layers {layers:.2f} nats"
     keep = ["model", "method", *titles, "value", "slice_percentage", "layers_removed", "low", "high", "n"]
     return grid.done(pd.concat([found.plans, depth]), **labels, keep=keep)
 

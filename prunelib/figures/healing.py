@@ -211,7 +211,9 @@ def healing_ablations(chapter: Chapter) -> Drawing:
     keep = ["where", "text", "study", "variant", "model", "tokens", *LOSSES, "recovered"]
     note = "vertical lines: the base case of each model; one training each; lost: over the dense model as it was"
     labels = {"x": "share of the lost nats recovered, %", "note": note, "text": _repaired(found)}
-    return grid.done(data, **labels, keep=keep, title="What a training recovers, one change at a time")
+    ends = (data.loc[data["recovered"].agg(end)] for end in ("idxmin", "idxmax"))
+    ends = " to ".join(f"{one['recovered']:.0%} ({one['variant']})" for one in ends)
+    return grid.done(data, **labels, keep=keep, title=f"A training recovers {ends} of the lost nats")
 
 
 def _repaired(found: Healings) -> str:
@@ -238,7 +240,9 @@ def fig9_rank(chapter: Chapter) -> Drawing:
         axes.set_xticks(data["rank"].unique(), [f"{rank:.0f}" for rank in data["rank"].unique()])
     keep = [*keys, "where", "tokens", "method", "size", "rank", *LOSSES, "nats_over_dense"]
     labels = {"x": "rank of the adapters", "y": "extra loss (nats/token)", "note": "one training for each point"}
-    labels["title"] = "Loss after healing against the rank of the adapters"
+    gain = data.groupby(keys)["nats_over_dense"].agg(lambda one: one.iloc[0] - one.iloc[-1])
+    span = f"{data['rank'].min():.0f} to {data['rank'].max():.0f}"
+    labels["title"] = f"From rank {span} the extra loss falls by {gain.min():.2f} to {gain.max():.2f} nats"
     return grid.done(data, **labels, keep=keep)
 
 

@@ -81,7 +81,9 @@ def fig2_importance(chapter: Chapter) -> Drawing:
     tokens = pick(scores, metric="mssd").pivot_table("value", "layer", "tokens", "median").eval("all / without_first - 1")
     text = f"The first token of each window matters most in layer {tokens.idxmax()}: "
     text += f"with it the MSSD is {1 + tokens.max():.1f} times as large."
-    return grid.done(rows, x="layer", note=note, text=text, published=[PUBLISHED])
+    both = (ours[ours["removed"]].groupby("layer").size() == 2).sum()
+    title = f"The cosine rule and the difference share {both} of their {k} lowest layers"
+    return grid.done(rows, x="layer", note=note, text=text, title=title, published=[PUBLISHED])
 
 
 @figure("simdiff_fig4a_alpha_mssd", reads=READS, models=0)
@@ -107,7 +109,7 @@ def _alpha_map(chapter: Chapter, item: str, method: str) -> Drawing:
         steps = np.searchsorted(path["alpha_high"], alphas)  # the first interval that reaches up to each alpha
         values = 100 * path["value"].to_numpy()[steps]
         parts.append(pd.DataFrame({"layers_removed": k, "alpha": alphas, "value": values, "origin": "ours"}))
-    data = pd.concat(parts).assign(all="")
+    data = pd.concat(parts, ignore_index=True).assign(all="")
     titles = (
         "published: Llama-3.1-8B, 8 tasks",
         f"ours: {_titles(chapter)[name]}, next token of {fig.text_title(rows['report_corpus'].iloc[0])}",
@@ -119,7 +121,10 @@ def _alpha_map(chapter: Chapter, item: str, method: str) -> Drawing:
         for best in zip(*np.nonzero(cells.T.eq(cells.max(axis=1))), strict=True):
             axes.add_patch(fig.Rectangle(best, 1, 1, fill=False, edgecolor="#d55e00", linewidth=1.8, clip_on=False, zorder=3))
         axes.set(title=title, xlabel="alpha (0 = cosine alone, 1 = difference alone)", ylabel="layers removed")
-    return Drawing(grid.figure, data.drop(columns="all"), rows, published=[PUBLISHED])
+    first = data.loc[data.groupby(["origin", "layers_removed"])["value"].idxmax()].groupby("origin", sort=False)["alpha"]
+    found = ", ".join(f"{origin} {alphas.min():g} to {alphas.max():g}" for origin, alphas in first)
+    keep = ["layers_removed", "alpha", "value", "origin"]
+    return grid.done(rows, keep=keep, title=f"Smallest best alpha of a row: {found}", published=[PUBLISHED])
 
 
 @figure("simdiff_fig5a_perplexity", reads=READS, models=("mistral-7b", 0))
@@ -239,7 +244,8 @@ def live_vs_committed(chapter: Chapter) -> Drawing:
     found = [f"{fig.METHODS[one.method].title} {one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in scores.itertuples()]
     text = f"{told} {budget} Rank correlation of the scores, all pairs of draws: {', '.join(found)}."
     note = "median and min–max of all draws, or pairs of them; dotted, without markers: committed"
-    return grid.done(pd.concat([rows, live, committed]), x="layers removed", note=note, text=text)
+    title = f"Scores of the layers agree: rank correlation {scores['low'].min():.2f} or more"
+    return grid.done(pd.concat([rows, live, committed]), x="layers removed", note=note, text=text, title=title)
 
 
 TASKS = {"tasks": ("nlu", "tables", "items", "more_sizes", "full")}

@@ -134,7 +134,8 @@ def speed_by_layers(chapter: Chapter) -> Drawing:
         f"The speed-ups are {share.min():.0%} to {share.max():.0%} of what the limits give."
     )
     note = "error bars: quartiles of rounds with all models in turn; limit: the speed-up of the limits"
-    return grid.done(rows, x="layers removed", y=["speed-up"], note=note, text=text, published=[PUBLISHED])
+    title = f"Speed-ups are {share.min():.0%} to {share.max():.0%} of what the limits give"
+    return grid.done(rows, x="layers removed", y=["speed-up"], note=note, text=text, title=title, published=[PUBLISHED])
 
 
 @figure("own_table_speed_limits", reads=SPEED)
@@ -175,6 +176,7 @@ def prune_and_quantize(chapter: Chapter) -> Drawing:
     )
     text += _drafts(table)
     labels = {"x": grid.columns, "y": [f"{name}\nnats" for name in grid.rows], "text": text}
+    labels["title"] = f"Costs of pruning and quantizing add up in {len(gap) - less - more} of {len(gap)} combinations"
     note = "error bars: 95 % bootstrap interval over windows; along a line more and more layers are removed"
     return grid.done(pd.concat([gap, formats]), **labels, note=note, keep=[*keys, "what", "x", "value", "low", "high", "n"])
 
