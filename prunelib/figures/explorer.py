@@ -36,7 +36,7 @@ def explorer_slices(chapter: Chapter, *, data: pd.DataFrame) -> Drawing:
 def new_criterion(chapter: Chapter, *, data: pd.DataFrame) -> Drawing:
     """Loss over dense against the layers removed: a table of `apps.explorer.compare`."""
     drawn = fig.spread(data, ["method", "title", "layers_removed"])
-    grid = fig.Panels(drawn.assign(all="loss over the dense model"), "all", height=3.2)
+    grid = fig.Panels(drawn.assign(all="loss over the dense model"), "all", height=3.5)
     looks = {name: _look(rows, name) for name, rows in drawn.groupby("method")}
     for axes, part in grid:
         fig.level(axes, 0.0)
@@ -112,7 +112,7 @@ def slices_drawing(data: pd.DataFrame) -> Drawing:
     """The slice of every layer between base and mean; in words what is really gone, beside a constant slice."""
     mean, base = data["slice_percentage"].iloc[0], data["slice_base"].iloc[0]
     slices, gone = pick(data, what="slice"), data.pivot_table("value", "what", "schedule")
-    grid = fig.Panels(slices.assign(all=rf"$S_P$ = {mean:.0%}, $S_B$ = {base:.0%}"), "all", height=2.6)
+    grid = fig.Panels(slices.assign(all=rf"$S_P$ = {mean:.0%}, $S_B$ = {base:.0%}"), "all", height=2.9)
     axes = grid.grid[0, 0]
     fig.layer_bars(axes, slices, fig.METHODS["dynamic_slicing"])
     fig.level(axes, mean, "$S_P$, the mean", "#333333", "-")

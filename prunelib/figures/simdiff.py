@@ -71,7 +71,7 @@ def fig2_importance(chapter: Chapter) -> Drawing:
     titles = ("published: schematic", "ours: the cosine rule", "ours: the difference")
     looks = (replace(fig.METHODS["simdiff"], hollow=True), fig.METHODS["block_influence"], fig.METHODS["simdiff_mssd"])
     labels = ("importance (unit not stated)", "1 − cosine (log)", "squared difference (log)")
-    grid = fig.Panels(data, "score", titles=titles, height=2.6)
+    grid = fig.Panels(data, "score", titles=titles, height=3.0)
     for (axes, part), look, label in zip(grid, looks, labels, strict=True):
         fig.layer_bars(axes, part, look)
         axes.set_ylabel(label)

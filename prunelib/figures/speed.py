@@ -123,7 +123,7 @@ def speed_by_layers(chapter: Chapter) -> Drawing:
     data = pd.concat([rows[keep], paper.loc[paper["model"].isin(rows["model"]), paper.columns.intersection(keep)]])
     looks = PHASES | {"A40": fig.Method("A40, generation (published)", "#777777", "s", "--", hollow=True)}
     limits = {phase: replace(look, title=f"{phase}, limit", line=":", marker="") for phase, look in PHASES.items()}
-    grid = fig.Panels(data, "model", titles=found.titles, height=2.6, sharey=True)
+    grid = fig.Panels(data, "model", titles=found.titles, height=3.3, sharey=True)
     for axes, part in grid:
         fig.lines(axes, part, looks, series="phase", linewidth=1)
         fig.lines(axes, part.dropna(subset="limit").drop(columns=["low", "high"]), limits, y="limit", series="phase")
