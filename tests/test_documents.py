@@ -78,6 +78,23 @@ def test_chapters_read_results_and_do_not_compute(path):
     assert imported <= allowed, "what a chapter computes is in prunelib/figures"
 
 
+def words(path: Path) -> str:
+    """The Markdown of a notebook."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapters_have_a_question_three_answers_a_next_and_limits(path):
+    text = words(path)
+    top, _, rest = text.partition("\n## ")
+    assert re.match(r"# .+\n\n\*\*[^*]+\?\*\*", top)
+    assert top.count("\n- ") == 3
+    assert "Next: " in top
+    assert "### What this cannot say" in rest
+    assert "**Example.**" in rest or path.stem in ("08_claims", *COMPUTING)
+
+
 def test_headings_registry_and_files_name_the_same_figures():
     """A chapter's heading names the stem, the default profile runs the chapter, the committed files are those stems."""
     default = yaml.safe_load((ROOT / "profiles/smollm2.yaml").read_text())
@@ -110,8 +127,9 @@ def test_links_and_modules_of_the_documents_exist():
     for document in [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
         *(ROOT / "docs").glob("*.md"),
+        *NOTEBOOKS,
     ]:
-        text = document.read_text(encoding="utf-8")
+        text = words(document) if document.suffix == ".ipynb" else document.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             known = link.startswith("http") or not {".", "/"} & set(link) or (document.parent / link).exists()
             assert known, (document.name, link)
