@@ -199,10 +199,10 @@ def origin(draw: Callable, chapter: Chapter, drawing: Drawing) -> dict:
     if "model" in settings:
         settings["model"] = Path(settings["model"]).name
     # What draws a figure: its module, this one and the style. An edit elsewhere does not change its record.
-    sources = [Path(sys.modules[draw.__module__].__file__), Path(__file__), Path(__file__).with_name("style.py")]
+    sources = [sys.modules[draw.__module__].__file__, *map(Path(__file__).with_name, ("save.py", "style.py", "methods.csv"))]
     return {
         "function": f"{draw.__module__}.{draw.__qualname__}",
-        "drawing_code_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "drawing_code_sha256": hashlib.sha256(b"".join(Path(path).read_bytes() for path in sources)).hexdigest(),
         # Tables are recorded by the runs in them, wherever they lie.
         "parameters": {name: value for name, value in settings.items() if not (isinstance(value, list) or "/" in str(value))},
         "inputs": {from_root(at_root(path)): file_sha256(at_root(path)) for path in sorted(drawing.published)},

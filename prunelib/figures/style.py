@@ -42,53 +42,15 @@ class Method:
 
 class _Methods(dict[str, Method]):
     def __missing__(self, name: str) -> Method:
-        raise FigureError(
-            f"no color for method {name!r}; there are: {', '.join(self)} (add it to prunelib.figures.style.METHODS)"
-        )
+        raise FigureError(f"no color for method {name!r}; there are: {', '.join(self)} (add it to figures/methods.csv)")
 
 
-# Colors of Okabe and Ito, then of Tol, told apart under the common color-vision deficiencies (tested); never the only cue.
-METHODS = _Methods(
-    dense=Method("dense", "#000000", "", ":"),
-    random=Method("random layers", "#a3a3a3", ""),
-    block_influence=Method("cosine (block influence)", "#0072b2", "o"),
-    simdiff_mssd=Method("SimDiff (MSSD)", "#d55e00", "s"),
-    simdiff_masd=Method("SimDiff (MASD)", "#009e73", "^"),
-    deepest=Method("deepest layers", "#882255", "v"),
-    angular=Method("angular (contiguous block)", "#56b4e9", "D"),
-    relative_magnitude=Method("relative magnitude", "#e6b800", "P"),
-    simdiff=Method("SimDiff", "#d55e00", "s"),
-    # ShortGPT is block influence under another name: the same color.
-    shortgpt=Method("ShortGPT = cosine", "#0072b2", "o"),
-    entrodrop=Method("EntroDrop", "#cc79a7", "X"),
-    sleb=Method("SLEB", "#999933", "p"),
-    shortened_llm=Method("Shortened LLaMA", "#332288", "h"),
-    laco=Method("LaCo", "#44aa99", "<"),
-    llm_pruner=Method("LLM-Pruner", "#aa4499", ">"),
-    slicegpt=Method("SliceGPT", "#661100", "*"),
-    dynamic_slicing=Method("dynamic slicing", "#117733", "d"),
-    # The zoo of chapter 02, where a name stands beside every point: one color for one idea.
-    block_cosine=Method("block cosine (LLM-Streamline)", "#56b4e9", "d"),
-    leave_one_out_nll=Method("leave-one-out NLL (PPL+)", "#332288", "h"),
-    leave_one_out_kl=Method("leave-one-out KL", "#332288", "H"),
-    taylor=Method("Taylor+", "#cc6677", "8"),
-    magnitude=Method("Mag+", "#cc6677", "P"),
-    entropy_gain=Method("EntroDrop (as published)", "#cc79a7", "X"),
-    entropy_gain_attention=Method("EntroDrop (as released)", "#cc79a7", "x"),
-    laco_published=Method("LaCo (as published)", "#44aa99", "<"),
-    laco_released=Method("LaCo (as released)", "#44aa99", ">"),
-    greedy=Method("greedy NLL (SLEB)", "#999933", "p"),
-    greedy_kl=Method("greedy KL", "#999933", "d"),
-    beam=Method("beam search", "#117733", "d"),
-    surrogate=Method("surrogate NLL", "#ee3377", "P"),
-    surrogate_kl=Method("surrogate KL", "#ee3377", "X"),
-    surrogate_kl_half=Method("surrogate KL, half the cost", "#ee3377", "x"),
-    evolutionary=Method("evolution (EvoPress)", "#117733", "*"),
-    blockpruner=Method("greedy over sublayers (BlockPruner)", "#aa4499", "s"),
-    evolutionary_sublayers=Method("evolution over sublayers (EvoPress)", "#aa4499", "*"),
-    best=Method("best set", "#000000", "*"),
-)
-"""The look of every method by name; an unknown name raises FigureError listing the known ones."""
+_LOOKS = pd.read_csv(Path(__file__).with_name("methods.csv"), index_col="name", keep_default_na=False)
+METHODS = _Methods({name: Method(**look) for name, look in _LOOKS.to_dict("index").items()})
+"""The look of every method by name, from methods.csv; an unknown name raises FigureError listing the known ones.
+
+Colors of Okabe and Ito, then of Tol, told apart under the common color-vision deficiencies (tested); never the only cue. One
+color for one idea: ShortGPT is block influence; where ideas share a color (chapter 02), a name stands beside every point."""
 
 
 def text_title(name: str) -> str:

@@ -16,6 +16,8 @@ from itertools import chain, groupby, islice, product
 from pathlib import Path
 from typing import TextIO
 
+import yaml
+
 from prunelib import io
 from prunelib.text import embedded
 
@@ -297,28 +299,6 @@ def wikitext_rows(path: Path) -> list[str]:
         return [line if line.strip() else "" for line in file if line.endswith("\n")]
 
 
-HUB: Mapping[str, HubDataset] = {
-    # The <unk> version of WikiText (wiki.*.tokens) is left out on purpose: its perplexity is not comparable.
-    "wikitext2": HubDataset(
-        repository="Salesforce/wikitext",  # CC BY-SA 3.0, GFDL
-        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
-        splits={"train": "train", "validation": "validation", "test": "test", "calibration": "train", "evaluation": "test"},
-        files={split: f"wikitext-2-raw-v1/{split}-*.parquet" for split in ("train", "validation", "test")},
-        one_document=True,  # as the perplexity tables use it
-    ),
-    # One shard, as in the papers that calibrate on C4 or report it (revision as pinned by SLEB and EvoPress).
-    "c4": HubDataset(
-        repository="allenai/c4",  # ODC-BY
-        revision="607bd4c8450a42878aa9ddc051a65a055450ef87",
-        splits={"train": "train", "validation": "validation", "calibration": "train", "evaluation": "validation"},
-        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
-        # 1,100 is the usual excerpt; 10,000 hold about five million tokens, ten times the papers' largest calibration set.
-        first={"train": 10_000, "validation": 1_100},
-    ),
-    "alpaca": HubDataset(
-        repository="tatsu-lab/alpaca",  # CC BY-NC 4.0
-        revision="dce01c9b08f87459cf36a430d809084718273017",
-        splits={"train": "train", "calibration": "train"},
-        files={"train": "data/train-*.parquet"},
-    ),
-}
+_SETS = yaml.safe_load(Path(__file__).with_name("hub.yaml").read_text(encoding="utf-8"))
+HUB: Mapping[str, HubDataset] = {name: HubDataset(**settings) for name, settings in _SETS.items()}
+"""The papers' data sets by name."""
