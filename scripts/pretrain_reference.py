@@ -1,11 +1,10 @@
 """Train the embedded reference models: small, deep decoders that behave like large ones when layers are removed.
 
-Four steps, each a sub-command of ``python scripts/pretrain_reference.py``:
+Two sub-commands of ``python scripts/pretrain_reference.py``:
 
-1. ``tokenizer``: byte-level BPE over the training text, saved with every reference model;
-2. ``tokens``: the training and held-out text as flat arrays of token ids;
-3. ``train``: one model of `REFERENCES` with the Hugging Face Trainer, resumable from its last checkpoint;
-4. ``card``: README.md and loss_curve.png beside the weights, every number from ``training.json`` and the files there.
+1. ``train``: one model of `REFERENCES`. Byte-level BPE over the training text, which is the same for all models; training and
+   held-out text as flat arrays of token ids; then the Hugging Face Trainer, resumed from the last checkpoint in ``--work``;
+2. ``card``: README.md and loss_curve.png beside the weights, every number from ``training.json`` and the files there.
 
 Sizes, data and steps in `REFERENCES` were fixed before any pruning result was seen, and are not tuned afterwards.
 """
@@ -35,6 +34,7 @@ from prunelib.text.corpora import DOCUMENT_END, read_file, read_records, record_
 VOCABULARY = 4096
 TOKENIZER_CHARACTERS = 60_000_000  # of each file
 WINDOW = 512  # tokens of one training window; also the models' longest context
+TEXTS = ("english", "pydocs", "english_held_out", "pydocs_held_out")  # to train on, and for the loss
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def build_model(reference: Reference, tokenizer):
 def train(name: str, reference: Reference, tokenizer, arrays: dict[str, np.ndarray], work: Path, folder: Path) -> None:
     """Train one reference model, from the last checkpoint in ``work`` where there is one, and save it as bfloat16 with its log.
 
-    arrays: token ids, ``english`` and ``pydocs`` to train on, ``english_held_out`` and ``pydocs_held_out`` for the loss.
+    arrays: token ids of the `TEXTS`.
     """
-    texts, shares = ("english", "pydocs"), [1 - reference.pydocs_share, reference.pydocs_share]
+    texts, shares = TEXTS[:2], [1 - reference.pydocs_share, reference.pydocs_share]
     data = Windows([arrays[key] for key in texts], shares, reference.steps * reference.batch, reference.seed)
     held_out = {key: Windows([arrays[f"{key}_held_out"]], [1.0], reference.held_out_windows, 1) for key in texts}
     on_gpu = torch.cuda.is_available()
@@ -296,33 +296,23 @@ def draw_losses(folder: Path) -> Path:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/pretrain_reference.py", description=__doc__.split("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
-    one = steps.add_parser("tokenizer", help="train the tokenizer")
-    one.add_argument("--files", nargs="+", type=Path, required=True)
-    two = steps.add_parser("tokens", help="turn one text file into token ids")
-    two.add_argument("--file", type=Path, required=True)
-    three = steps.add_parser("train", help="train one reference model")
-    three.add_argument("--name", choices=REFERENCES, required=True)
-    three.add_argument("--tokens", type=Path, required=True, help="folder of english.npy, pydocs.npy and the held-out arrays")
-    three.add_argument("--work", type=Path, required=True)
-    for step in (two, three):
-        step.add_argument("--tokenizer", type=AutoTokenizer.from_pretrained, required=True)
-    for step in (one, two, three):
-        step.add_argument("--out", type=Path, required=True)
-    four = steps.add_parser("card", help="write the model card and the loss curve of a trained reference model")
-    four.add_argument("folder", type=at_root, help="of the model")
+    one = steps.add_parser("train", help="train one reference model, its tokenizer first")
+    one.add_argument("--name", choices=REFERENCES, required=True)
+    for name in (*TEXTS, "work", "out"):
+        one.add_argument(f"--{name}", type=Path, required=True)
+    two = steps.add_parser("card", help="write the model card and the loss curve of a trained reference model")
+    two.add_argument("folder", type=at_root, help="of the model")
     options = parser.parse_args(argv)
-    if options.step == "tokenizer":
-        train_tokenizer(options.files, options.out)
-    elif options.step == "tokens":
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(options.out, tokenize(options.file, options.tokenizer))
-    elif options.step == "train":
-        keys = ("english", "pydocs", "english_held_out", "pydocs_held_out")
-        arrays = {key: np.load(options.tokens / f"{key}.npy") for key in keys}
-        train(options.name, REFERENCES[options.name], options.tokenizer, arrays, options.work, options.out)
-    else:
+    if options.step == "card":
         draw_losses(options.folder)
         write_text(options.folder / "README.md", card(options.folder))
+        return 0
+    vocabulary = options.work / "tokenizer"
+    if not vocabulary.is_dir():
+        train_tokenizer([options.english, options.pydocs], vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+    arrays = {name: tokenize(getattr(options, name), tokenizer) for name in TEXTS}
+    train(options.name, REFERENCES[options.name], tokenizer, arrays, options.work / "checkpoints", options.out)
     return 0
 
 

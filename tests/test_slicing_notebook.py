@@ -32,7 +32,7 @@ def run(place, stats, **changes):
     values |= {"split": "train", "seq_len": LENGTH, "random_seeds": [0], "normalizations": [], "window_seeds": [1]}
     values |= {"slice_percentages": [0.25], "slice_bases": [0.0, 0.125], "control_percentage": 0.25, "control_base": 0.125}
     values |= {"other_percentages": [0.5], "bare_percentages": [], "counted_percentages": [0.25], "depth_sizes": [1, 3]}
-    values |= {"latency_repeats": 1, "tasks": ["pydocs_parameter"], "tasks_limit": 5}
+    values |= {"tasks": ["pydocs_parameter"], "tasks_limit": 5}
     values |= {"report_corpus": text, "report_split": "train", "report_windows": 4, "report_seq_len": LENGTH}
     return runs.read_run(run_notebook("notebooks/experiments/slicing.ipynb", place / "sliced.json", **(values | changes)))
 

@@ -182,28 +182,22 @@ def prune_and_quantize(chapter: Chapter) -> Drawing:
 
 
 def _drafts(table: pd.DataFrame) -> str:
-    """In words: whether pruned models pay as drafts that propose tokens to the dense model."""
-    drafts, decoding = (pick(table, role=role, may_be_empty=True) for role in ("draft", "decoding"))
-    if drafts.empty or decoding.empty:
+    """In Markdown: whether pruned models pay as drafts that propose tokens to the dense model."""
+    rows = pick(table, role=("draft", "decoding"), may_be_empty=True)
+    if set(rows["role"]) != {"draft", "decoding"}:
         return ""
-    rows = pd.concat([drafts, decoding[decoding["proposals"].isna()]])
-    wide = rows.pivot_table(index=["model", "method", "size", "recipe"], columns="metric", values="value")
-    pays, speeds = wide["acceptance_greedy"] > wide["draft_over_dense"], pick(decoding, metric="speedup")["value"]
-    same = pick(decoding, metric=("same_text", "same_text_assisted"))["value"]
-    return (
-        f"{pays.sum()} of {len(pays)} pruned drafts are accepted more often than their step costs, the condition for any gain "
-        f"(acceptance {wide['acceptance_greedy'].min():.0%} to {wide['acceptance_greedy'].max():.0%}). Decoding with them has "
-        f"{speeds.min():.2f} to {speeds.max():.2f} of the dense model's speed. The text was the dense model's in "
-        f"{(same == 1).sum()} of {len(same)} comparisons, those with transformers' assisted generation among them."
-    )
+    names = {"acceptance_greedy": "accepted", "draft_over_dense": "time of a step", "speedup": "speed of decoding, at most"}
+    wide = rows.pivot_table(index=["model", "method", "size", "recipe"], columns="metric", values="value", aggfunc="max")
+    same = pick(rows, metric=("same_text", "same_text_assisted"))["value"]
+    told = "Pruned drafts beside the dense model alone; one can only pay where more is accepted than its step takes. The text "
+    told += f"was the dense model's in {(same == 1).sum()} of {len(same)} comparisons, transformers' generation among them."
+    return f"{told}\n\n{markdown(wide[list(names)].rename(columns=names).reset_index())}"
 
 
 def devices(chapter: Chapter) -> str:
     """Markdown: one line per model, with the bandwidth and the rate of a matrix product that its device reached."""
-    found, lines = timings(chapter), []
-    for name, one in pick(found.rows, role="ceiling").groupby("model", sort=False):
-        loads = one.groupby("load")["value"].max()
-        bandwidth, rate = max(loads["read"], loads["copy"]) / 1e9, loads["matmul"] / 1e12
-        lines.append(f"- {found.titles[name]}: {bandwidth:,.0f} GB/s and {rate:,.2f} TFLOP/s measured")
-    missing = "- **No measurement on a GPU is here** (`make gpu` makes them): small models on a processor only."
-    return "\n".join(lines if any("GPU" in line for line in lines) else [*lines, missing])
+    rows = pick((found := timings(chapter)).rows, role="ceiling")
+    rates = rows.pivot_table(index="model", columns="load", values="value", aggfunc="max", sort=False).rename(found.titles)
+    table = {"GB/s, measured": rates[["read", "copy"]].max(axis=1) / 1e9, "TFLOP/s, measured": rates["matmul"] / 1e12}
+    missing = "\n\n**No measurement on a GPU is here** (`make gpu` makes them): small models on a processor only."
+    return markdown(pd.DataFrame(table).reset_index()) + missing * (not rates.index.str.contains("GPU").any())

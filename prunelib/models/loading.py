@@ -133,16 +133,11 @@ def from_files(source: str | os.PathLike, **options: object) -> PreTrainedModel:
     if found:
         remedy = "Was the model pruned without its configuration? Save it again with prunelib.models.save"
         if keys["unexpected"] and not (keys["missing"] or keys["mismatched"] or any(map(LAYER.search, keys["unexpected"]))):
-            remedy = (
-                f"{type(model).__name__} has no place for them (a value head?): save it once with transformers to drop them"
-            )
+            remedy = f"{type(model).__name__} has no place for them (a value head?): save it with transformers to drop them"
         raise CheckpointError(f"the weights in {str(source)!r} do not fit their config.json: {'; '.join(found)}. {remedy}")
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if (
-        model.config.tie_word_embeddings
-        and head is not None
-        and not torch.equal(head.weight, table.weight.to(head.weight.device))
-    ):
+    tied = model.config.tie_word_embeddings and head is not None
+    if tied and not torch.equal(head.weight, table.weight.to(head.weight.device)):
         model.config.get_text_config(decoder=True).tie_word_embeddings = model.config.tie_word_embeddings = False  # as the file
     model.generation_config = savable_generation(model.generation_config)
     return model
