@@ -11,7 +11,7 @@ from prunelib.lab import runs
 from prunelib.lab.run_notebook import run_notebook
 from prunelib.text import corpora, embedded
 from prunelib.text import near_duplicates as duplicates
-from prunelib.text.near_duplicates import Settings, clusters, deduplicate, gopher_rules_passed, overlap
+from prunelib.text.near_duplicates import clusters, deduplicate, gopher_rules_passed, overlap
 
 THRESHOLD = 0.85
 
@@ -86,13 +86,10 @@ def test_golden_signature_and_short_documents():
     assert clusters(short).tolist() == [0, 0, 2, 3, 3, 5, 6, 6]
 
 
-def test_the_s_curve_is_that_of_the_bands():
-    settings = Settings()
-    bands, rows = settings.banding
-    assert (bands, rows) == (8, 16)  # datasketch, 128 permutations, 0.85
-    assert settings.probability(1) == 1 and settings.probability(0) == 0
-    assert settings.probability(0.85) == pytest.approx(1 - (1 - 0.85**16) ** 8)
-    assert Settings(weights=duplicates.THOROUGH).probability(0.85) > 0.8
+def test_bands():
+    found, thorough = duplicates.index(), duplicates.index(duplicates.THOROUGH)
+    assert (found.b, found.r) == (8, 16)  # datasketch, 128 permutations, 0.85
+    assert 1 - (1 - 0.85**thorough.r) ** thorough.b > 0.8  # of the pairs at the threshold are compared
 
 
 def test_overlap_of_planted_texts():

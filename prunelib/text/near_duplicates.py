@@ -7,8 +7,8 @@ exact Jaccard similarity decides about them, connected components are the cluste
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -24,30 +24,13 @@ BATCH = 50_000  # shingles that meet all permutations at once: 25 MB for 128 of 
 THOROUGH = (0.1, 0.9)  # weights for which few near-duplicates are missed, at many more exact comparisons
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Which pairs are compared. weights: of the false positives and false negatives that datasketch's choice of bands
-    minimizes; the exact comparison removes the former, nothing brings back the latter."""
+def index(weights: tuple[float, float] = (0.5, 0.5)) -> MinHashLSH:
+    """An empty index: it proposes documents of which all rows of at least one band of the signatures agree.
 
-    weights: tuple[float, float] = (0.5, 0.5)
-
-    def index(self) -> MinHashLSH:
-        """An empty index: it proposes documents of which all rows of at least one band of the signatures agree."""
-        return MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=self.weights)
-
-    @cached_property
-    def banding(self) -> tuple[int, int]:
-        """Bands and rows of `index`."""
-        index = self.index()
-        return int(index.b), int(index.r)
-
-    def probability(self, similarity: float | int) -> float:
-        """The S-curve: 1 - (1 - s^rows)^bands, the chance that two documents of Jaccard similarity s are compared."""
-        bands, rows = self.banding
-        return 1 - (1 - float(similarity) ** rows) ** bands
-
-
-DEFAULT = Settings()
+    weights: of the false positives and false negatives that datasketch's choice of bands minimizes; the exact comparison
+    removes the former, nothing brings back the latter.
+    """
+    return MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=weights)
 
 
 def shingles(text: str) -> UInt64[np.ndarray, " shingle"]:
@@ -89,20 +72,23 @@ def signatures(documents: Sequence[str]) -> list[MinHash]:
 
 
 def clusters(
-    documents: Sequence[str], settings: Settings = DEFAULT, *, signed: Sequence[MinHash] | None = None
+    documents: Sequence[str], proposed: MinHashLSH | None = None, *, signed: Sequence[MinHash] | None = None
 ) -> Int64[np.ndarray, " document"]:
-    """For every document the index of the first one of its cluster; `signed`: their `signatures`, for several clusterings."""
+    """For every document the index of the first one of its cluster.
+
+    proposed: an empty `index`, another one than the default. signed: `signatures` of the documents, for several clusterings.
+    """
     signed = signatures(documents) if signed is None else signed
-    shingles_of = cache(lambda index: shingles(documents[index]))
-    index, joined = settings.index(), DisjointSet(range(len(documents)))
+    proposed = index() if proposed is None else proposed
+    shingles_of, joined = cache(lambda place: shingles(documents[place])), DisjointSet(range(len(documents)))
     for second, signature in enumerate(signed):
-        for first in index.query(signature):
+        for first in proposed.query(signature):
             # A pair that is already connected adds nothing to the components, however similar it is.
             if joined.connected(first, second):
                 continue
             if jaccard(shingles_of(first), shingles_of(second)) >= THRESHOLD:
                 joined.merge(first, second)
-        index.insert(second, signature)
+        proposed.insert(second, signature)
     labels = np.empty(len(documents), dtype=np.int64)
     for members in joined.subsets():
         labels[list(members)] = min(members)
@@ -112,12 +98,12 @@ def clusters(
 def deduplicate(corpus):
     """A `corpora.Corpus` with the first document of every near-duplicate cluster, in the old order; its name says so."""
     kept = np.unique(clusters(corpus.documents)).tolist()
-    bands, rows = DEFAULT.banding
+    bands = index()
     said = (
         f"{len(kept)} of {len(corpus.documents)} documents, one of every cluster of near-duplicates "
-        f"(Jaccard {THRESHOLD:g} of character {NGRAM}-grams, {bands} bands of {rows})"
+        f"(Jaccard {THRESHOLD:g} of character {NGRAM}-grams, {bands.b} bands of {bands.r})"
     )
-    documents = tuple(corpus.documents[index] for index in kept)
+    documents = tuple(corpus.documents[place] for place in kept)
     return replace(corpus, name=f"{corpus.name}_deduplicated", documents=documents, source=f"{corpus.source}; {said}")
 
 
@@ -127,16 +113,16 @@ def overlap(texts: Sequence[str], corpus: Sequence[str]) -> tuple[Float64[np.nda
     The share is that of its distinct character n-grams that occur anywhere in the corpus. It finds a short text inside a long
     document, which Jaccard similarity cannot, and also counts common phrases: a text which nobody copied is not at 0.
     """
-    index = DEFAULT.index()
+    proposed = index()
     for place, signature in enumerate(signatures(corpus)):
-        index.insert(place, signature)
+        proposed.insert(place, signature)
     known = _distinct(np.concatenate([shingles(document) for document in corpus]))
     shingles_of = cache(lambda place: shingles(corpus[place]))
     contained, near = [], []
     for text, signature in zip(texts, signatures(texts), strict=True):
         own = shingles(text)
         contained.append(float(np.mean(known[np.minimum(np.searchsorted(known, own), len(known) - 1)] == own)))
-        near.append(any(jaccard(shingles_of(place), own) >= THRESHOLD for place in index.query(signature)))
+        near.append(any(jaccard(shingles_of(place), own) >= THRESHOLD for place in proposed.query(signature)))
     return np.array(contained, dtype=np.float64), np.array(near)
 
 
