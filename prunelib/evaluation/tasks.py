@@ -48,7 +48,6 @@ PROMPT_KEYS = ("doc_to_text", "doc_to_choice", "doc_to_target")  # of an absent 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 WITHOUT = {"average": (), "average_without_wsc": ("wsc", "wsc273"), "average_without_boolq": ("boolq",)}
 WITHOUT["average_without_wsc_boolq"] = ("wsc", "wsc273", "boolq")
-CONSTANT = 0.95  # share of one answer from which a model counts as giving a constant answer
 COLUMNS = "an offline copy needs the columns of the official data set"
 
 
@@ -97,14 +96,8 @@ class TaskResult:
 
     @property
     def constant_share(self) -> float | None:
-        """Share of the model's most frequent answer; None where the choices differ from item to item."""
+        """Share of the model's most frequent answer, near 1: the score says nothing else; None where choices differ by item."""
         return max(Counter(self.predicted).values()) / self.n if self.choices else None
-
-    @property
-    def constant_answer(self) -> str | None:
-        """The answer to (nearly) every question, None when there is none: the score then says nothing else."""
-        constant = self.choices and self.constant_share >= CONSTANT
-        return self.choices[Counter(self.predicted).most_common(1)[0][0]] if constant else None
 
     @property
     def best_constant(self) -> float | None:
