@@ -59,7 +59,7 @@ def documents():
 def test_clusters_are_those_of_a_brute_force_computation(documents):
     expected = brute_force(documents)
     assert max(map(expected.count, expected)) == 20
-    assert clusters(documents).tolist() == clusters(documents, Settings(weights=duplicates.THOROUGH)).tolist() == expected
+    assert clusters(documents).tolist() == clusters(documents, duplicates.index(duplicates.THOROUGH)).tolist() == expected
 
 
 def test_a_deduplicated_corpus_keeps_the_first_of_every_cluster_and_says_so():
