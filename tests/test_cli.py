@@ -87,7 +87,8 @@ def test_export_writes_them_again(place, pruned):
     done = invoke("export", folder, place / "model")
     assert done.exit_code == 0, done.output
     assert (folder / "mergekit.yaml").read_text() == before
-    assert "mergekit.yaml: slices:" in done.stdout
+    for name in ("mergekit.yaml", "llama-quantize.txt"):
+        assert f"wrote {folder / name}" in done.stdout
 
 
 def test_evaluate_gives_the_perplexity_of_the_protocol(place):

@@ -211,12 +211,14 @@ def export(
     from prunelib.models.loading import checked_source
     from prunelib.models.plans import DropPlan
 
-    before, plan = {*folder.glob("*")}, DropPlan.read(folder / "plan.json")
+    plan = DropPlan.read(folder / "plan.json")
     source, options = checked_source(model_source(dense))
     config = AutoConfig.from_pretrained(source, **options)
     final, tokenizer = models.load(folder), models.load_tokenizer(folder)
-    typer.echo(own_model.write_exports(plan, config, dense, folder, final, tokenizer, gguf))
-    _done(sorted({*folder.iterdir()} - before), "docs/your_model.md")
+    told = own_model.write_exports(plan, config, dense, folder, final, tokenizer, gguf)
+    typer.echo(told)
+    files = (folder / line.partition(":")[0] for line in told.splitlines())
+    _done((file for file in files if file.exists()), "docs/your_model.md")
 
 
 @app.command("models")

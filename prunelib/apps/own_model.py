@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelib import models, text
+from prunelib import io, models, text
 from prunelib.apps import publishing
 from prunelib.criteria import ABLATIONS, BLOCK_CRITERIA, CRITERIA, collect
 from prunelib.criteria.registry import Rule
@@ -23,7 +23,7 @@ from prunelib.evaluation.intervals import paired_bootstrap
 from prunelib.evaluation.perplexity import Perplexity, check_length, check_windows
 from prunelib.evaluation.tasks import TaskResults, compare
 from prunelib.healing import RECIPES, Recipe, check_training, heal
-from prunelib.models import export
+from prunelib.models import export, gguf
 from prunelib.models.plans import DropPlan
 from prunelib.models.saving import rehearse
 from prunelib.text.sequences import TrainingRows
@@ -99,10 +99,10 @@ def check_model(
     windows: Int64[Tensor, "window position"],
     rows: TrainingRows | None,
     plan: Recipe | None,
-    gguf: Sequence[str] = (),
+    kinds: Sequence[str] = (),
 ) -> None:
     """Raise now whatever of the dense model, its texts and its place would end the run later, after hours of work."""
-    for kind in gguf:
+    for kind in kinds:
         export.check_gguf(model.config, tokenizer, kind)
     rehearse(model, tokenizer, folder)
     check_windows(model, windows)
@@ -168,7 +168,8 @@ def write_exports(
     config, name: of the dense model. kinds: of the GGUF files of `final`. Raises as `prunelib.models.export.write_gguf`.
     """
     plan.write(folder / "plan.json")
-    told = export.write_plan(plan, config, name, folder)
+    place = io.from_root(gguf.safetensors_folder(name)) if gguf.is_gguf(name) else name  # what mergekit can read
+    told = export.write_plan(plan, config, place, folder)
     for kind in kinds:
         file = f"model-{kind}.gguf"
         note = f"without layers {' '.join(map(str, plan.removed))} of {plan.n_layers}, by {plan.method}"
