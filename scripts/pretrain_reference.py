@@ -6,7 +6,7 @@ Two sub-commands of ``python scripts/pretrain_reference.py``:
    held-out text as flat arrays of token ids; then the Hugging Face Trainer, resumed from the last checkpoint in ``--work``;
 2. ``card``: README.md and loss_curve.png beside the weights, every number from ``training.json`` and the files there.
 
-Sizes, data and steps in `REFERENCES` were fixed before any pruning result was seen, and are not tuned afterwards.
+Sizes (reference_models.yaml), data and steps were fixed before any pruning result was seen, and are not tuned afterwards.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
+import yaml
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -57,30 +58,8 @@ class Reference:
         return math.ceil(self.tokens / (self.batch * WINDOW))
 
 
-REFERENCES = {
-    "ref-llama-32l": Reference(
-        "llama",
-        {
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 5,
-            "num_key_value_heads": 5,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "ref-neox-24l": Reference(
-        "gpt_neox",
-        {
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 4,
-            "tie_word_embeddings": False,
-            "use_parallel_residual": True,
-        },
-    ),
-}
+_MODELS = yaml.safe_load(Path(__file__).with_name("reference_models.yaml").read_text(encoding="utf-8"))
+REFERENCES = {name: Reference(**settings) for name, settings in _MODELS.items()}
 
 
 def read_documents(path: Path) -> Iterator[str]:
