@@ -98,7 +98,7 @@ report: $(READY)
 	@echo build/report/index.html
 
 lab: $(READY)
-	@$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
+	@$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 # torch is pinned without the `+cpu` of the wheel at hand: the lock serves CPU and GPU machines. That is also why it holds no
 # hashes: torch's wheels differ from index to index, and pip wants hashes of all packages or of none. Its version is chosen here:

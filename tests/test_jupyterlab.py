@@ -48,8 +48,9 @@ def lab(tmp_path):
 
 @pytest.mark.slow
 def test_the_notebooks_are_listed_and_have_a_kernel_and_widgets(lab):
-    listed = {entry["name"] for entry in json.loads(lab("api/contents"))["content"]}
+    listed = {entry["name"] for entry in json.loads(lab("api/contents/notebooks"))["content"]}
     assert listed == {path.name for path in (ROOT / "notebooks").iterdir() if not path.name.startswith(".")}
-    opened = json.loads(lab("api/contents/09_explorer.ipynb"))
+    opened = json.loads(lab("api/contents/notebooks/09_explorer.ipynb"))
+    assert json.loads(lab("api/contents/figures/own_hero.png"))["mimetype"] == "image/png", "chapters show ../figures"
     assert opened["content"]["metadata"]["kernelspec"]["name"] in json.loads(lab("api/kernelspecs"))["kernelspecs"]
     assert "@jupyter-widgets/jupyterlab-manager" in lab("lab"), "ipywidgets draws nothing without its part in the browser"
