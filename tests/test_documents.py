@@ -17,7 +17,7 @@ from prunelib.lab.provenance import code_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 COMPUTING = ("00_quickstart", "09_explorer")  # chapters that run a model themselves
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
