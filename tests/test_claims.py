@@ -113,8 +113,8 @@ def test_real_models_decide_and_reference_models_stand_beside_them(monkeypatch, 
     assert table.changes(found).to_numpy().tolist() == [
         ["x-1", "both", "≈ differs: ref-a −1.0, ref-b 2.0 nats", "✓ holds: big −1.0 nats"]
     ]
-    assert "| real models | 1 | 0 | 0 |\n| reference models | 0 | 1 | 0 |" in table.pipes(table.summary(found))
-    assert "| ✗ fails, on reference models alone |" in table.markdown(found)
+    assert "| real models | 1 | 0 | 0 |\n| reference models | 0 | 1 | 0 |" in table.markdown(table.summary(found))
+    assert "| ✗ fails, on reference models alone |" in table.page(found)
 
 
 @pytest.fixture(scope="module")

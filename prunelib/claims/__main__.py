@@ -3,7 +3,7 @@
 import json
 import re
 
-from prunelib.claims import Tables, changes, markdown, outcomes, pipes, summary
+from prunelib.claims import Tables, changes, markdown, outcomes, page, summary
 from prunelib.io import at_root, write_text
 
 FINDINGS = (
@@ -30,8 +30,8 @@ def documents(profile: str = "profiles/smollm2.yaml") -> dict[str, str]:
     records = {stem: json.loads(at_root(f"figures/{stem}.json").read_text(encoding="utf-8")) for stem in FINDINGS}
     blocks = {
         ("README.md", "findings"): "\n".join(f"- [{one['title']}](figures/{stem}.png)" for stem, one in records.items()),
-        ("README.md", "claims"): f"{pipes(summary(found))}\n\n{pipes(changes(found))}",
-        ("docs/claims.md", "claims"): markdown(found, "../figures"),
+        ("README.md", "claims"): f"{markdown(summary(found))}\n\n{markdown(changes(found))}",
+        ("docs/claims.md", "claims"): page(found, "../figures"),
     }
     texts = {document: at_root(document).read_text(encoding="utf-8") for document, _ in blocks}
     for (document, name), block in blocks.items():

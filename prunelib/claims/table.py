@@ -10,6 +10,7 @@ and says why. Where a profile lacks the rows, there is no verdict, unless the cl
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -117,7 +118,7 @@ def changes(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["id", "claim", REFERENCE, REAL])
 
 
-def markdown(found: pd.DataFrame, figures: str = "figures") -> str:
+def page(found: pd.DataFrame, figures: str = "figures") -> str:
     """The claims of a document: how many hold, every tested one with its values, and the others with the reason."""
     tested, lines, others = found[found["measured"].notna()], [], []
     for name, part in found.groupby("id", sort=False):
@@ -135,11 +136,22 @@ def markdown(found: pd.DataFrame, figures: str = "figures") -> str:
         line |= {model: cells.get(model, "") for model in models(tested)} | {"holds if": one["holds_if"]}
         line["verdict"] = marked(one["verdict"]) + f", on {REFERENCE} alone" * (one["judged_on"] == REFERENCE)
         lines.append(line | {REFERENCE: marked(one["verdict_reference"])})
-    parts = [pipes(summary(found)), "Measured: value [interval].", pipes(pd.DataFrame(lines))]
+    parts = [markdown(summary(found)), "Measured: value [interval].", markdown(pd.DataFrame(lines))]
     return "\n\n".join([*parts, f"Not tested, {len(others)} claims, and why:", "\n".join(others)])
 
 
-def pipes(table: pd.DataFrame) -> str:
-    """A table in Markdown, without its index."""
-    lines = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def markdown(data: pd.DataFrame, *, digits: int | Mapping[str, int] = 2) -> str:
+    """A table in Markdown: numbers to the right with `digits` decimals (for all, or one per column), whole ones as they are."""
+
+    def cell(value: Any, places: int) -> str:
+        if pd.isna(value):
+            return "–"
+        return f"{value:,.{places}f}" if isinstance(value, float | np.floating) else str(value).replace("|", "\\|")
+
+    columns = {}
+    for name, column in data.items():
+        places = digits if isinstance(digits, int) else digits.get(name, 2)
+        rule = "---:" if pd.api.types.is_numeric_dtype(column) else "---"
+        columns[str(name)] = [rule, *(cell(value, places) for value in column)]
+    lines = [columns, *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

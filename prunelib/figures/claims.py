@@ -31,7 +31,7 @@ def table_claims(chapter: Chapter) -> Drawing:
     """Every claim with its value, interval and verdict on every model, and the run files behind it."""
     found, rows = _measured(chapter)
     data = found.drop(columns="short").replace("", None).dropna(axis=1, how="all")
-    return Drawing(None, data, rows, papers.markdown(found, "../figures"), [PUBLISHED])
+    return Drawing(None, data, rows, papers.page(found, "../figures"), [PUBLISHED])
 
 
 @figure("own_claims", reads=READS)
@@ -73,5 +73,5 @@ def claims(chapter: Chapter) -> Drawing:
     note = "     ".join(f"{papers.MARKS[verdict]} {verdict}" for verdict in COLORS)
     note += f"\nother: {', '.join([*few, papers.PRINTED])}"
     note += f"     bold: the {len(changed)} claims on which real and reference models disagree" * (len(changed) > 0)
-    text = "\n\n".join(papers.pipes(table) for table in (tally, changed) if len(table))
+    text = "\n\n".join(papers.markdown(table) for table in (tally, changed) if len(table))
     return grid.done(rows, keep=keep, note=note, text=text, title=title, published=[PUBLISHED])

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prunelib import claims
+from prunelib.claims import markdown
 from prunelib.io import at_root, file_sha256, from_root, plain, replacing
 from prunelib.lab.provenance import model_title
 from prunelib.lab.runs import CSV, PAPERS, ResultError
@@ -263,20 +264,3 @@ def picture(figure: Figure, suffix: str) -> bytes:
         palette = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
         palette.save(small, format="png", optimize=True, dpi=image.info["dpi"])
     return small.getvalue()
-
-
-def markdown(data: pd.DataFrame, *, digits: int | Mapping[str, int] = 2) -> str:
-    """A table in Markdown: numbers to the right with `digits` decimals (for all, or one per column), whole ones as they are."""
-
-    def cell(value: Any, places: int) -> str:
-        if pd.isna(value):
-            return "–"
-        return f"{value:,.{places}f}" if isinstance(value, float | np.floating) else str(value).replace("|", "\\|")
-
-    columns = {}
-    for name, column in data.items():
-        places = digits if isinstance(digits, int) else digits.get(name, 2)
-        rule = "---:" if pd.api.types.is_numeric_dtype(column) else "---"
-        columns[str(name)] = [rule, *(cell(value, places) for value in column)]
-    lines = [columns, *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
