@@ -4,8 +4,8 @@
 
 Contiguous blocks of layers in front of the last four are removed: which ones does not matter to the speed. One thread; a second
 is one of processor time of this process, so that other programs on the machine cost little but their share of the bandwidth.
-All models in turn in every round; medians and quartiles over rounds. The limit is the best bandwidth of `torch.sum` and of a copy
-in the same rounds, over the bytes of the weights, which every token needs (the embeddings once: they are the head too).
+All models in every round, in random order; medians and quartiles over rounds. The limit is the best bandwidth of a sum and of a copy in the
+same rounds, over the bytes of the weights, which every token needs (the embeddings once: they are the head too).
 """
 
 import time
@@ -70,10 +70,12 @@ def main() -> None:
     for one in servers.values():
         decoded(one, 2)
     rates = {key: [] for key in ("read", *servers)}
+    order = np.random.default_rng(0)
     for _ in range(args.rounds):
         rates["read"].append(bandwidth(numbers, target))
-        for key, one in servers.items():
-            rates[key].append(decoded(one, args.tokens))
+        for index in order.permutation(len(servers)):
+            key = [*servers][index]
+            rates[key].append(decoded(servers[key], args.tokens))
     read, rows = max(rates["read"]), []
     weights = {key: int(sum(tensor.n_bytes for tensor in GGUFReader(file).tensors)) for key, file in files.items()}
     for kind, size in files:

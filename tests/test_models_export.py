@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import build
 from gguf.quants import dequantize, quantize
-from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -34,7 +34,7 @@ SPLITS = {
 PLAN = DropPlan(6, (1, 2, 5), "test")
 
 
-def trained(split):
+def trained(split, bos=False):
     """A small byte-level BPE tokenizer with two special tokens and one that is not special."""
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = SPLITS[split]
@@ -43,6 +43,9 @@ def trained(split):
         [gguf.PASSAGE, *["2023"] * 9], trainers.BpeTrainer(vocab_size=318, show_progress=False, **options)
     )
     tokenizer.add_tokens(["<think>"])
+    if bos:
+        ids = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -85,6 +88,15 @@ def test_a_gguf_file_holds_the_rounded_weights_and_the_tokens(place, family, spl
     text = "1952 <think> a <s> town</s>  of\n ½ wood"
     assert reread(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert reread.eos_token == "</s>"
+
+
+def test_whether_a_text_begins_with_a_token_of_its_own_is_written(place):
+    for bos in (False, True):
+        tokenizer = trained("gpt-2", bos)
+        export.write_gguf(build("llama", vocab_size=len(tokenizer)), tokenizer, place / "tiny.gguf")
+        fields = library.GGUFReader(place / "tiny.gguf").fields
+        assert fields["tokenizer.ggml.add_bos_token"].contents() == bos
+        assert fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer("a")["input_ids"][0] if bos else True
 
 
 def test_a_file_that_reads_back_otherwise_never_takes_its_place(place, monkeypatch):

@@ -11,6 +11,7 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
+import gguf as library
 import numpy as np
 import torch
 import yaml
@@ -85,10 +86,8 @@ def prune_layers_command(plan: DropPlan, config: PreTrainedConfig) -> str:
 def write_plan(plan: DropPlan, config: PreTrainedConfig, model: str, folder: str | os.PathLike) -> dict[str, str]:
     """Write `mergekit.yaml` and `llama-quantize.txt` to `folder`: their texts by name, the reason where one is refused."""
     texts = {}
-    for name, make in {
-        "mergekit.yaml": partial(mergekit_yaml, model=model),
-        "llama-quantize.txt": prune_layers_command,
-    }.items():
+    made = {"mergekit.yaml": partial(mergekit_yaml, model=model), "llama-quantize.txt": prune_layers_command}
+    for name, make in made.items():
         try:
             texts[name] = make(plan, config)
             write_text(Path(folder) / name, texts[name])
@@ -137,8 +136,6 @@ def write_gguf(
     Returns KL(model || file), nats per token of `PASSAGE`. Raises as `check_gguf`, and CheckpointError when a weight read back
     is not the rounded one, a token id is another, or the divergence is above `KINDS`. Needs the memory of two more models.
     """
-    import gguf as library
-
     check_gguf(model.config, tokenizer, kind)
     tied = model.config.tie_word_embeddings
     state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
@@ -155,32 +152,30 @@ def write_gguf(
 
 
 def _write_config(writer, model: PreTrainedModel, kind: str, note: str) -> None:
-    import gguf as library
-
     config = model.config
-    writer.add_name(Path(config._name_or_path or config.model_type).name)
-    writer.add_description(note)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(size)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_vocab_size(model.get_input_embeddings().num_embeddings)
-    writer.add_file_type(library.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    writer.add_quantization_version(library.GGML_QUANT_VERSION)
+    fields = {
+        "name": Path(config._name_or_path or config.model_type).name,
+        "description": note,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        **dict.fromkeys(("rope_dimension_count", "key_length", "value_length"), size),
+        "vocab_size": model.get_input_embeddings().num_embeddings,
+        "file_type": library.LlamaFileType[f"MOSTLY_{kind.upper()}"],
+        "quantization_version": library.GGML_QUANT_VERSION,
+    }
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def _write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """The vocabulary, padded to the `rows` of the embeddings, and the merges of a byte-level BPE tokenizer."""
-    import gguf as library
-
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     tokens = {index: f"[PAD{index}]" for index in range(rows)} | {index: token for token, index in vocabulary.items()}
     types = dict.fromkeys(tokens, library.TokenType.UNUSED) | dict.fromkeys(vocabulary.values(), library.TokenType.NORMAL)
@@ -202,8 +197,6 @@ def _write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, rows: int) -> N
 
 def _write_tensor(writer, config: PreTrainedConfig, name: str, tensor: torch.Tensor, kind: str) -> np.ndarray:
     """Add one tensor under its name in GGUF; returns its rounded values."""
-    import gguf as library
-
     architecture = library.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     named = library.get_tensor_name_map(architecture, config.num_hidden_layers).get_name(name, (".weight", ".bias"))
     if named is None:
@@ -227,12 +220,13 @@ def _checked(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, rounded: dict[str, np.ndarray], bound: float
 ) -> float:
     again, again_tokenizer, _ = gguf.read(file)
-    found = again.state_dict()
+    weights = again.state_dict()
     for name, values in rounded.items():
-        if not np.array_equal(found[name].numpy(), values):
+        if not np.array_equal(weights[name].numpy(), values):
             raise CheckpointError(f"tensor {name!r} is read back from the GGUF file with other values; do not use the export")
     text = unicodedata.normalize("NFC", PROBE)  # llama.cpp does not normalize
-    if again_tokenizer(text)["input_ids"] != tokenizer(text)["input_ids"]:
+    found, expected = (one(text, add_special_tokens=False)["input_ids"] for one in (again_tokenizer, tokenizer))
+    if found != expected:
         raise CheckpointError(f"the tokenizer read back from the GGUF file gives other token ids: {CONVERT}")
     ids = torch.tensor([tokenizer(gguf.PASSAGE)["input_ids"][: model.config.max_position_embeddings]])
     expected, actual = (one(input_ids=ids.to(one.device)).logits.cpu().double().log_softmax(-1) for one in (model, again))
