@@ -9,13 +9,15 @@ small reference models of this repository only where there are no others. A clai
 and says why. Where a profile lacks the rows, there is no verdict, unless the claim says why.
 """
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from prunelib.claims import deeper_layers, simdiff, slicing
+from prunelib.claims import deeper_layers, own, simdiff, slicing
 from prunelib.claims.judge import PRINTED, ClaimError, Tables
 from prunelib.io import at_root
 
@@ -35,7 +37,8 @@ def outcomes(*sources: Tables) -> pd.DataFrame:
     Raises ClaimError naming a claim that has neither a measure with a rule nor a reason why there is none.
     """
     published = simdiff.published() | slicing.published()
-    measured = [simdiff.measures(one) | slicing.measures(one) | deeper_layers.measures(one) for one in sources]
+    papers = (simdiff, slicing, deeper_layers, own)
+    measured = [functools.reduce(operator.or_, (paper.measures(one) for paper in papers)) for one in sources]
     lines = []
     for facts in pd.read_csv(at_root(CLAIMS), dtype={"digits": int}, keep_default_na=False).to_dict("records"):
         name, reason, value = facts["id"], facts["reason"], published.get(facts["id"], np.nan)

@@ -58,9 +58,9 @@ class Search:
         return "a long search" if f"random_k{k}" in losses else "these rules"
 
 
-def search(chapter: Chapter) -> Search:
-    """The tables of a chapter as `Search`. Raises FigureError for a model without committed optimum."""
-    table = pick(chapter.table("selection"), run_part=READS["selection"])
+def search(chapter: Chapter, parts: tuple[str, ...] = READS["selection"]) -> Search:
+    """The tables of a chapter, of `selection` these parts, as `Search`. Raises FigureError for a model without an optimum."""
+    table = pick(chapter.table("selection"), run_part=parts)
     names, keys = list(table["model"].unique()), ["model", "layers_removed"]
     known = pick(chapter.table("optimum_runs"), may_be_empty=True, experiment="optimum", model=names)
     if missing := set(names) - set(known["model"]):
