@@ -4,9 +4,9 @@
 
 Contiguous blocks of layers in front of the last four are removed: which ones does not matter to the speed. One thread; a second
 is one of processor time of this process. All models in every round, in random order; medians and quartiles over rounds. The
-limit is the best bandwidth of a sum and of a copy in the same rounds, over the bytes of the weights, which every token needs (the
-embeddings once: they are the head too). It wants an idle machine: beside other programs two runs gave speed-ups of 1.9 and 2.3
-for the same file, where the bytes allow 1.5.
+limit is the best bandwidth of a sum and of a copy in the same rounds, over the bytes of the weights, which every token needs
+(the embeddings once: they are the head too). It wants an idle machine: beside other programs two runs gave speed-ups of 1.9 and
+2.3 for the same file, where the bytes allow 1.5.
 """
 
 import time
