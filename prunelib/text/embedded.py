@@ -107,7 +107,7 @@ def _readmes() -> Iterator[Document]:
         message = metadata.metadata(name)
         payload = message.get_payload()
         # An old METADATA file carries the text as a header with continuation lines.
-        text = payload if isinstance(payload, str) and payload.strip() else message["Description"] or ""
+        text = payload if isinstance(payload, str) and payload.strip() else message.get("Description", "")
         yield Document(name, text.replace("\r\n", "\n").strip())
 
 
