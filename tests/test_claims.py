@@ -142,12 +142,12 @@ def test_the_words_of_the_chapter_are_those_of_the_tables(found):
     words = {
         "holds": "simdiff-01 simdiff-02 simdiff-09 simdiff-19 simdiff-20 dynamic-01 dynamic-03 dynamic-04 dynamic-05 "
         "dynamic-06 deeper-03 deeper-04 deeper-05 deeper-06 deeper-12",
-        "fails": "simdiff-03 simdiff-05 simdiff-06 simdiff-07 simdiff-08 simdiff-10 dynamic-07 dynamic-08 dynamic-09 deeper-07 "
-        "deeper-11 own-02",
+        "fails": "simdiff-03 simdiff-05 simdiff-06 simdiff-07 simdiff-08 simdiff-10 simdiff-11 simdiff-12 dynamic-07 "
+        "dynamic-08 dynamic-09 deeper-02 deeper-07 deeper-11 own-02",
         "differs": "simdiff-04 simdiff-14 simdiff-15 own-01",
     }
     assert real.to_dict() == words
-    assert len(claims.changes(found)) / found["id"].nunique() == pytest.approx(1 / 4, abs=0.03)
+    assert len(claims.changes(found)) / found["id"].nunique() == pytest.approx(0.3, abs=0.03)
     assert set(found.loc[found["model"] == "gemma-3-270m", "id"]) == {"simdiff-14", "simdiff-15"}
 
 
@@ -167,15 +167,17 @@ def test_claims_recomputed_by_other_means(found):
     dynamic = slicing[slicing["method"] == "dynamic"]
     change = 100 * (np.exp(dynamic["value"] - dynamic["slice_percentage"].map(constant)) - 1)
     assert pick(found, id="dynamic-01")["measured"].iloc[0] == pytest.approx(change.min())
-    healing = runs.read_table("data/pretrained/healing.csv").query(
-        "run.str.endswith('choices') and recipe == 'none' and step == 0"
+    tasks = runs.read_table("data/pretrained/tasks.csv").query(
+        "run.str.endswith('blocks') and metric == 'average' and size in (0, 4)"
     )
-    means = healing.query("metric == 'average'").set_index("method")["value"]
-    chance = (0.25 + 0.5 + 0.25 + 0.5 + 0) / 5  # of LAMBADA, an open question, none
+    means = tasks.set_index("method")["value"]
+    chance = (
+        0.25 + 0.5 + 0.25 + 0
+    ) / 4  # ARC-e, PIQA, HellaSwag; LAMBADA asks for a word. In WinoGrande the dense model guesses
     left = 100 * (means["deepest"] - chance) / (means["dense"] - chance)
     assert pick(found, id="deeper-06")["measured"].iloc[0] == pytest.approx(left, abs=0.1)
     healed = runs.read_table("data/pretrained/healing.csv").query(
-        "run.str.endswith('choices') and metric == 'nll' and text == 'c4' and step == 300 and size == 8"
+        "run.str.endswith('choices') and metric == 'nll' and text == 'c4' and step == 300"
     )
     healed = healed.set_index("method")["value"]
     gap = healed["deepest"] - healed["block_influence"]

@@ -13,7 +13,7 @@ def measures(t: Tables) -> dict[str, pd.DataFrame]:
     return _healed(t) | {
         "deeper-02": measure(percent(pick(tasks, metric="over_dense", task="all", method="angular", size=4)), interval="row"),
         "deeper-05": measure(nearest, "mean", draws="calibration_seed"),
-        "deeper-06": _left_by_deepest(tasks if len(tasks) else pick(t.healing, run_part="choices", recipe="none")),
+        "deeper-06": _left_by_deepest(tasks),
         "deeper-11": _deep_layers_are_closer(t),
         "deeper-12": _distance_says_what_can_go(t),
         "deeper-13": measure(
@@ -23,9 +23,11 @@ def measures(t: Tables) -> dict[str, pd.DataFrame]:
 
 
 def _left_by_deepest(tasks: pd.DataFrame) -> pd.DataFrame:
-    """What the deepest-layers rule leaves, at its smallest measured cut, of the dense model's mean accuracy above chance."""
+    """What removing the deepest four layers leaves of the dense model's mean accuracy above chance."""
     means, chance = pick(tasks, metric="average", task="all"), pick(tasks, metric="chance", method="dense")
-    dense, deepest = pick(means, method="dense"), pick(means, method="deepest", size=lambda size: size == size.min())
+    guessed = pick(tasks, metric="at_chance").get("task", ())  # not in the averages
+    chance = pick(chance, task=lambda task: ~task.isin(guessed))
+    dense, deepest = pick(means, method="dense"), pick(means, method="deepest", size=4)
     sums = chance.groupby("model", as_index=False)["value"].sum()  # open questions have no chance: zero
     chance = paired(sums, dense.assign(value=dense.get("n")), how="/")
     return measure(percent(paired(paired(deepest, chance), paired(dense, chance), how="/")))

@@ -67,7 +67,7 @@ def measures(t: Tables) -> dict[str, pd.DataFrame]:
     if len(rules):
         layers = rules.groupby("model")["layer"].nunique()
         quarter = quarter[quarter["layers_removed"] == quarter["model"].map(layers / 4).round()]
-    tasks = percent(pick(t.tasks, run_part="tables", metric="over_cosine", task="all", size=8))
+    tasks = percent(pick(t.tasks, run_part=["tables", "items"], metric="over_cosine", task="all", size=8))
     healed = pick(t.healing, run_part="choices", metric="average", task="all", method=SIMDIFF)
     healed = paired(pick(healed, recipe="lora"), pick(healed, recipe="none"), ["method"])
     faster = pick(t.gpu, role="speed", phase="generation", setting="16x4x2048", mode="graph", layers_removed=12)

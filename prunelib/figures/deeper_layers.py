@@ -190,7 +190,10 @@ def fig2_accuracy(chapter: Chapter) -> Drawing:
     data = pick(rows, metric=["average", "average_low", "average_high"]).pivot(index=keys, columns="metric", values="value")
     data = data.set_axis(["value", "high", "low"], axis=1).reset_index()
     data = pd.concat([data[data["method"].isin(("dense", rule))].assign(method=rule) for rule in RULES])
-    chance = pick(table, metric="chance").groupby("model")["value"].mean()
+    guessed = pick(table, may_be_empty=True, metric="at_chance")["task"]  # not in the averages
+    dense = table[(table["method"] == "dense") & (table["task"] != "all") & ~table["task"].isin(guessed)]
+    chance = dense.pivot_table("value", ["model", "task"], "metric")["chance"]
+    chance = chance.fillna(0).groupby("model").mean()  # a next word is not guessed
     layers = (data["size"] / data["fraction"]).groupby(data["model"]).max().round()
     grid = fig.Panels(data, "model", titles=_titles(layers), height=3.4, sharey=True)
     for axes, part in grid:
@@ -201,5 +204,5 @@ def fig2_accuracy(chapter: Chapter) -> Drawing:
         fig.percent(axes.yaxis)
     note = "error bars: 95 % interval over the items, one calibration draw"
     ends = data.sort_values("size").groupby("model", sort=False)["value"].agg(["first", "min"])
-    title = ", ".join(f"{one['first']:.0%} to {one['min']:.0%} ({name})" for name, one in ends.iterrows())
+    title = ", ".join(f"{one['first']:.0%} to {one['min']:.0%} ({fig.short(name)})" for name, one in ends.iterrows())
     return grid.done(rows, x=DROPPED, y="mean accuracy, %", note=note, title=f"Accuracy falls before healing: {title}")

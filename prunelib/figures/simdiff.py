@@ -271,13 +271,13 @@ def _ours(scores: pd.DataFrame) -> pd.DataFrame:
     titles = {method: look.title for method, look in fig.METHODS.items()} | OUR_TITLES
     scores["order"] = scores["method"].map(list(fig.METHODS).index)
     lines, dense = [], {}
-    for (name, size, _, method), rows in scores.groupby(["model", "size", "order", "method"]):
+    for (name, size, _, method, limit), rows in scores.groupby(["model", "size", "order", "method", "limit"]):
         value, accuracy = 100 * rows.groupby("metric")["value"].first(), pick(rows, metric="acc").set_index("task")["value"]
         tests = rows.loc[rows["metric"] == "over_cosine", "mcnemar_p"].dropna()
         line = {"model": name, "method": titles[method], "K": size, "items": int(pick(rows, metric="acc")["n"].sum())}
         line |= (100 * accuracy).rename(lambda task: task.removeprefix("pydocs_")).to_dict()
         line |= {"AVG": value["average"], "low": value["average_low"], "high": value["average_high"]}
-        line["RP"] = 100 * line["AVG"] / dense.setdefault(name, line["AVG"])
+        line["RP"] = 100 * line["AVG"] / dense.setdefault((name, limit), line["AVG"])
         line["p v. cosine"] = min(1.0, tests.min() * len(tests)) if len(tests) else None
         lines.append(line)
     return pd.DataFrame(lines)
@@ -287,13 +287,16 @@ def _table(chapter: Chapter, item: str, count: int | None) -> Drawing:
     """A published table and ours, of the `count` numbers of layers that are nearest to a quarter of the model."""
     part = TASKS["tasks"][:1] if item == "table1" and "nlu" in set(chapter.table("tasks")["run_part"]) else TASKS["tasks"][1:]
     rows = pick(chapter.table("tasks"), run_part=part, method=tuple(fig.METHODS))
-    # Of one set of layers the run of most items counts; the one without a limit has all.
-    rows = rows.sort_values("limit", kind="stable").drop_duplicates(["model", "method", "size", "task", "metric"], keep="last")
+    rows = rows.fillna({"limit": np.inf}).drop_duplicates(["model", "method", "size", "task", "metric", "limit"])
     sizes = (rows.drop_duplicates("size").set_index("size")["fraction"].dropna() - 0.25).abs().sort_values().index[:count]
     theirs, ours = _printed(item), _ours(pick(rows, size=(0, *sizes)))
     both = pd.concat([theirs.assign(origin="published"), ours.assign(origin="ours")]).dropna(axis=1, how="all")
     digits = dict.fromkeys(ours.columns, 1) | {"p v. cosine": 3}
     text = f"**Published**\n\n{markdown(theirs)}\n\n**Ours**\n\n{markdown(ours, digits=digits)}"
+    guessed = pick(rows, may_be_empty=True, metric="at_chance")
+    for (name, limit), tasks in guessed.groupby(["model", "limit"])["task"]:
+        items = "all items" if np.isinf(limit) else f"{limit:,.0f} items of each task"
+        text += f"\n\n{fig.short(name)} guesses, on {items}, in {', '.join(sorted(tasks))}: not in AVG and RP."
     return Drawing(None, both, rows, text, [PUBLISHED])
 
 
