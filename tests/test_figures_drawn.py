@@ -71,7 +71,7 @@ MISSING = [  # stem, table, rows that are taken away, what the error names
     ("simdiff_fig5a_perplexity", "selection", {"method": "simdiff_masd"}, "simdiff_masd"),
     ("simdiff_fig4a_alpha_mssd", "selection", {"role": "path"}, "path"),
     ("simdiff_fig2_importance", "statistics", {"metric": "mssd"}, "mssd"),
-    ("simdiff_table3_layers_removed", "tasks", {"run_part": "tables"}, "tables"),
+    ("simdiff_table3_layers_removed", "tasks", {"run_part": ["items", "more_sizes", "full"]}, "items"),
     ("own_regret", "optimum_runs", {"experiment": "optimum"}, "profiles/optimum.yaml"),
     ("deeper_layers_fig5_simple_vs_similarity", "blocks", {"role": "every_block"}, "profiles/optimum.yaml"),
     ("deeper_layers_fig2_accuracy", "tasks", {"run_part": "blocks"}, "blocks"),

@@ -303,7 +303,7 @@ def fig3_healing(chapter: Chapter) -> Drawing:
     title = f"Healing adds {gains[ours]:.1f} points in the mean (published: {gains['published']:.1f})"
     note = "hollow: published; ours: 95 % interval over the items, one training each"
     labels = {"x": "mean accuracy, %", "note": note, "title": title}
-    return grid.done(rows, **labels, keep=data.columns.drop("level"), published=[PUBLISHED])
+    return grid.done(rows, **labels, keep=[*data.columns.drop("level")], published=[PUBLISHED])
 
 
 @figure("simdiff_tablea7_healing", reads={"healing": None})
