@@ -51,7 +51,7 @@ class Healings:
     def titles(self) -> dict[str, str]:
         """The two kinds of held-out text, with their names."""
         texts = self.base.groupby("where")["text"].unique()
-        return {where: f"{where} ({', '.join(names)})" for where, names in texts.items()}
+        return {where: f"{where}\n({', '.join(names)})" for where, names in texts.items()}
 
     def looks(self) -> dict[str, fig.Method]:
         """The look of every model, with the tokens of its trainings."""
