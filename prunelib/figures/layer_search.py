@@ -234,13 +234,17 @@ def table_selection(chapter: Chapter) -> Drawing:
     return Drawing(None, numbers, pick(found.rows, role="choice"), text)
 
 
-@figure("own_table_gemma_published", reads={**READS, "selection": (*READS["selection"], "published_sets")})
+@figure(
+    "own_table_gemma_published",
+    reads={**READS, "selection": (*READS["selection"], "published_sets"), "tasks": ("published_sets",)},
+)
 def table_gemma_published(chapter: Chapter) -> Drawing:
     """Layers that others removed from Gemma 3 270M: their numbers, ours, and the place of each set among all of its size."""
     found, theirs, where = search(chapter), published(THEIRS), {"may_be_empty": True, "model": GEMMA}
-    given = pick(chapter.table("selection"), run_part="published_sets", metric="nll", **where)
+    given = pick(chapter.table("selection"), run_part="published_sets", metric=("nll", "nll_over_dense"), **where)
     chosen = pick(found.regrets, method=tuple(found.order), layers_removed=(2, 4), **where).sort_values("value")
-    used, lines = pd.concat([given, chosen.drop_duplicates(["method", "layers_removed"])]), []  # of each rule its best draw
+    chosen = chosen.drop_duplicates(["method", "layers_removed"])  # of each rule its best draw
+    used, lines = pd.concat([pick(given, may_be_empty=True, metric="nll"), chosen]), []
     tried = [k for k in range(1, 5) if f"all_k{k}" in found.truth.get(GEMMA, {})]
     used = used[used["layers_removed"].isin(tried)]
     titles = used["method"].map(lambda method: "published" if method.startswith("given") else fig.METHODS[method].title)
@@ -248,7 +252,8 @@ def table_gemma_published(chapter: Chapter) -> Drawing:
         losses, known = found.truth[GEMMA][f"all_k{k:.0f}"], found.truth[GEMMA]["all_k1"]
         loss = losses[list(itertools.combinations(range(len(known)), int(k))).index(tuple(map(int, layers.split())))]
         line = {"removed": layers, "by": ", ".join(rows["by"].unique()), "rank": int((losses < loss).sum()) + 1}
-        texts = np.exp(rows[rows["by"] == "published"].groupby("corpus")["value"].first()).rename(lambda text: f"ppl {text}")
+        texts = rows.loc[rows["by"] == "published", "corpus"]
+        texts = {f"ppl {text}": _perplexity(given, text, layers) for text in texts}
         lines.append({**line, "sets": len(losses), "regret": loss - losses.min(), **texts})
     printed = theirs[theirs["metric"] != "retained_percent"]
     printed = printed.pivot_table("value", ["item", "method", "healed"], "task", sort=False)
@@ -264,5 +269,17 @@ def table_gemma_published(chapter: Chapter) -> Drawing:
         levels = np.exp(pick(given, method="dense").set_index("corpus")["value"]).rename(fig.text_title)
         levels = ", ".join(f"{value:.2f} on {text}" for text, value in levels.items())
         text += f"\n\n**Ours** (perplexity of the dense model: {levels})\n\n{markdown(ours)}"
+        scored = pick(chapter.table("tasks"), run_part="published_sets", metric=("acc", "acc_norm"), task=tuple(TASKS))
+        scored = scored.assign(value=100 * scored["value"]).pivot_table("value", ["metric", "method"], "task", sort=False)
+        text += f"\n\n**Ours** (tasks in %, whole sets)\n\n{markdown(scored.reset_index())}"
     both = pd.concat([printed.reset_index().assign(origin="published"), ours.assign(origin="ours")])
     return Drawing(None, both, used if lines else found.rows, text, [PUBLISHED])
+
+
+def _perplexity(given: pd.DataFrame, corpus: str, layers: str) -> str:
+    """Perplexity without a published set on a text, with the 95 % interval over windows of its ratio to the dense model's."""
+    rows = pick(given, corpus=corpus)
+    ratio = pick(rows, metric="nll_over_dense", removed_layers=layers).iloc[0]
+    dense = pick(rows, method="dense", metric="nll")["value"].iloc[0]
+    value, low, high = np.exp(dense + ratio[["value", "low", "high"]].astype(float))
+    return f"{value:,.0f} [{low:,.0f}, {high:,.0f}]"
