@@ -260,7 +260,7 @@ def picture(figure: Figure, suffix: str) -> bytes:
     if suffix == ".pdf":
         return drawn.getvalue()
     with Image.open(drawn) as image:
-        # A palette of 256 colors takes a third of the bytes; what changes are shades at the edges of letters and lines.
-        palette = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+        # A palette of 64 colors takes a fourth of the bytes; what changes are shades at the edges of letters and lines.
+        palette = image.convert("RGB").quantize(64, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
         palette.save(small, format="png", optimize=True, dpi=image.info["dpi"])
     return small.getvalue()
