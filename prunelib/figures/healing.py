@@ -189,12 +189,15 @@ def healing_ablations(chapter: Chapter) -> Drawing:
     data = pd.concat([found.base.assign(study="base"), changed])
     data = pick(data, model=tuple(found.base["model"]))
     data["copies"] = np.where(data["unique"].astype(str) == "True", ", deduplicated", "")
-    data["variant"] = [VARIANTS[row["study"]].format(**row).replace("_", " ") for row in data.to_dict("records")]
+    names = [VARIANTS[row["study"]].format(**row) for row in data.to_dict("records")]
+    data["variant"] = [name.replace("gromov_qlora", "QLoRA").replace("_", " ") for name in names]
     rows = data.drop_duplicates("variant")
     group = rows["study"].replace({"unique": "data", "distillation": "recipe", "qlora": "recipe"}).map(list(VARIANTS).index)
-    rows = rows.assign(group=group, number=rows["rank"].where(rows["study"] == "rank", 0))
+    number = rows["rank"].where(rows["study"] == "rank", rows["learning_rate"].where(rows["study"] == "rate", 0))
+    rows = rows.assign(group=group, number=number)
     rows = rows.sort_values(["group", "number"], kind="stable")
     data, looks = data[np.isfinite(data["recovered"])], found.looks()
+    data = data.sort_values("where", key=lambda where: where != LIKE, kind="stable")
     grid = fig.Panels(data, "where", titles=found.titles(), height=0.25 * len(rows) + 1.4, sharey=True)
     for axes, part in grid:
         for place, (name, one) in enumerate(part.groupby("model", sort=False)):
