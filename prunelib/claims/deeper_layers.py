@@ -39,15 +39,14 @@ def _healed(t: Tables) -> dict[str, pd.DataFrame]:
     lora, before = pick(rows, recipe="lora"), pick(rows, recipe="none", text=t.healing_text)
     if len(lora):
         lora = lora[lora["step"] == lora.groupby("run")["step"].transform("max")]
-    parts, rule = ["curve", "curve_deeper", "curve_deepest", "curve_deepest_deeper"], "angular"
+    parts, rule, varied = ["curve", "curve_deeper", "curve_deepest", "curve_deepest_deeper"], "angular", "angular"
     if pick(lora, run_part=parts).empty:
-        parts, rule = ["choices", "sizes"], "block_influence"
+        parts, rule, varied = ["choices", "sizes"], "block_influence", "greedy"
     here = pick(lora, text=t.healing_text, run_part=parts)
     nearest, cut = pick(here, method=rule), pick(before, run_part=parts, method=rule)
     dense = pick(before, run_part=parts, method="dense").drop(columns="size", errors="ignore")
     recovered = paired(paired(cut, nearest, ["size"]), paired(cut, dense, ["size"]), ["size"], how="/")
-    base = {"method": "angular", "size": 8}
-    seeds, ranks = (pick(lora, run_part=[study, "curve"], **base) for study in ("seed", "rank"))
+    seeds, ranks = (pick(lora, run_part=[study, parts[0]], method=varied, size=8) for study in ("seed", "rank"))
     found = {
         "deeper-03": (pick(here, method=[rule, "dense"]), lambda rows: rows["fraction"].corr(rows["value"]) ** 2),
         "deeper-07": (paired(pick(here, method="deepest"), nearest, ["size"]), lambda rows: rows["value"].abs().mean()),
