@@ -26,7 +26,7 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx):  # a context of click's, which typer keeps to itself
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors, too; a reader such as `head` that has enough
             raise
         except (ValueError, OSError, RuntimeError) as error:
             typer.echo(f"error: {error}", err=True)
