@@ -13,14 +13,15 @@ SIZE = 8
 
 
 def effects(losses: pd.DataFrame) -> dict[str, float]:
-    """Standard deviations over rules, over texts and lengths, and over draws of one budget, in the unit of `losses`.
+    """Standard deviations over rules with one text, over texts with one rule, and over draws, in the unit of `losses`.
 
-    losses: one model's rows at one K, with `method`, `run_part`, `calibration_seed` and `value`. The first two are those of the
-    main effects of a two-way table of medians over draws; the last is the mean within its cells.
+    losses: one model's rows at one K, with `method`, `run_part`, `calibration_seed` and `value`. Each is the mean of those of
+    medians over draws, of the rules that every text has; averaged over rules first, texts that help one and harm another
+    would cancel.
     """
-    table = losses.pivot_table(index="method", columns="run_part", values="value", aggfunc="median")
+    table = losses.pivot_table(index="method", columns="run_part", values="value", aggfunc="median").dropna()
     draws = losses.groupby(["method", "run_part"])["value"].std().mean()  # none of one draw
-    return {"rules": table.mean(axis=1).std(), "texts": table.mean().std(), "draws": draws}
+    return {"rules": table.std().mean(), "texts": table.std(axis=1).mean(), "draws": draws}
 
 
 @figure("own_calibration_or_search", reads={"selection": (*BUDGETS, "rules"), "tasks": BUDGETS})
@@ -33,8 +34,9 @@ def calibration_or_search(chapter: Chapter) -> Drawing:
     reported = rows[rows["role"] == "choice"]
     data = fig.spread(reported, ["model", "run_part", "method"])
     found = {name: effects(part) for name, part in reported.groupby("model", sort=False)}
-    first = found[data["model"].iloc[-1]]  # SmolLM2 here, in alphabetical order
-    title = f"K = {SIZE}: the rule moves the loss by {first['rules']:.2f} nats, the calibration text by {first['texts']:.2f}"
+    spans = pd.DataFrame(found).T.agg(["min", "max"]).map("{:.2f}".format)
+    rules, texts = (" to ".join(spans[name].unique()) for name in ("rules", "texts"))
+    title = f"K = {SIZE}: the rule moves the loss by {rules} nats, the calibration text by {texts}"
     order = [name for name in (*ONE_SHOT, *SEARCHES) if name in set(data["method"])]
     names = {part: f"{fig.text_title(text)}, {tokens}" for part, text, tokens in _budgets(rows)}
     data = data.sort_values(["model", "run_part"], key=lambda one: one.map(budgets.index) if one.name == "run_part" else one)
